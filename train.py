@@ -1,0 +1,397 @@
+"""Train a captioner, validate it on captions that it makes on its own, and keep the best.
+
+    python train.py
+    python train.py --data_name shapes_5_cap_per_img_5_min_word_freq --encoder efficientnet_lite0 --epochs 8
+    python train.py --encoder vgg16 --decoder gru --scheduled_sampling inverse_sigmoid --output_folder checkpoints/vgg_gru
+    python train.py --resume
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import datasets
+import models
+import utils
+from utils import UserError
+
+ARCHITECTURE = ("encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim", "decoder_dim",
+                "deep_output")
+MAY_CHANGE_ON_RESUME = ("data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
+                        "encoder_weights", "init_from", "embeddings")
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description="Train Show, Attend and Tell.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_folder", type=Path, default=Path("data"),
+                       help="folder with the files that create_input_files.py wrote; feature stores are kept there too")
+    group.add_argument("--data_name", default=datasets.base_name("flickr8k", 5, 5), help="their common name")
+    group.add_argument("--output_folder", type=Path, default=Path("checkpoints"),
+                       help="folder for checkpoints, log and learning curves; give each variant its own")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--encoder", choices=models.ENCODERS, default="resnet101", metavar="NAME",
+                       help=f"CNN that sees the picture: {', '.join(models.ENCODERS)}")
+    group.add_argument("--encoder_weights", default="imagenet", metavar="imagenet|none|FILE",
+                       help="what the CNN starts from: ImageNet's weights, random ones, or a state dict file")
+    group.add_argument("--encoded_image_size", type=int, default=14,
+                       help="side of the grid that attention sees; 0 keeps the CNN's own (faster)")
+    group.add_argument("--decoder", choices=models.DECODERS, default="lstm", help="recurrent cell")
+    group.add_argument("--attention", choices=models.ATTENTIONS, default="soft",
+                       help="soft weighs all places, hard samples one (REINFORCE), mean does not look anywhere")
+    group.add_argument("--attention_dim", type=int, default=512, help="width of the attention network")
+    group.add_argument("--embed_dim", type=int, default=512, help="width of the word embedding")
+    group.add_argument("--decoder_dim", type=int, default=512, help="width of the recurrent state")
+    group.add_argument("--deep_output", action="store_true",
+                       help="score words from word, state and context (paper, eq. 7), not from the state alone")
+    group.add_argument("--embeddings", type=Path, help="word vectors in GloVe's text format to start from")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=15, help="passes over the training pictures")
+    group.add_argument("--batch_size", type=int, default=16,
+                       help="pictures per update, each with all its captions; lower it if memory runs out")
+    group.add_argument("--learning_rate", type=float, default=6e-4, help="of the decoder, at its peak")
+    group.add_argument("--lr_schedule", choices=("cosine", "plateau", "constant"), default="cosine",
+                       help="after the warm-up: cosine falls to 0 at the last epoch; plateau multiplies by 0.8 after "
+                            "every 2 epochs without a better validation score")
+    group.add_argument("--warmup", type=int, default=200, help="updates over which the learning rate rises from 0")
+    group.add_argument("--weight_decay", type=float, default=0.01, help="of AdamW")
+    group.add_argument("--grad_clip", type=float, default=5.0, help="largest norm of the gradient")
+    group.add_argument("--dropout", type=float, default=0.5, help="on what words are scored from; raise it on overfitting")
+    group.add_argument("--embed_dropout", type=float, default=0.4, help="on embedded words")
+    group.add_argument("--feature_dropout", type=float, default=0.2, help="on the CNN's features")
+    group.add_argument("--label_smoothing", type=float, default=0.1, help="share of each target spread over all words")
+    group.add_argument("--alpha_c", type=float, default=0.1,
+                       help="weight of the doubly stochastic penalty, which makes attention visit every place")
+    group.add_argument("--fine_tune_encoder", action="store_true",
+                       help="train the CNN too, from its second block on; its features are then not cached")
+    group.add_argument("--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak")
+    group.add_argument("--seed", type=int, default=0, help="of weights, dropout, sampling and the order of pictures")
+
+    group = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)")
+    group.add_argument("--scheduled_sampling", choices=("none", "linear", "exponential", "inverse_sigmoid"),
+                       default="none", help="how the probability of feeding the true word falls; none keeps it at 1")
+    group.add_argument("--ss_min", type=float, default=0.75,
+                       help="the probability never falls below this; lower it for more of the model's own words")
+    group.add_argument("--ss_k", type=float,
+                       help="k of the schedule's formula (None: such that ss_min is reached at the last update)")
+    group.add_argument("--ss_slope", type=float,
+                       help="linear only: fall of the probability per update (None: as for ss_k)")
+    group.add_argument("--ss_argmax", action="store_true",
+                       help="feed the model's likeliest word instead of one drawn from its distribution")
+
+    group = parser.add_argument_group("validation")
+    group.add_argument("--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at")
+    group.add_argument("--patience", type=int, default=6, help="stop after so many epochs without a better score")
+    utils.add_search_flags(group)
+
+    group = parser.add_argument_group("continuing")
+    group.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT",
+                       help="go on with an interrupted run exactly where it was: the run of --output_folder, or the "
+                            "given checkpoint; with nothing there yet, start")
+    group.add_argument("--init_from", type=Path, metavar="CHECKPOINT",
+                       help="start a new run from a checkpoint's weights and architecture, for example to fine-tune")
+    utils.add_device_flags(parser)
+    return parser
+
+
+def check_args(args):
+    """Refuse values that cannot work, before anything is read or written."""
+    utils.check_ranges(args, encoded_image_size=(0, 64), attention_dim=(1, 65536), embed_dim=(1, 65536),
+                       decoder_dim=(1, 65536), epochs=(1, 100000), batch_size=(1, 65536), learning_rate=(0, 10),
+                       encoder_learning_rate=(0, 10), warmup=(0, 10 ** 9), weight_decay=(0, 10), grad_clip=(1e-6, 1e6),
+                       dropout=(0, 0.99), embed_dropout=(0, 0.99), feature_dropout=(0, 0.99), label_smoothing=(0, 0.99),
+                       alpha_c=(0, 1000), seed=(0, 2 ** 63 - 1), ss_k=(1e-6, 1e9), ss_slope=(0, 1), ss_min=(0, 1),
+                       patience=(1, 100000))
+    if args.resume and args.init_from:
+        raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
+    if args.scheduled_sampling == "none" and (args.ss_argmax or args.ss_k is not None or args.ss_slope is not None):
+        raise UserError("--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule")
+    utils.check_shared_flags(args)
+
+
+def main(args):
+    started = time.time()
+    check_args(args)
+    device = utils.pick_device(args.device)
+    dtype = torch.bfloat16 if args.amp else torch.float32
+    train_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", args.data_name))
+    val_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "val", args.data_name))
+    word_map = datasets.load_word_map(datasets.word_map_path(args.data_folder, args.data_name))
+    for data in (train_data, val_data):
+        data.check_word_map(word_map)
+
+    latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
+    best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
+    checkpoint = find_checkpoint(args, latest_path, word_map)
+    utils.set_seed(args.seed)
+    encoder, decoder = build_model(args, checkpoint, word_map, device)
+    encoder.fine_tune(args.fine_tune_encoder)
+    total_updates = args.epochs * math.ceil(len(train_data) / args.batch_size)
+    args.ss_k, args.ss_slope = models.schedule_constants(args.scheduled_sampling, total_updates, args.ss_k, args.ss_slope,
+                                                         args.ss_min)
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size, "total_updates": total_updates}
+    captioner = models.Captioner(encoder, decoder, word_map, config)
+    print_header(args, captioner, train_data, val_data)
+
+    train_features = None if args.fine_tune_encoder else features_of(train_data, captioner, args, dtype)
+    val_features = None if args.fine_tune_encoder else features_of(val_data, captioner, args, dtype)
+    optimizer = build_optimizer(args, encoder, decoder)
+    update, history, seconds_before = 0, [], 0.0
+    if checkpoint and args.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        utils.set_rng_state(checkpoint["rng"])
+        update, history = checkpoint["update"], checkpoint["history"]
+        seconds_before = history[-1]["seconds"]
+        print(f"resuming after epoch {len(history)}; best {args.metric} so far {best_score(history, args.metric):.2f}")
+
+    while len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience:
+        record = train_epoch(args, config, captioner, optimizer, train_data, train_features, history, update, dtype)
+        update = record["update"]
+        features = val_features if val_features is not None else encode_split(val_data, captioner, args, dtype)
+        found = models.caption_split([captioner], [features], dtype, beam_size=args.beam_size,
+                                     length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
+                                     with_alphas=False)
+        hypotheses = [captioner.text(best) for best, *_ in found]
+        record.update(utils.score_captions(val_data.references, hypotheses))
+        record["seconds"] = round(seconds_before + time.time() - started, 1)
+        is_best = record[args.metric] > best_score(history, args.metric)
+        history.append(record)
+        state = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(), "decoder": decoder.state_dict(),
+                 "optimizer": optimizer.state_dict(), "rng": utils.rng_state(), "update": update, "history": history}
+        # BEST first: if the run is killed in between, the epoch is repeated and ends the same
+        if is_best:
+            utils.save_checkpoint(best_path, state)
+        utils.save_checkpoint(latest_path, state)
+        write_log(datasets.log_path(args.output_folder, args.data_name), config, history)
+        draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
+        print_epoch(record, args, is_best, val_data, hypotheses)
+    best = max(history, key=lambda record: record[args.metric])
+    print(f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of {len(history)}: {best_path}")
+
+
+# --------------------------------------------------------------------------------------------------- preparations
+
+
+def find_checkpoint(args, latest_path, word_map):
+    """The checkpoint to go on from or to start from, checked against the flags; None starts anew."""
+    path = args.init_from
+    if args.resume:
+        path = latest_path if args.resume == "auto" else Path(args.resume)
+        if args.resume == "auto" and not path.exists():
+            print(f"nothing to resume at {path}: starting anew")
+            return None
+    elif not args.init_from and latest_path.exists():
+        raise UserError(f"{latest_path} holds an earlier run: add --resume to go on with it, or choose another "
+                        "--output_folder")
+    if path is None:
+        return None
+    checkpoint = utils.load_checkpoint(path)
+    if checkpoint["word_map"] != word_map:
+        raise UserError(f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name "
+                        "the data it was trained on")
+    config, defaults = checkpoint["config"], vars(get_args_parser().parse_args([]))
+    if args.init_from:
+        for key in ARCHITECTURE:  # the checkpoint says what it is; a flag may agree or be left out
+            if getattr(args, key) not in (config[key], defaults[key]):
+                raise UserError(f"--{key} {getattr(args, key)}: {path} was built with {config[key]}; leave the flag out")
+            setattr(args, key, config[key])
+        return checkpoint
+    changed = [f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
+               if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key)]
+    if changed:
+        raise UserError(f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; give the "
+                        "same flags, or start a new run from its weights with --init_from")
+    return checkpoint
+
+
+def build_model(args, checkpoint, word_map, device):
+    """Encoder and decoder, from a checkpoint's weights if there is one."""
+    encoder = models.Encoder(args.encoder, "none" if checkpoint else args.encoder_weights)
+    decoder = models.build_decoder({**vars(args), "encoder_dim": encoder.encoder_dim}, len(word_map))
+    if checkpoint:
+        encoder.load_state_dict(checkpoint["encoder"])
+        decoder.load_state_dict(checkpoint["decoder"])
+    elif args.embeddings:
+        vectors, found = datasets.load_embeddings(args.embeddings, word_map, args.embed_dim)
+        with torch.no_grad():
+            decoder.embedding.weight[torch.from_numpy(found)] = torch.from_numpy(vectors[found])
+        print(f"{args.embeddings}: vectors for {found.sum()} of {len(word_map)} words")
+    return encoder.to(device), decoder.to(device)
+
+
+def features_of(data, captioner, args, dtype):
+    """Features of a split from its feature store, made now if it is missing; on the GPU if they fit there.
+
+    :return: float16 tensor (N, n, encoder_dim)
+    """
+    key = datasets.feature_key(captioner.encoder.digest(), data.images_digest, dtype)
+    path = datasets.features_path(args.data_folder, args.data_name, data.split, key)
+    features = encode_split(data, captioner, args, dtype, path)
+    device = captioner.device
+    if device.type == "cuda" and features.nbytes < 0.6 * torch.cuda.mem_get_info(device)[0]:
+        features = features.to(device)
+    return features
+
+
+def encode_split(data, captioner, args, dtype, path=None):
+    """Features of a split as a float16 tensor (N, n, encoder_dim) in main memory."""
+    return torch.from_numpy(datasets.encode_split(data, lambda images: captioner.encode(images, dtype), path,
+                                                  workers=args.workers))
+
+
+def build_optimizer(args, encoder, decoder):
+    """AdamW over the decoder and, if it is fine-tuned, the encoder."""
+    groups = [{"params": list(decoder.parameters()), "peak_lr": args.learning_rate}]
+    if args.fine_tune_encoder:
+        groups.append({"params": [p for p in encoder.parameters() if p.requires_grad],
+                       "peak_lr": args.encoder_learning_rate})
+    device = groups[0]["params"][0].device
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+# --------------------------------------------------------------------------------------------------- the training
+
+
+def best_score(history, metric):
+    return max((record[metric] for record in history), default=-1.0)
+
+
+def epochs_without_gain(history, metric):
+    scores = [record[metric] for record in history]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+
+def learning_rate_factor(config, update, history):
+    """Share of the peak learning rate at an update; a function of what is already logged, so nothing needs resuming."""
+    if update < config["warmup"]:
+        return (update + 1) / config["warmup"]
+    if config["lr_schedule"] == "constant":
+        return 1.0
+    if config["lr_schedule"] == "plateau":
+        stale = [epochs_without_gain(history[:n + 1], config["metric"]) for n in range(len(history))]
+        return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
+    done = (update - config["warmup"]) / max(1, config["total_updates"] - config["warmup"])
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def train_epoch(args, config, captioner, optimizer, data, features, history, update, dtype):
+    """One pass over the training pictures.
+
+    :param features: float16 tensor (N, n, encoder_dim), or None to encode and fine-tune
+    :param history: records of the epochs before
+    :param update: updates made before
+    :return: the epoch's record: losses, rates, words per second
+    """
+    encoder, decoder, device = captioner.encoder, captioner.decoder.train(), captioner.device
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    epoch = len(history)
+    total = torch.zeros(2, device=device)  # loss and nll, summed on the device: asking for them would make it wait
+    words, began = 0, time.time()
+
+    def load(pictures):
+        rows = datasets.caption_rows(data, pictures)
+        if features is None:
+            return rows, torch.from_numpy(data.images(pictures))
+        return rows, torch.from_numpy(pictures) if features.is_cuda else features[pictures]
+
+    batches = datasets.training_batches(len(data), args.batch_size, args.seed, epoch)
+    bar = utils.progress(total=len(batches), desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch", leave=False)
+    for rows, inputs in datasets.read_ahead(load, batches, args.workers):
+        factor = learning_rate_factor(config, update, history)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, args.ss_k, args.ss_slope, args.ss_min)
+        inputs = inputs.to(device, non_blocking=True)
+        if features is None:
+            with torch.autocast(device.type, dtype, enabled=args.amp):
+                inputs = encoder(inputs)
+        elif features.is_cuda:
+            inputs = features[inputs]
+        output = decoder(inputs, torch.from_numpy(rows.captions).to(device), rows.decode_lengths,
+                         torch.from_numpy(rows.pictures).to(device), epsilon, args.ss_argmax, dtype)
+        loss, nll = models.caption_loss(output, rows.decode_lengths, label_smoothing=args.label_smoothing,
+                                        alpha_c=args.alpha_c, decoder=decoder)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        optimizer.step()
+        update += 1
+        words += sum(rows.decode_lengths)
+        total += torch.stack([loss.detach(), nll])
+        bar.update()
+        if bar.n % 25 == 0:
+            bar.set_postfix_str(f"loss {total[0].item() / bar.n:.3f}, {words / (time.time() - began):,.0f} words/s")
+    loss, nll = (total / len(batches)).tolist()
+    bar.close()
+    decoder.eval()
+    return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll, "learning_rate": optimizer.param_groups[0]["lr"],
+            "epsilon": epsilon, "train_seconds": round(time.time() - began, 1),
+            "words_per_second": round(words / (time.time() - began))}
+
+
+# ---------------------------------------------------------------------------------------------------- the reports
+
+
+def print_header(args, captioner, train_data, val_data):
+    """What runs, on what, with which options: enough to run it again."""
+    print(utils.describe_machine(captioner.device))
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in
+              (("encoder", captioner.encoder), ("decoder", captioner.decoder))}
+    print(f"{args.encoder} {counts['encoder'] / 1e6:.1f} M parameters, {args.attention} attention + {args.decoder} "
+          f"{counts['decoder'] / 1e6:.1f} M; {len(captioner.word_map)} words; {len(train_data)} training pictures with "
+          f"{len(train_data.captions)} captions, {len(val_data)} validation pictures")
+    print("options: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
+
+
+def print_epoch(record, args, is_best, val_data, hypotheses):
+    """A line for the epoch and three captions of validation pictures, always the same ones."""
+    print(f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | validation, beam "
+          f"{args.beam_size}: BLEU-4 {record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, CIDEr {record['CIDEr']:.1f}"
+          f"{' *' if is_best else ''} | {record['words_per_second']:,} words/s, {record['seconds']:.0f} s since start")
+    for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
+        print(f"    {val_data.image_names[i]}: {' '.join(hypotheses[i])}   (true: {val_data.raw_references[i][0]})")
+
+
+def write_log(path, config, history):
+    """JSON lines: the configuration, then a record per epoch. Written whole each time, so it never holds half a line."""
+    with utils.atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"config": config}, *history]), encoding="utf-8")
+
+
+def draw_curves(path, history):
+    """Loss and validation scores over the epochs, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [record["epoch"] for record in history]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.plot(epochs, [record["nll"] for record in history], "o-", markersize=3)
+    left.set_title("training: negative log-likelihood per word")
+    for axes, names in ((middle, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")), (right, ("ROUGE-L", "CIDEr"))):
+        for name in names:
+            axes.plot(epochs, [record[name] for record in history], "o-", markersize=3, label=name)
+        axes.legend(frameon=False)
+        axes.set_title("validation: " + ", ".join(n for n in names if not n.startswith("BLEU")) if axes is right
+                       else "validation: BLEU")
+    for axes in (left, middle, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with utils.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())

@@ -1,0 +1,296 @@
+"""What several parts of the suite need and no one of them owns: files, checkpoints, seeds, devices, metrics, messages.
+
+Nothing here knows of pictures or of words' meaning, and nothing happens at import.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something the user can mend: a wrong value, a missing or broken file. Shown as one line, without a traceback."""
+
+
+def run(main, parser):
+    """Parse the command line and call ``main(args)``; end with one line and exit code 2 on a :class:`UserError`.
+
+    :param main: function of the parsed arguments
+    :param parser: the script's ``argparse.ArgumentParser``
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped by the user\n")
+    except BrokenPipeError:  # the reader of our output (head, less) has left: nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Give a temporary path beside ``path``; on success flush it to disk and rename it, otherwise remove it.
+
+    So a file appears under its final name whole or not at all, whatever kills the process.
+
+    :param path: final path; its folder is made if it is missing
+    :return: context manager that yields the temporary ``Path`` (same suffix, since some libraries look at it)
+    :raises UserError: if the folder cannot be written or the disk is full
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".partial{path.suffix}", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path, value):
+    """Write ``value`` as readable JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """Read a JSON file.
+
+    :raises UserError: if it is missing, unreadable or not JSON (the line and column are named)
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; expected a JSON file") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+# torch is imported where it is used: preparing data and printing --help need not wait for it
+
+CHECKPOINT_KEYS = ("config", "word_map", "encoder", "decoder", "history")
+
+
+def load_tensors(path):
+    """Read a file of tensors and plain values on the CPU, without executing anything in it.
+
+    :raises UserError: if it is missing, damaged, or would need to run code
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
+            AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
+                        f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}") from error
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint (tensors and plain values only), atomically."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this suite on the CPU.
+
+    :return: dict with at least ``CHECKPOINT_KEYS``
+    :raises UserError: if it is missing, damaged, or something else
+    """
+    checkpoint = load_tensors(path)
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in CHECKPOINT_KEYS):
+        raise UserError(f"{path} is not a checkpoint of this suite; expected a file written by train.py")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------ device and seeds
+
+
+def add_device_flags(parser):
+    """Flags of every script that runs a network."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto",
+                       help="cpu, cuda, cuda:1, mps, …; auto takes the first GPU if there is one (default: %(default)s)")
+    group.add_argument("--amp", action="store_true",
+                       help="do matrix products in bfloat16: faster on recent GPUs and CPUs (default: float32)")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
+                       help="processes or threads that read pictures; raise it if the device waits for data "
+                            "(default: the machine's cores, at most 8: %(default)s)")
+
+
+def add_search_flags(parser, beam_sizes="?"):
+    """Flags of every script that utters captions.
+
+    :param beam_sizes: ``nargs`` of --beam_size: ``?`` for one, ``+`` for several
+    """
+    group = parser.add_argument_group("beam search")
+    group.add_argument("--beam_size", type=int, nargs=beam_sizes, default=5 if beam_sizes == "?" else [5],
+                       help="hypotheses kept per picture; 1 is greedy (default: 5)")
+    group.add_argument("--length_penalty", type=float, default=0.7,
+                       help="captions are ranked by log-probability / length^this; raise it if captions are too short, "
+                            "0 is plain beam search (default: %(default)s)")
+    group.add_argument("--max_decode_steps", type=int, default=50, help="longest caption in words (default: %(default)s)")
+
+
+def check_ranges(args, **bounds):
+    """Refuse numbers outside their bounds; None means that a flag was left to its default.
+
+    :param bounds: flag name to (lowest, highest)
+    :raises UserError: naming flag, value and bounds
+    """
+    for name, (low, high) in bounds.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:  # written so that nan fails too
+                raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
+
+
+def check_shared_flags(args):
+    """:func:`check_ranges` for the flags that this module adds."""
+    check_ranges(args, workers=(1, 256), beam_size=(1, 100), length_penalty=(0, 10), max_decode_steps=(1, 1000))
+
+
+def pick_device(name):
+    """The torch device of a name; ``auto`` prefers a GPU.
+
+    :raises UserError: if there is no such device here
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu") from error
+    return device
+
+
+def set_seed(seed):
+    """Seed torch's generators on every device; numpy's and Python's are never drawn from."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def rng_state():
+    """State of torch's generators, as tensors that a checkpoint can hold."""
+    import torch
+
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    """Put torch's generators back to where :func:`rng_state` found them."""
+    import torch
+
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def describe_machine(device):
+    """Revision, versions and device in one line, so that a log says what it ran on."""
+    import torch
+
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
+                         text=True, check=False) if shutil.which("git") else None
+    revision = git.stdout.strip() if git and git.returncode == 0 else "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return (f"revision {revision} | Python {sys.version.split()[0]} | torch {torch.__version__} | "
+            f"device {device} ({name})")
+
+
+def progress(iterable=None, **options):
+    """A tqdm bar on standard error; in a log file, where it cannot redraw itself, a line now and then."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, **options)
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def score_captions(references, hypotheses, meteor=False):
+    """Corpus metrics on the 0–100 scale, computed on words.
+
+    BLEU-1..4 from nltk (Papineni et al. 2002), ROUGE-L, CIDEr and METEOR 1.5 from pycocoevalcap. Both sides must have
+    been tokenised alike.
+
+    :param references: list (pictures) of lists (captions) of lists of words
+    :param hypotheses: list of lists of words, one per picture
+    :param meteor: METEOR too; it needs Java and takes some seconds
+    :return: dict of floats: BLEU-1, …, BLEU-4, [METEOR,] ROUGE-L, CIDEr; METEOR is None where Java is missing
+    :raises UserError: if there is nothing to score
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    if not references or len(references) != len(hypotheses):
+        raise UserError(f"{len(references)} pictures with references, {len(hypotheses)} captions: expected as many, not 0")
+    # without smoothing nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
+    smooth = SmoothingFunction(epsilon=1e-12).method1
+    weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
+    bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
+    scores = {f"BLEU-{n}": 100 * bleu[n - 1] for n in range(1, 5)}
+    gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
+    res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
+    if meteor:
+        scores["METEOR"] = _meteor(gts, res)
+    scores["ROUGE-L"] = 100 * float(Rouge().compute_score(gts, res)[0])
+    scores["CIDEr"] = 100 * float(Cider().compute_score(gts, res)[0])
+    return scores
+
+
+def _meteor(gts, res):
+    """METEOR 1.5 through Java, or None where there is none."""
+    if not shutil.which("java"):
+        return None
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    try:
+        return 100 * float(Meteor().compute_score(gts, res)[0])
+    except (OSError, ValueError) as error:  # Java is there but does not run the scorer
+        print(f"METEOR left out: Java failed ({error})", file=sys.stderr)
+        return None
