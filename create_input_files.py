@@ -185,7 +185,7 @@ def download(folder, names, base_url=BASE_URL, archives=ARCHIVES, timeout=30, at
                     raise
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                     raise UserError(f"cannot write {part}: {error.strerror}; free the disk or check your rights") from error
-                problem = str(error) or type(error).__name__
+                problem = datasets.clean_caption(str(error)) or type(error).__name__
                 if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410):
                     attempt = attempts
             if attempt >= attempts - 1:
@@ -219,7 +219,7 @@ def _fetch(url, part, size, timeout):
         check_disk(part.parent, (total or size) - have)
         bar = utils.progress(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True)
         with open(part, "ab") as file, bar:
-            while chunk := response.read(2**18):
+            while chunk := response.read1(2**18):  # what has come, so that a stall loses nothing
                 have += len(chunk)
                 if have > 2 * size:
                     raise OSError(f"the server sends more than {2 * size:,} bytes, expected about {size:,}")
@@ -288,16 +288,16 @@ def draw_contact_sheet(path, dataset, number=6):
 
     chosen = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
     rows = -(-len(chosen) // 3)
-    figure = Figure(figsize=(12, 0.6 + 5.9 * rows), layout="constrained")
+    figure = Figure(figsize=(12, 0.5 + 5.6 * rows), layout="constrained")
     figure.suptitle(f"{dataset.name}: {dataset.split}", parse_math=False)
-    axes = figure.subplots(2 * rows, 3, squeeze=False, height_ratios=[3.6, 2.1] * rows)
+    axes = figure.subplots(2 * rows, 3, squeeze=False, height_ratios=[3.6, 1.8] * rows)
     for axis in axes.flat:
         axis.axis("off")
     for place, (i, image) in enumerate(zip(chosen, dataset.images(chosen))):
         row, column = divmod(place, 3)
         axes[2 * row, column].imshow(image.transpose(1, 2, 0), interpolation="antialiased")
         axes[2 * row, column].set_title(textwrap.shorten(dataset.image_names[i], 48), fontsize=8, parse_math=False)
-        texts = (textwrap.fill(textwrap.shorten(text, 130), 48, initial_indent="– ", subsequent_indent="   ")
+        texts = (textwrap.fill(textwrap.shorten(text, 150), 54, initial_indent="– ", subsequent_indent="   ")
                  for text in dataset.raw_references[i][:5])
         axes[2 * row + 1, column].text(0, 1, "\n".join(texts), fontsize=9, va="top", parse_math=False)
     with utils.atomic_path(path) as temporary, warnings.catch_warnings():

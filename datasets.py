@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -84,6 +85,11 @@ def features_path(folder, name, split, key):
 def captions_path(folder, name, split, beam_size):
     """Path of the captions written by ``eval.py``."""
     return Path(folder) / f"captions_{split}_{name}_beam{beam_size}.json"
+
+
+def attention_path(folder, picture, suffix):
+    """Path of the picture, or animation, of where the model looked."""
+    return Path(folder) / f"{picture}_attention.{suffix}"
 
 
 def metrics_path(folder, name, split):
@@ -842,10 +848,11 @@ def _draw_background(rng, kind, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------- HDF5
+# Every structure in these files carries HDF5's own checksum: the file format of version 1.10, and no variable-length
+# type, since libhdf5 crashes or hangs on damaged ones. So texts are stored as JSON, and attributes of fixed length.
 
 FORMAT = "show-attend-and-tell captions"
 FORMAT_VERSION = 1
-_TEXT = h5py.string_dtype("utf-8")
 
 
 def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min_word_freq=5, max_len=50,
@@ -880,11 +887,14 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
     with contextlib.ExitStack() as finished:
         for split, part in parts.items():
             temporary = finished.enter_context(atomic_path(split_path(folder, split, name)))
-            summaries[split] = write_split(
-                temporary, part, word_map, split=split, captions_per_image=captions_per_image, max_len=max_len,
-                image_size=image_size, seed=seed, workers=workers,
-                attributes={"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source},
-            )  # fmt: skip
+            try:
+                summaries[split] = write_split(
+                    temporary, part, word_map, split=split, captions_per_image=captions_per_image, max_len=max_len,
+                    image_size=image_size, seed=seed, workers=workers,
+                    attributes={"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source},
+                )  # fmt: skip
+            except OSError as error:  # h5py's text runs over many lines
+                raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
         temporary = finished.enter_context(atomic_path(word_map_path(folder, name)))
         temporary.write_text(json.dumps(word_map, ensure_ascii=False) + "\n", encoding="utf-8")
     return summaries, word_map
@@ -920,7 +930,7 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
             usable = [usable[i] for i in sorted(chosen)]
         kept.append((record, references, usable))
 
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
         readable, unreadable, digest = _write_images(
             file, split, [record for record, _, _ in kept], image_size, workers)
         kept = [kept[i] for i in readable]
@@ -934,24 +944,22 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
         file["captions"] = captions
         file["caption_lengths"] = np.array([len(words) + 2 for words in encoded], np.int64)
         file["caption_offsets"] = _offsets(len(usable) for _, _, usable in kept)
-        texts = [text for _, references, _ in kept for text in references]
-        file.create_dataset("references", data=texts, dtype=_TEXT)
-        file["reference_offsets"] = _offsets(len(references) for _, references, _ in kept)
-        names = [record.name.encode("utf-8", "replace").decode() for record, _, _ in kept]
-        file.create_dataset("image_names", data=names, dtype=_TEXT)
+        file["references"] = _pack([references for _, references, _ in kept])
+        file["image_names"] = _pack([record.name.encode("utf-8", "replace").decode() for record, _, _ in kept])
         scenes = [record.scene for record, _, _ in kept]
         if None not in scenes:
-            file.create_dataset("scenes", data=[json.dumps(scene) for scene in scenes], dtype=_TEXT)
-        file.attrs.update({
+            file["scenes"] = _pack(scenes)
+        for key, value in {
             "format": FORMAT, "format_version": FORMAT_VERSION, "split": split, "image_size": image_size,
             "captions_per_image": captions_per_image, "max_len": max_len, "seed": seed, "tokenizer": TOKENIZER,
             "word_map_digest": word_map_digest(word_map), "images_digest": digest, **attributes,
-        })  # fmt: skip
+        }.items():  # fmt: skip
+            file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
     return {
         **summary,
         "pictures": len(kept),
         "captions": len(encoded),
-        "references": len(texts),
+        "references": sum(len(references) for _, references, _ in kept),
         "words": sum(map(len, encoded)),
         "unknown": int((captions == word_map[UNK]).sum()),
         "unreadable": unreadable,
@@ -963,10 +971,19 @@ def _offsets(lengths):
     return np.cumsum([0, *lengths], dtype=np.int64)
 
 
+def _pack(value):
+    """JSON as uint8; :func:`_unpack` is its inverse."""
+    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
+
+
+def _unpack(data):
+    return json.loads(data[:].tobytes())
+
+
 def _write_images(file, split, records, size, workers):
     """Decode pictures in threads and write them in order; return the readable ones' numbers, messages, a digest."""
     images = file.create_dataset("images", (len(records), 3, size, size), np.uint8, chunks=(1, 3, size, size),
-                                 maxshape=(len(records), 3, size, size))
+                                 maxshape=(None, 3, size, size))
     workers = workers or available_cores()
     readable, unreadable, digest = [], [], hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -1023,7 +1040,7 @@ class CaptionDataset:
         if not self.path.is_file():
             raise UserError(f"there is no {path}; create_input_files.py makes it")
         with self._reading(), h5py.File(self.path, "r", locking=False) as file:
-            self.attributes = {key: value.item() if isinstance(value, np.generic) else value
+            self.attributes = {key: value.decode() if isinstance(value, bytes) else value.item()
                                for key, value in file.attrs.items()}
             if (self.attributes.get("format"), self.attributes.get("format_version")) != (FORMAT, FORMAT_VERSION):
                 raise ValueError("it is of another format or version")
@@ -1037,8 +1054,7 @@ class CaptionDataset:
             self.captions = file["captions"][:]
             self.caption_lengths = file["caption_lengths"][:]
             self.caption_offsets = file["caption_offsets"][:]
-            self._reference_offsets = file["reference_offsets"][:]
-            self.image_names = file["image_names"].asstr()[:].tolist()
+            self.image_names = _unpack(file["image_names"])
             self._check(file)
 
     def _check(self, file):
@@ -1048,13 +1064,12 @@ class CaptionDataset:
             ("captions", np.int32, (len(self.caption_lengths), width)),
             ("caption_lengths", np.int64, (len(self.captions),)),
             ("caption_offsets", np.int64, (pictures + 1,)),
-            ("reference_offsets", np.int64, (pictures + 1,)),
         ):
             if file[name].dtype != dtype or file[name].shape != shape:
                 raise ValueError(f"{name} is {file[name].dtype} {file[name].shape}, expected {np.dtype(dtype)} {shape}")
-        for offsets, rows in ((self.caption_offsets, self.captions), (self._reference_offsets, file["references"])):
-            if offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
-                raise ValueError("its captions do not fit its pictures")
+        offsets = self.caption_offsets
+        if offsets[0] != 0 or offsets[-1] != len(self.captions) or (np.diff(offsets) < 0).any():
+            raise ValueError("its captions do not fit its pictures")
         if len(self.captions) and not (self.captions.min() >= 0 and 3 <= self.caption_lengths.min()
                                        and self.caption_lengths.max() <= width):
             raise ValueError("its captions are damaged")
@@ -1105,8 +1120,10 @@ class CaptionDataset:
     def raw_references(self):
         """All captions of each picture, as text: list of lists of str."""
         with self._reading():
-            texts = self._open()["references"].asstr()[:].tolist()
-        return [texts[start:stop] for start, stop in itertools.pairwise(self._reference_offsets)]
+            references = _unpack(self._open()["references"])
+            if len(references) != len(self):
+                raise ValueError("its references do not fit its pictures")
+        return references
 
     @functools.cached_property
     def references(self):
@@ -1118,7 +1135,7 @@ class CaptionDataset:
         """What each generated picture shows (see :func:`shapes_records`); None for photographs."""
         with self._reading():
             file = self._open()
-            return [json.loads(text) for text in file["scenes"].asstr()[:]] if "scenes" in file else None
+            return _unpack(file["scenes"]) if "scenes" in file else None
 
     def check_word_map(self, word_map):
         """:raises UserError: if the captions were encoded with another word map"""

@@ -194,21 +194,111 @@ class Attention(nn.Module):
         self.full_att = nn.Linear(attention_dim, 1)
 
 
+class SharedLinear:
+    """``F.linear`` with one weight for many steps, whose gradient is computed once, after the last step's.
+
+    Autograd alone would form a weight-sized product per step and add them up, which costs more than all the rest of
+    the backward pass; here it is one product over all steps' rows. :class:`SharedEnergy` does the same for attention.
+    """
+
+    def __init__(self, weight, bias=None):
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.inputs, self.gradients = [], []
+        self.anchor = _Gather.apply(self, weight, bias)
+
+    def __call__(self, x):
+        return _Apply.apply(self, x, self.anchor)
+
+    def forward(self, ctx, x):
+        ctx.save_for_backward(x)
+        return F.linear(x, self.weight, self.bias)
+
+    def backward(self, gradient, x):
+        self.inputs.append(x.flatten(0, -2))
+        self.gradients.append(gradient.flatten(0, -2))
+        return gradient @ self.weight
+
+    def gather(self):
+        gradient = torch.cat(self.gradients)
+        return gradient.T @ torch.cat(self.inputs), None if self.bias is None else gradient.sum(0)
+
+
+class SharedEnergy:
+    """Attention's energies, ``full_att(relu(encoder_att + decoder_att))``, for many steps over the same pictures.
+
+    Keeps nothing of the size of the pictures' projections per step: the backward pass computes them again.
+    The bias of ``full_att`` moves all energies alike and so does not enter.
+
+    :param encoder_att: (B, num_pixels, attention_dim)
+    :param weight: (1, attention_dim)
+    """
+
+    def __init__(self, encoder_att, weight):
+        self.encoder_att, self.weight = encoder_att.detach(), weight.detach()
+        self.att_gradient = self.weight_gradient = None
+        self.anchor = _Gather.apply(self, encoder_att, weight)
+
+    def __call__(self, decoder_att):
+        """:param decoder_att: (rows, R, attention_dim), of the first rows; returns (rows, R, num_pixels)"""
+        return _Apply.apply(self, decoder_att, self.anchor)
+
+    def hidden(self, decoder_att):
+        return torch.relu_(self.encoder_att[:len(decoder_att)].unsqueeze(1) + decoder_att.unsqueeze(2))
+
+    def forward(self, ctx, decoder_att):
+        ctx.save_for_backward(decoder_att)
+        return (self.hidden(decoder_att) @ self.weight.T).squeeze(-1)
+
+    def backward(self, gradient, decoder_att):
+        hidden = self.hidden(decoder_att)
+        if self.att_gradient is None:
+            self.att_gradient = torch.zeros_like(self.encoder_att, dtype=torch.float32)
+            self.weight_gradient = torch.zeros_like(self.weight, dtype=torch.float32)
+        self.weight_gradient += gradient.flatten().unsqueeze(0) @ hidden.flatten(0, 2)
+        hidden = torch.ops.aten.threshold_backward(gradient.unsqueeze(-1) * self.weight, hidden, 0)
+        # summing over a single row is a slow copy
+        self.att_gradient[:len(decoder_att)] += hidden.squeeze(1) if hidden.shape[1] == 1 else hidden.sum(1)
+        return hidden.sum(2)
+
+    def gather(self):
+        return self.att_gradient.to(self.encoder_att.dtype), self.weight_gradient.to(self.weight.dtype)
+
+
+class _Apply(torch.autograd.Function):
+    """One step of a shared operation; depends on its anchor, so that the anchor's gradient is asked for last."""
+
+    @staticmethod
+    def forward(ctx, shared, x, anchor):
+        ctx.shared = shared
+        return shared.forward(ctx, x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, ctx.shared.backward(gradient, *ctx.saved_tensors), gradient.new_zeros(())
+
+
+class _Gather(torch.autograd.Function):
+    """The anchor of a shared operation: when autograd comes here, all steps have left their gradients."""
+
+    @staticmethod
+    def forward(ctx, shared, *tensors):
+        ctx.shared = shared
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, *ctx.shared.gather()
+
+
 class Memory(NamedTuple):
     """What one batch of pictures offers the decoder at every step; computed once, in ``DecoderWithAttention.begin``."""
 
     encoder_out: torch.Tensor  # (B, n, encoder_dim), the CNN's own grid
-    encoder_att: Optional[torch.Tensor]  # (B, num_pixels, attention_dim), its projection, pooled
+    energy: Optional[SharedEnergy]  # of (B, num_pixels, attention_dim), the grid's projection, pooled
     pool: Optional[torch.Tensor]  # (num_pixels, n)
-    hidden_weight: torch.Tensor  # everything that multiplies h, as one matrix
-    hidden_bias: torch.Tensor
-    word_weight: torch.Tensor  # the word's columns of the recurrence's input matrix
-    context_weight: torch.Tensor  # the context's columns
-
-    def rows(self, index):
-        """The memory of other rows: an index tensor, or a slice."""
-        att = None if self.encoder_att is None else self.encoder_att[index]
-        return self._replace(encoder_out=self.encoder_out[index], encoder_att=att)
+    hidden: SharedLinear  # everything that multiplies h, as one matrix
+    context: SharedLinear  # the context's columns of the recurrence's input matrix
+    word_weight: torch.Tensor  # the word's columns
 
 
 class Glance(NamedTuple):
@@ -222,7 +312,7 @@ class DecoderOutput(NamedTuple):
     """What a training pass gives. "Packed" is time-major: all live rows of step 0, then of step 1, and so on."""
 
     scores: torch.Tensor  # (num_words, vocab_size), packed
-    targets: torch.Tensor  # (num_words,), packed
+    targets: torch.Tensor  # (num_words,), packed; <pad> where a row ran past its caption
     alphas: torch.Tensor  # (B, max_decode_length, num_pixels), zero past each length
     log_probs: Optional[torch.Tensor]  # hard attention: (B, max_decode_length), of the sampled locations
     rows: torch.Tensor  # (num_words,), packed: which caption each word belongs to
@@ -280,10 +370,11 @@ class DecoderWithAttention(nn.Module):
     # Rows: every picture has R rows beside it, its beams in beam search; in training each caption is its own picture
     # row and R is 1. A row's tensors are (B, R, ...), a picture's (B, ...).
 
-    def begin(self, encoder_out, dtype=torch.float32):
+    def begin(self, encoder_out, dtype=torch.float32, pictures=None):
         """Project the pictures once and start the state from their mean feature (paper, section 3.1.2).
 
-        :param encoder_out: float (B, n, encoder_dim), the encoder's own grid, of any float type
+        :param encoder_out: float (num_pictures, n, encoder_dim), the encoder's own grid, of any float type
+        :param pictures: int64 (B,), the picture of each row; None: every picture once, B = num_pictures
         :param dtype: type of the matrix products; everything else stays float32
         :return: (memory, state): ``Memory`` and a tuple of float32 (B, 1, decoder_dim): (h, c), or (h,) for a GRU
         """
@@ -299,14 +390,19 @@ class DecoderWithAttention(nn.Module):
         hidden = [self.f_beta, self.attention.decoder_att] if self.attention_kind != "mean" else [self.f_beta]
         hidden_weight = torch.cat([layer.weight for layer in hidden] + [self.decode_step.weight_hh]).to(dtype)
         hidden_bias = torch.cat([layer.bias for layer in hidden] + [self.decode_step.bias_hh]).to(dtype)
-        encoder_att = None
+        energy = None
         if self.attention_kind != "mean":
             layer = self.attention.encoder_att
             encoder_att = _linear(encoder_out, layer.weight, layer.bias, dtype)
             encoder_att = encoder_att if pool is None else pool @ encoder_att
+            encoder_att = encoder_att if pictures is None else encoder_att[pictures]
+            energy = SharedEnergy(encoder_att, self.attention.full_att.weight.to(dtype))
+        if pictures is not None:
+            encoder_out, state = encoder_out[pictures], tuple(s[pictures] for s in state)
         word_weight, context_weight = self.decode_step.weight_ih.to(dtype).split(
             [self.embedding.embedding_dim, encoder_out.shape[2]], dim=1)
-        return Memory(encoder_out, encoder_att, pool, hidden_weight, hidden_bias, word_weight, context_weight), state
+        return Memory(encoder_out, energy, pool, SharedLinear(hidden_weight, hidden_bias), SharedLinear(context_weight),
+                      word_weight), state
 
     def embed(self, words, memory):
         """Embed words and multiply them into the recurrence's input: what a step needs of its word.
@@ -325,12 +421,12 @@ class DecoderWithAttention(nn.Module):
 
         :param word_input: (B, R, gates * decoder_dim), from ``embed``
         :param state: tuple of float32 (B, R, decoder_dim)
-        :param memory: of the same B pictures
+        :param memory: of the same pictures, or of more: the state's are the first ones
         :return: (state, context, glance): the new state, (B, R, encoder_dim), ``Glance``
         """
-        h, dtype = state[0], memory.hidden_weight.dtype
+        h, dtype = state[0], memory.word_weight.dtype
         gates = self.decode_step.weight_hh.shape[0]
-        products = F.linear(h.to(dtype), memory.hidden_weight, memory.hidden_bias)
+        products = memory.hidden(h.to(dtype))
         encoder_dim = memory.encoder_out.shape[2]
         gate, decoder_att, hidden_input = products.split(
             [encoder_dim, products.shape[-1] - encoder_dim - gates, gates], dim=-1)
@@ -338,9 +434,9 @@ class DecoderWithAttention(nn.Module):
         glance, weights = self._look(decoder_att, memory, h)
         if memory.pool is not None:
             weights = weights.to(dtype) @ memory.pool
-        context = torch.sigmoid(gate) * (weights.to(dtype) @ memory.encoder_out)
+        context = torch.sigmoid(gate) * (weights.to(dtype) @ memory.encoder_out[:len(h)])
 
-        inputs = (word_input + F.linear(context, memory.context_weight)).float()
+        inputs = (word_input + memory.context(context)).float()
         if self.decoder == "lstm":
             i, f, g, o = (inputs + hidden_input).chunk(4, dim=-1)
             c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
@@ -357,9 +453,7 @@ class DecoderWithAttention(nn.Module):
             num_pixels = memory.encoder_out.shape[1] if memory.pool is None else memory.pool.shape[0]
             alpha = h.new_full((*h.shape[:2], num_pixels), 1 / num_pixels)
             return Glance(alpha), alpha
-        hidden = torch.relu(memory.encoder_att.unsqueeze(1) + decoder_att.unsqueeze(2))
-        energy = _linear(hidden, self.attention.full_att.weight, self.attention.full_att.bias, hidden.dtype)
-        alpha = energy.squeeze(-1).float().softmax(dim=-1)
+        alpha = memory.energy(decoder_att).float().softmax(dim=-1)
         if self.attention_kind == "soft":
             return Glance(alpha), alpha
         if not self.training and not self.sample_location:
@@ -402,13 +496,14 @@ class DecoderWithAttention(nn.Module):
         gradient flows through the draw. Scores are always compared with the ground truth.
 
         A caption leaves the batch when it ends: rows stand in decreasing length and step t runs the first rows only.
+        A row may run longer than its caption; what it says past <end> is not counted.
 
         :param encoder_out: float (num_pictures, n, encoder_dim)
-        :param captions: int64 (B, >= max_decode_length + 1), beginning with <start>
-        :param decode_lengths: list of B ints in decreasing order: words to predict, <end> included; kept off the
-            device, so that the loop never waits for it
+        :param captions: int64 (B, >= max_decode_length + 1): <start>, words, <end>, then <pad>, which is 0
+        :param decode_lengths: list of B ints in decreasing order: steps to run for each row, at least its words and
+            <end>; kept off the device, so that the loop never waits for it
         :param pictures: int64 (B,), which picture each caption describes
-        :param epsilon: probability of feeding the ground truth
+        :param epsilon: probability of feeding the ground truth; a float, or a tensor that a CUDA graph reads anew
         :param argmax: feed the model's likeliest word and not a draw
         :param dtype: type of the matrix products
         :return: ``DecoderOutput``
@@ -416,20 +511,19 @@ class DecoderWithAttention(nn.Module):
         """
         if any(a < b for a, b in zip(decode_lengths, decode_lengths[1:])):
             raise ValueError("captions must stand in decreasing order of length")
-        memory, state = self.begin(encoder_out, dtype)
-        memory, state = memory.rows(pictures), tuple(s[pictures] for s in state)
+        memory, state = self.begin(encoder_out, dtype, pictures)
         steps = range(decode_lengths[0])
         live = [sum(length > t for length in decode_lengths) for t in steps]
         inputs = [captions[:n, t] for t, n in zip(steps, live)]
 
-        teacher_forcing = epsilon >= 1
+        teacher_forcing = not torch.is_tensor(epsilon) and epsilon >= 1
         if teacher_forcing:  # every input is known, so the products of all words are one product
             embedded, word_input = self.embed(torch.cat(inputs), memory)
             word_inputs = word_input.unsqueeze(1).split(live)
         scores, hs, contexts, alphas, log_probs = [], [], [], [], []
         for t, n in zip(steps, live):
             if t and n < live[t - 1]:
-                memory, state = memory.rows(slice(n)), tuple(s[:n] for s in state)
+                state = tuple(s[:n] for s in state)
             if teacher_forcing:
                 state, context, glance = self.advance(word_inputs[t], state, memory)
                 hs.append(state[0])
@@ -450,9 +544,11 @@ class DecoderWithAttention(nn.Module):
         else:
             scores = torch.cat(scores)
         targets = torch.cat([captions[:n, t + 1] for t, n in zip(steps, live)])
+        real = captions[:, 1:len(live) + 1] != 0
         row = torch.arange(len(decode_lengths), device=captions.device)
-        return DecoderOutput(scores, targets, torch.stack(alphas, dim=1),
-                             torch.stack(log_probs, dim=1) if log_probs else None, torch.cat([row[:n] for n in live]))
+        return DecoderOutput(scores, targets, torch.stack(alphas, dim=1) * real.unsqueeze(-1),
+                             torch.stack(log_probs, dim=1) * real if log_probs else None,
+                             torch.cat([row[:n] for n in live]))
 
 
 def _linear(x, weight, bias, dtype):
@@ -462,21 +558,16 @@ def _linear(x, weight, bias, dtype):
 # --------------------------------------------------------------------------------------------------------- losses
 
 
-def doubly_stochastic_penalty(alphas, decode_lengths):
+def doubly_stochastic_penalty(alphas):
     """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
 
-    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past each length
-    :param decode_lengths: list of batch_size ints
+    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past each caption's end
     :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
-    :raises ValueError: if the two disagree on batch size
     """
-    if len(alphas) != len(decode_lengths):
-        raise ValueError(f"{len(alphas)} rows of alphas, but {len(decode_lengths)} lengths")
     return (1 - alphas.sum(dim=1)).square().sum(dim=1).mean()
 
 
-def caption_loss(output, decode_lengths, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002,
-                 decoder=None):
+def caption_loss(output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None):
     """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
 
     The paper sums both terms of eq. 14 over a caption; here both are divided by the number of words, which keeps their
@@ -485,7 +576,6 @@ def caption_loss(output, decode_lengths, num_words=None, label_smoothing=0.0, al
     entropy of alpha.
 
     :param output: ``DecoderOutput``
-    :param decode_lengths: list of ints, the captions' lengths
     :param num_words: what to divide by, if not by this batch's own words (several processes share a batch)
     :param label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016)
     :param alpha_c: weight of the doubly stochastic penalty
@@ -493,22 +583,23 @@ def caption_loss(output, decode_lengths, num_words=None, label_smoothing=0.0, al
     :param decoder: hard attention: the decoder, whose moving average is updated
     :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient, for the log
     """
-    num_words = num_words or len(output.targets)
-    word_nll = F.cross_entropy(output.scores, output.targets, reduction="none")
-    loss = word_nll.sum() / num_words
+    real = output.targets != 0
+    num_words = real.sum() if num_words is None else num_words
+    log_probs = output.scores.log_softmax(dim=-1)
+    word_nll = F.nll_loss(log_probs, output.targets, reduction="none", ignore_index=0)
+    loss = word_nll.sum()
     if label_smoothing:
-        loss = F.cross_entropy(output.scores, output.targets, reduction="sum", label_smoothing=label_smoothing) / num_words
-    captions_per_word = len(decode_lengths) / num_words
+        loss = (1 - label_smoothing) * loss - label_smoothing * (log_probs.mean(dim=-1) * real).sum()
     if alpha_c:
-        loss = loss + alpha_c * captions_per_word * doubly_stochastic_penalty(output.alphas, decode_lengths)
+        loss = loss + alpha_c * len(output.alphas) * doubly_stochastic_penalty(output.alphas)
     if output.log_probs is not None:
         reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll.detach())
         # the first batch has no past to be compared with
         baseline = torch.where(decoder.baseline == 0, reward.mean(), decoder.baseline)
         entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
-        loss = loss - ((reward - baseline) @ output.log_probs.sum(1) + alpha_entropy_c * entropy) / num_words
+        loss = loss - (reward - baseline) @ output.log_probs.sum(1) - alpha_entropy_c * entropy
         decoder.baseline.copy_(0.9 * baseline + 0.1 * reward.mean())
-    return loss, word_nll.detach().sum() / num_words
+    return loss / num_words, word_nll.detach().sum() / num_words
 
 
 def scheduled_sampling_epsilon(schedule, update, k=1.0, slope=0.0, minimum=0.0):

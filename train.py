@@ -123,6 +123,7 @@ def main(args):
     check_args(args)
     device = utils.pick_device(args.device)
     dtype = torch.bfloat16 if args.amp else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", args.data_name))
     val_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "val", args.data_name))
     word_map = datasets.load_word_map(datasets.word_map_path(args.data_folder, args.data_name))
@@ -154,8 +155,9 @@ def main(args):
         seconds_before = history[-1]["seconds"]
         print(f"resuming after epoch {len(history)}; best {args.metric} so far {best_score(history, args.metric):.2f}")
 
+    step = Update(args, captioner, optimizer, train_data, train_features, dtype)
     while len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience:
-        record = train_epoch(args, config, captioner, optimizer, train_data, train_features, history, update, dtype)
+        record = train_epoch(args, config, captioner, step, history, update)
         update = record["update"]
         features = val_features if val_features is not None else encode_split(val_data, captioner, args, dtype)
         found = models.caption_split([captioner], [features], dtype, beam_size=args.beam_size,
@@ -256,7 +258,10 @@ def build_optimizer(args, encoder, decoder):
         groups.append({"params": [p for p in encoder.parameters() if p.requires_grad],
                        "peak_lr": args.encoder_learning_rate})
     device = groups[0]["params"][0].device
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+    on_gpu = device.type == "cuda"
+    # a CUDA graph reads the learning rate from a tensor
+    return torch.optim.AdamW(groups, lr=torch.tensor(0.0, device=device) if on_gpu else 0.0, capturable=on_gpu,
+                             weight_decay=args.weight_decay, fused=on_gpu or device.type == "cpu")
 
 
 # --------------------------------------------------------------------------------------------------- the training
@@ -284,59 +289,128 @@ def learning_rate_factor(config, update, history):
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def train_epoch(args, config, captioner, optimizer, data, features, history, update, dtype):
-    """One pass over the training pictures.
+class Update:
+    """One training update: forward, loss, backward, clipping, optimizer.
+
+    On a GPU the decoder's loop is hundreds of kernels too small to keep the card busy, so each update is recorded once
+    as a CUDA graph and then replayed in one launch. A graph has fixed shapes: captions are padded to a multiple of four
+    words, and one graph is made for each such length. The first update of a length runs without a graph, which also
+    sets up what a recording must find in place; so do updates of an odd number of captions, and fine-tuning.
 
     :param features: float16 tensor (N, n, encoder_dim), or None to encode and fine-tune
+    """
+
+    def __init__(self, args, captioner, optimizer, data, features, dtype):
+        self.args, self.captioner, self.optimizer, self.features, self.dtype = args, captioner, optimizer, features, dtype
+        self.data, self.device = data, captioner.device
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.total = torch.zeros(2, device=self.device)  # loss and nll, summed where they are: asking makes the host wait
+        self.graphs = {}
+        self.use_graphs = self.device.type == "cuda" and features is not None
+        if self.use_graphs:
+            self.epsilon = torch.ones((), device=self.device)
+
+    def load(self, pictures):
+        """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
+
+        :param pictures: int array of picture indices
+        :return: (steps of each row, words, (inputs, captions, position of each caption's picture))
+        """
+        rows = datasets.caption_rows(self.data, pictures)
+        steps, captions = rows.decode_lengths, rows.captions
+        words = sum(steps)
+        if self.use_graphs:
+            length = 4 * math.ceil(steps[0] / 4)
+            captions = np.pad(captions, ((0, 0), (0, length + 1 - captions.shape[1])))
+            steps = [length] * len(steps)
+        if self.features is None:
+            inputs = torch.from_numpy(self.data.images(pictures))
+        else:
+            pictures = torch.from_numpy(pictures)
+            inputs = pictures if self.features.is_cuda else self.features[pictures]
+        tensors = inputs, torch.from_numpy(captions), torch.from_numpy(rows.pictures)
+        return steps, words, [t.pin_memory() for t in tensors] if self.device.type == "cuda" else tensors
+
+    def __call__(self, steps, tensors, epsilon):
+        """:param epsilon: probability of feeding the true word"""
+        if not self.use_graphs:
+            self.compute(steps, *(t.to(self.device, non_blocking=True) for t in tensors), epsilon)
+            return
+        if self.args.scheduled_sampling != "none":
+            epsilon = self.epsilon.fill_(epsilon)
+        key = (steps[0], *(t.shape for t in tensors))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            self.compute(steps, *(t.to(self.device, non_blocking=True) for t in tensors), epsilon)
+            return
+        if self.graphs[key] is None:
+            inputs = [t.to(self.device) for t in tensors]
+            graph = torch.cuda.CUDAGraph()
+            pool = next((made[0].pool() for made in self.graphs.values() if made), None)
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph, pool=pool):
+                self.compute(steps, *inputs, epsilon)
+            self.graphs[key] = graph, inputs
+        graph, inputs = self.graphs[key]
+        for static, tensor in zip(inputs, tensors):
+            static.copy_(tensor, non_blocking=True)
+        graph.replay()
+
+    def compute(self, steps, inputs, captions, pictures, epsilon):
+        args = self.args
+        if self.features is None:
+            with torch.autocast(self.device.type, self.dtype, enabled=args.amp):
+                inputs = self.captioner.encoder(inputs)
+        elif self.features.is_cuda:
+            inputs = self.features[inputs]
+        decoder = self.captioner.decoder
+        output = decoder(inputs, captions, steps, pictures, epsilon, args.ss_argmax, self.dtype)
+        loss, nll = models.caption_loss(output, label_smoothing=args.label_smoothing, alpha_c=args.alpha_c, decoder=decoder)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, args.grad_clip)
+        self.optimizer.step()
+        self.total += torch.stack([loss.detach(), nll])
+
+
+def train_epoch(args, config, captioner, step, history, update):
+    """One pass over the training pictures.
+
+    :param step: ``Update``
     :param history: records of the epochs before
     :param update: updates made before
     :return: the epoch's record: losses, rates, words per second
     """
-    encoder, decoder, device = captioner.encoder, captioner.decoder.train(), captioner.device
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    epoch = len(history)
-    total = torch.zeros(2, device=device)  # loss and nll, summed on the device: asking for them would make it wait
-    words, began = 0, time.time()
-
-    def load(pictures):
-        rows = datasets.caption_rows(data, pictures)
-        if features is None:
-            return rows, torch.from_numpy(data.images(pictures))
-        return rows, torch.from_numpy(pictures) if features.is_cuda else features[pictures]
-
-    batches = datasets.training_batches(len(data), args.batch_size, args.seed, epoch)
+    captioner.decoder.train()
+    step.total.zero_()
+    words, began, epoch = 0, time.time(), len(history)
+    batches = datasets.training_batches(len(step.data), args.batch_size, args.seed, epoch)
     bar = utils.progress(total=len(batches), desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch", leave=False)
-    for rows, inputs in datasets.read_ahead(load, batches, args.workers):
+    for steps, batch_words, tensors in datasets.read_ahead(step.load, batches, args.workers):
         factor = learning_rate_factor(config, update, history)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        for group in step.optimizer.param_groups:
+            set_learning_rate(group, group["peak_lr"] * factor)
         epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, args.ss_k, args.ss_slope, args.ss_min)
-        inputs = inputs.to(device, non_blocking=True)
-        if features is None:
-            with torch.autocast(device.type, dtype, enabled=args.amp):
-                inputs = encoder(inputs)
-        elif features.is_cuda:
-            inputs = features[inputs]
-        output = decoder(inputs, torch.from_numpy(rows.captions).to(device), rows.decode_lengths,
-                         torch.from_numpy(rows.pictures).to(device), epsilon, args.ss_argmax, dtype)
-        loss, nll = models.caption_loss(output, rows.decode_lengths, label_smoothing=args.label_smoothing,
-                                        alpha_c=args.alpha_c, decoder=decoder)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-        optimizer.step()
+        step(steps, tensors, epsilon)
         update += 1
-        words += sum(rows.decode_lengths)
-        total += torch.stack([loss.detach(), nll])
+        words += batch_words
         bar.update()
         if bar.n % 25 == 0:
-            bar.set_postfix_str(f"loss {total[0].item() / bar.n:.3f}, {words / (time.time() - began):,.0f} words/s")
-    loss, nll = (total / len(batches)).tolist()
+            bar.set_postfix_str(f"loss {step.total[0].item() / bar.n:.3f}, {words / (time.time() - began):,.0f} words/s")
+    loss, nll = (step.total / len(batches)).tolist()
     bar.close()
-    decoder.eval()
-    return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll, "learning_rate": optimizer.param_groups[0]["lr"],
-            "epsilon": epsilon, "train_seconds": round(time.time() - began, 1),
-            "words_per_second": round(words / (time.time() - began))}
+    captioner.decoder.eval()
+    seconds = time.time() - began
+    return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll, "learning_rate": args.learning_rate * factor,
+            "epsilon": epsilon, "train_seconds": round(seconds, 1), "words_per_second": round(words / seconds)}
+
+
+def set_learning_rate(group, value):
+    """In place where it is a tensor, which a CUDA graph reads."""
+    if torch.is_tensor(group["lr"]):
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
 
 
 # ---------------------------------------------------------------------------------------------------- the reports

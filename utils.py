@@ -168,6 +168,8 @@ def add_search_flags(parser, beam_sizes="?"):
     group.add_argument("--length_penalty", type=float, default=0.7,
                        help="captions are ranked by log-probability / length^this; raise it if captions are too short, "
                             "0 is plain beam search (default: %(default)s)")
+    group.add_argument("--sample_location", action="store_true",
+                       help="hard attention: look at a location drawn by its weight (default: at the likeliest)")
     group.add_argument("--max_decode_steps", type=int, default=50, help="longest caption in words (default: %(default)s)")
 
 

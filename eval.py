@@ -1,0 +1,124 @@
+"""Caption every picture of a split with beam search and score the captions against what people wrote.
+
+    python eval.py --model checkpoints/BEST_checkpoint_flickr8k_5_cap_per_img_5_min_word_freq.pth.tar
+    python eval.py --model checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
+    python eval.py --model seed0/BEST_checkpoint_*.pth.tar seed1/BEST_checkpoint_*.pth.tar   # an ensemble
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import datasets
+import models
+import utils
+from utils import UserError
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description="Score a captioner.")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="CHECKPOINT",
+                        help="checkpoint written by train.py; several of one word map decode together, as an ensemble")
+    parser.add_argument("--word_map", type=Path,
+                        help="word map, checked against the checkpoint's own (default: not needed)")
+    parser.add_argument("--data_folder", type=Path, default=Path("data"),
+                        help="folder with the files that create_input_files.py wrote (default: %(default)s)")
+    parser.add_argument("--data_name", help="their common name (default: what the checkpoint was trained on)")
+    parser.add_argument("--split", choices=datasets.SPLITS, default="test",
+                        help="which pictures; choose models on val, report on test (default: %(default)s)")
+    parser.add_argument("--output_folder", type=Path,
+                        help="folder for captions and metrics, as JSON (default: the first checkpoint's)")
+    utils.add_search_flags(parser, beam_sizes="+")
+    utils.add_device_flags(parser)
+    return parser
+
+
+def main(args):
+    utils.check_shared_flags(args)
+    device = utils.pick_device(args.device)
+    dtype = torch.bfloat16 if args.amp else torch.float32
+    word_map = datasets.load_word_map(args.word_map) if args.word_map else None
+    captioners = [models.load_captioner(path, device, word_map) for path in args.model]
+    first = captioners[0]
+    for path, captioner in zip(args.model, captioners):
+        if captioner.word_map != first.word_map:
+            raise UserError(f"{path} has another word map than {args.model[0]}; an ensemble needs one word map")
+        captioner.decoder.sample_location = args.sample_location
+    name = args.data_name or first.config["data_name"]
+    folder = args.output_folder or args.model[0].parent
+    data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))
+    if any(captioner.image_size != data.image_size for captioner in captioners):
+        raise UserError(f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
+                        f"{', '.join(str(c.image_size) for c in captioners)}; prepare the data with that --image_size")
+    print(utils.describe_machine(device))
+    features = [features_of(data, captioner, args, name, dtype) for captioner in captioners]
+    rows = {}
+    for beam_size in args.beam_size:
+        utils.set_seed(0)  # of sampled locations
+        began = time.time()
+        found = models.caption_split(captioners, features, dtype, beam_size=beam_size, length_penalty=args.length_penalty,
+                                     max_decode_steps=args.max_decode_steps, with_alphas=data.scenes is not None)
+        seconds = time.time() - began
+        best = [hypotheses[0] for hypotheses in found]
+        captions = [first.text(hypothesis) for hypothesis in best]
+        utils.write_json(datasets.captions_path(folder, name, args.split, beam_size),
+                         [{"image_id": i, "file_name": data.image_names[i], "caption": " ".join(words)}
+                          for i, words in enumerate(captions)])
+        rows[beam_size] = {**utils.score_captions(data.references, captions, meteor=True),
+                           "words per caption": sum(map(len, captions)) / len(captions),
+                           "ms per picture": 1000 * seconds / len(captions)}
+        if data.scenes is not None:
+            rows[beam_size] |= score_scenes(data.scenes, captions, [hypothesis.alphas for hypothesis in best])
+    path = datasets.metrics_path(folder, name, args.split)
+    utils.write_json(path, {"models": [str(m) for m in args.model], "data": name, "split": args.split, "scale": "0-100",
+                            "length_penalty": args.length_penalty, "beam_sizes": rows})
+    print_table(rows, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
+    print(f"written: {path} and the captions beside it")
+
+
+def features_of(data, captioner, args, name, dtype):
+    """The split's features; a frozen encoder's come from the feature store that training shares."""
+    path = None
+    if not captioner.config["fine_tune_encoder"]:
+        key = datasets.feature_key(captioner.encoder.digest(), data.images_digest, dtype)
+        path = datasets.features_path(args.data_folder, name, data.split, key)
+    encode = lambda images: captioner.encode(images, dtype)
+    return torch.from_numpy(datasets.encode_split(data, encode, path, workers=args.workers))
+
+
+def score_scenes(scenes, captions, alphas):
+    """How far captions and attention are true, where it is known what the pictures show.
+
+    :param scenes: list of scenes (see ``datasets.shapes_records``)
+    :param captions: list of lists of words
+    :param alphas: list of float tensors (num_words, num_pixels)
+    :return: dict of percentages: "objects" (captions that name the right shapes with the right colours), "relation"
+        (true ones among the captions that state one), "pointing" (words whose attention peaks in the box of what they
+        name) and "by chance" (the same for attention that peaks anywhere)
+    """
+    verdicts = [datasets.judge_caption(scene, words) for scene, words in zip(scenes, captions)]
+    relations = [verdict["relation"] for verdict in verdicts if verdict["relation"] is not None]
+    looks = []
+    for scene, words, alpha in zip(scenes, captions, alphas):
+        side = int(alpha.shape[1] ** 0.5)
+        looks += datasets.pointing(scene, words, alpha.numpy(), (side, side))
+    mean = lambda values: 100 * sum(values) / len(values) if values else None
+    return {"objects": mean([verdict["objects"] for verdict in verdicts]), "relation": mean(relations),
+            "pointing": mean([hit for hit, _ in looks]), "by chance": mean([chance for _, chance in looks])}
+
+
+def print_table(rows, title):
+    """A column for each beam size, a row for each figure."""
+    print(f"\n{title}\n{'beam size':>18}" + "".join(f"{beam_size:>9}" for beam_size in rows))
+    for name in next(iter(rows.values())):
+        values = (row[name] for row in rows.values())
+        print(f"{name:>18}" + "".join(f"{'-':>9}" if value is None else f"{value:>9.2f}" for value in values))
+    if next(iter(rows.values()))["METEOR"] is None:
+        print("METEOR left out: it needs Java, which is not installed here")
+    print()
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())

@@ -1,0 +1,685 @@
+"""Words, pictures, sources, scenes and the HDF5 files."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import make_picture
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import datasets
+from datasets import END, PAD, START, UNK, CaptionDataset, Record, read_image
+from utils import UserError
+
+REAL_FLICKR8K = Path(__file__).parents[2] / "shared" / "flickr8k"
+MANY = 20 if os.environ.get("FUZZ") else 1  # the long form: FUZZ=1 python -m pytest tests/test_datasets.py
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+@given(st.text(max_size=60))
+@example("Straße_und CAFÉ's ①②\u0301 नमस्ते 漢字 İ ǅ")
+def test_tokens_are_words_and_splitting_again_changes_nothing(text):
+    tokens = datasets.tokenize(text)
+    assert datasets.tokenize(" ".join(tokens)) == tokens
+    assert not any(mark in token for token in tokens for mark in " .,_-'<>\n")
+
+
+@given(st.lists(st.sampled_from(["a", "dog", "runs", "on", "the", "grass", "zebra"]), max_size=12))
+def test_decoding_undoes_encoding_up_to_unknown_words(tokens):
+    words = [PAD, "a", "dog", "runs", "on", "the", "grass", UNK, START, END]
+    word_map = {word: i for i, word in enumerate(words)}
+    ids = datasets.encode_caption(tokens, word_map, 12)
+    assert len(ids) == 14 and ids.count(word_map[END]) == 1
+    assert datasets.decode_caption(ids, words) == [token if token in word_map else UNK for token in tokens]
+
+
+def test_caption_that_is_too_long_is_refused(word_map):
+    with pytest.raises(ValueError, match="expected at most 3"):
+        datasets.encode_caption(["a"] * 4, word_map, 3)
+
+
+@given(st.lists(st.lists(st.text("abc", min_size=1, max_size=2))), st.integers(1, 4))
+def test_word_map_holds_frequent_words_in_the_tutorials_order(token_lists, min_word_freq):
+    word_map = datasets.build_word_map(token_lists, min_word_freq)
+    counts = Counter(word for tokens in token_lists for word in tokens)
+    words = list(word_map)
+    assert [word_map[word] for word in words] == list(range(len(words)))
+    assert (words[0], words[-3:]) == (PAD, [UNK, START, END])
+    assert set(words[1:-3]) == {word for word, count in counts.items() if count >= min_word_freq}
+    assert words[1:-3] == sorted(words[1:-3], key=lambda word: (-counts[word], word))
+
+
+@pytest.mark.parametrize("value", [
+    [], 5, {}, {"a": 0}, {PAD: 0, UNK: 1, START: 2}, {PAD: 1, UNK: 0, START: 2, END: 3}, {PAD: 0, UNK: 1, START: 1, END: 2},
+    {PAD: 0, UNK: 1, START: 2, END: 4}, {PAD: 0, UNK: 1, START: 2, END: "3"}, {PAD: False, UNK: True, START: 2, END: 3},
+])  # fmt: skip
+def test_what_is_no_word_map_is_refused(value, write_bad_json, fails):
+    with fails("is no word map"):
+        datasets.load_word_map(write_bad_json(value))
+
+
+def test_word_map_digest_sees_content_and_not_order(word_map):
+    digest = datasets.word_map_digest(word_map)
+    assert digest == datasets.word_map_digest(dict(reversed(word_map.items())))
+    assert digest != datasets.word_map_digest({**word_map, "dog": 1, "a": 2})
+
+
+@pytest.mark.skipif(not REAL_FLICKR8K.is_dir(), reason="needs Flickr8k's captions")
+def test_vocabulary_of_flickr8k():
+    records, notes = datasets.flickr8k_records(REAL_FLICKR8K)
+    assert [sum(r.split == split for r in records) for split in datasets.SPLITS] == [6000, 1000, 1000] and not notes
+    counts = Counter(word for r in records if r.split == "train" for text in r.captions for word in datasets.tokenize(text))
+    assert (len(counts), sum(count >= 5 for count in counts.values())) == (7370, 2535)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_every_mode_gives_the_colours_that_a_person_sees(picture):
+    rgb = Image.fromarray(picture(1))
+    grey = rgb.convert("L")
+    expected_grey = np.asarray(grey.convert("RGB")).astype(int)
+    greys = {
+        "L": encoded(grey, "PNG"),
+        "LA": encoded(grey.convert("LA"), "PNG"),
+        "I;16": encoded(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "PNG"),
+        "I": encoded(Image.fromarray(np.asarray(grey).astype(np.int32) * 257), "TIFF"),
+        "I as bytes": encoded(Image.fromarray(np.asarray(grey).astype(np.int32)), "TIFF"),
+        "F from 0 to 1": encoded(Image.fromarray(np.asarray(grey).astype(np.float32) / 255), "TIFF"),
+        "F from 0 to 255": encoded(Image.fromarray(np.asarray(grey).astype(np.float32)), "TIFF"),
+    }
+    colours = {
+        "RGB": encoded(rgb, "PNG"),
+        "RGBA": encoded(rgb.convert("RGBA"), "PNG"),
+        "CMYK": encoded(rgb.convert("CMYK"), "TIFF"),
+        "CMYK, JPEG": encoded(rgb.convert("CMYK"), "JPEG", quality=98),
+        "YCbCr": encoded(rgb.convert("YCbCr"), "TIFF"),
+        "P": encoded(rgb.quantize(256), "PNG"),
+        "PA": encoded(rgb.convert("RGBA").quantize(256), "PNG"),
+        "animation": encoded(rgb, "GIF", save_all=True, append_images=[Image.new("RGB", rgb.size, "red")] * 2),
+    }
+    for mode, data in greys.items():
+        assert np.abs(read_image(data) - expected_grey).max() <= 1, mode
+    for mode, data in colours.items():
+        assert np.abs(read_image(data).astype(int) - np.asarray(rgb)).mean() < 9, mode
+    bits = read_image(encoded(Image.fromarray(np.eye(9) > 0), "PNG"))
+    assert (bits == 255 * np.eye(9)[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_pixels_lie_over_white(mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    if mode == "P":
+        image = Image.fromarray(np.repeat([[0] * 4 + [1] * 4], 8, 0).astype(np.uint8)).convert("P")
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        data = encoded(image, "PNG", transparency=1)
+    else:
+        data = encoded(image.quantize(4) if mode == "PA" else image.convert(mode), "PNG")
+    result = read_image(data)
+    assert (result[:, :4] < 3).all() and (result[:, 4:] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_picture_stands_upright_whatever_its_exif_says(orientation, picture):
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that the camera would have applied
+    upright = Image.fromarray(picture(2))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    assert (read_image(encoded(stored, "PNG", exif=exif)) == picture(2)).all()
+
+
+def test_big_jpeg_read_small_looks_the_same(picture):
+    data = encoded(Image.fromarray(picture(3, 1600, 1200)), "JPEG", quality=90)
+    small, full = read_image(data, size=64), read_image(data)
+    assert full.shape == (1200, 1600, 3) and 128 <= min(small.shape[:2]) < 400
+    difference = datasets.resize_image(small, 64).astype(int) - datasets.resize_image(full, 64)
+    assert np.abs(difference).max() <= 4
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (2000, 3), (3, 2000), (64, 64)])
+def test_resizing_shows_the_whole_picture(width, height):
+    ramp = np.linspace(0, 255, width).astype(np.uint8)[None, :, None].repeat(height, 0).repeat(3, 2)
+    resized = datasets.resize_image(ramp, 32)
+    assert resized.shape == (3, 32, 32) and resized.dtype == np.uint8
+    if width >= 32:
+        assert resized[..., 0].max() < 12 and resized[..., -1].min() > 243
+
+
+def test_what_cannot_be_read_is_named(tmp_path, fails, picture):
+    whole = encoded(Image.fromarray(picture(4, 200, 200)), "JPEG")
+    bomb = encoded(Image.new("1", (20000, 20000)), "PNG")
+    for name, data in {"empty": b"", "text": b"<html>", "half": whole[:len(whole) // 2], "bomb": bomb}.items():
+        path = tmp_path / f"{name}.jpg"
+        path.write_bytes(data)
+        with fails(f"{name}.jpg"):
+            read_image(path)
+    for path in (tmp_path / "none.jpg", tmp_path):
+        with fails(f"cannot read {path}"):
+            read_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says of damaged tags what it skips
+def test_damaged_pictures_give_a_result_or_a_clear_error(picture):
+    image, rng = Image.fromarray(picture(5)), random.Random(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
+        whole = encoded(image, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+        for _ in range(60 * MANY):
+            data = bytearray(whole[:rng.randrange(len(whole))] if rng.random() < 0.2 else whole)
+            for _ in range(rng.randint(1, 8)):
+                if data:
+                    data[rng.randrange(min(len(data), rng.choice((60, len(data)))))] = rng.randrange(256)
+            try:
+                result = read_image(bytes(data), size=32)
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                assert result.dtype == np.uint8 and result.shape[2] == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def make_flickr8k(folder, pictures=10, line_end="\n"):
+    """A miniature of Flickr8k's two archives, with macOS's extra members and the odd caption of the real one."""
+    names = [f"{i:02d}_ab.jpg" for i in range(pictures)]
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i, name in enumerate(names):
+            archive.writestr(f"Flicker8k_Dataset/{name}", encoded(Image.fromarray(make_picture(i)), "JPEG"))
+            archive.writestr(f"__MACOSX/Flicker8k_Dataset/._{name}", b"resource fork")
+    captions = [f"{name}#{k}\tA dog {k} runs on the grass ." for name in names for k in range(5)]
+    texts = {
+        "Flickr8k.token.txt": [*captions, "00_ab.jpg.1#0\tpeople waiting"],
+        "Flickr_8k.trainImages.txt": names[:6],
+        "Flickr_8k.devImages.txt": names[6:8],
+        "Flickr_8k.testImages.txt": names[8:],
+    }
+    with zipfile.ZipFile(folder / "Flickr8k_text.zip", "w") as archive:
+        for name, lines in texts.items():
+            archive.writestr(name, line_end.join([*lines, ""]))
+            archive.writestr(f"__MACOSX/._{name}", b"resource fork")
+    return folder
+
+
+def contents(records):
+    return [(r.name, r.split, r.captions, r.image(32).tobytes()) for r in records]
+
+
+def test_flickr8k_is_the_same_packed_and_unpacked(tmp_path):
+    packed = make_flickr8k(tmp_path / "packed")
+    crlf = make_flickr8k(tmp_path / "crlf", line_end="\r\n")
+    unpacked = tmp_path / "unpacked"
+    for archive in packed.iterdir():
+        shutil.unpack_archive(archive, unpacked)
+    expected = contents(datasets.flickr8k_records(packed)[0])
+    assert Counter(split for _, split, _, _ in expected) == {"train": 6, "val": 2, "test": 2}
+    assert all(len(captions) == 5 for _, _, captions, _ in expected)
+    assert contents(datasets.flickr8k_records(unpacked)[0]) == expected
+    assert contents(datasets.flickr8k_records(crlf)[0]) == expected
+
+
+def test_flickr8k_that_is_not_whole_is_refused(tmp_path, fails):
+    folder = make_flickr8k(tmp_path / "data")
+    with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip") as archive:
+        members = archive.infolist()[:10]
+        contents = {member.filename: archive.read(member) for member in members}
+    with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip", "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    with fails("5 of 10 pictures are missing"):
+        datasets.flickr8k_records(folder)
+    data = (folder / "Flickr8k_text.zip").read_bytes()
+    (folder / "Flickr8k_text.zip").write_bytes(data[:len(data) // 2])
+    with fails("Flickr8k_text.zip is not a whole zip archive"):
+        datasets.flickr8k_records(folder)
+    (folder / "Flickr8k_text.zip").unlink()
+    with fails("holds none of Flickr8k.token.txt"):
+        datasets.flickr8k_records(folder)
+
+
+def test_member_that_claims_an_absurd_size_is_not_read(tmp_path, fails):
+    path = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", bytes(datasets.MAX_PICTURE_BYTES + 1))
+    with fails("a.jpg says it has"):
+        datasets._Pictures(path).find("a.jpg")(32)
+
+
+def test_karpathys_files(tmp_path, own_data, fails):
+    folder, _ = own_data
+    (folder / "val2014").mkdir()
+    (folder / "01.jpg").rename(folder / "val2014" / "01.jpg")
+    entries = [
+        {"filename": "00.jpg", "split": "train", "sentences": [{"raw": "A dog.", "tokens": ["a", "dog"]}]},
+        {"filename": "01.jpg", "filepath": "val2014", "split": "restval", "sentences": [{"tokens": ["a", "cat"]}]},
+        {"filename": "02.jpg", "split": "test", "sentences": []},
+        {"filename": "03.jpg", "split": "val", "sentences": [{"raw": "It runs."}], "cocoid": 3},
+    ]
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"images": entries, "dataset": "coco"}))
+    records, notes = datasets.karpathy_records(path, folder)
+    assert [(r.name, r.split, r.captions) for r in records] == [
+        ("00.jpg", "train", ["A dog."]), ("01.jpg", "train", ["a cat"]), ("03.jpg", "val", ["It runs."])]
+    assert (records[1].image(32) == read_image(folder / "val2014" / "01.jpg")).all()
+    assert ["no sentences" in note for note in notes] == [True]
+    for value in ([], {"images": []}, {"images": 5}):
+        path.write_text(json.dumps(value))
+        with fails("is not one of Karpathy's files"):
+            datasets.karpathy_records(path, folder)
+    for broken in (5, {}, {**entries[0], "split": "extra"}, {**entries[0], "sentences": [5]}, {**entries[0], "split": []}):
+        path.write_text(json.dumps({"images": [entries[0], broken]}))
+        with fails('entry 1 of "images" is malformed'):
+            datasets.karpathy_records(path, folder)
+
+
+def test_own_captions_are_the_same_in_each_format(tmp_path, own_data):
+    folder, csv_file = own_data
+    expected, notes = datasets.custom_records(folder, csv_file, 0)
+    assert len(expected) == 20 and not notes
+    assert expected[0].captions == ["A dog runs on grass 0.", "The dog, it runs", "A grass"]
+    shutil.make_archive(tmp_path / "pictures", "zip", folder)
+    forms = {
+        "bom_crlf.csv": "\ufeff" + csv_file.read_text().replace("\n", "\r\n"),
+        "rows.jsonl": "\n".join(json.dumps({"image": r.name, "caption": c, "split": r.split})
+                                for r in expected for c in r.captions),
+        "lists.jsonl": "\r\n\r\n".join(json.dumps({"image": r.name, "captions": r.captions, "split": r.split})
+                                       for r in expected),
+    }
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        for images in (folder, tmp_path / "pictures.zip"):
+            assert contents(datasets.custom_records(images, tmp_path / name, 0)[0]) == contents(expected), name
+    token = tmp_path / "own.token.txt"
+    token.write_text("\r\n".join(f"{r.name}#{k}\t{c}" for r in expected for k, c in enumerate(r.captions)), newline="")
+    records, _ = datasets.custom_records(folder, token, 0)
+    assert [(r.name, r.captions) for r in records] == [(r.name, r.captions) for r in expected]
+
+
+@given(st.sets(st.text(min_size=1, max_size=9), min_size=3), st.integers(0, 9), st.randoms())
+def test_missing_splits_are_dealt_fairly_and_whatever_the_order(names, seed, rng):
+    names = sorted(names)
+    dealt = datasets._deal(names, seed)
+    rng.shuffle(names)
+    assert datasets._deal(names, seed) == dealt
+    counts = Counter(dealt.values())
+    assert counts["val"] == counts["test"] == max(1, round(len(names) / 10)) and counts["train"] >= 1
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "is empty"),
+    ("picture,text\n00.jpg,a dog\n", "line 1: expected the header image,caption"),
+    ("image,caption\n00.jpg,a dog\n01.jpg,a dog, running\n", "line 3: 3 fields, expected 2"),
+    ('image,caption\n00.jpg,"a dog\n', "line 2: not valid CSV"),
+    ("image,caption,split\n00.jpg,a dog,trian\n", "line 2: unknown split 'trian'"),
+    ("image,caption,split\n00.jpg,a,train\n00.jpg,b,val\n", "line 3: 00.jpg is in val here, but in train"),
+    ("image,caption\n,a dog\n", "line 2: the picture's name is empty"),
+    ('{"image": "00.jpg", "caption": "a"}\n{"image": "01.jpg"\n', "line 2: not valid JSON"),
+    ('{"image": "00.jpg", "caption": 5}\n', "line 1: expected"),
+    ('{"image": 5, "captions": ["a"]}\n', "line 1: expected"),
+    ("{" + '"a":[' * 100000, "line 1: not valid JSON"),
+    ("00.jpg#0\ta dog\n01.jpg a dog\n", "line 2: expected name.jpg#0<TAB>caption"),
+    ("image,caption\nnone.jpg,a dog\n", "1 of 1 pictures are missing"),
+    ("image,caption\n../captions.csv,a dog\n", "1 of 1 pictures are missing"),
+    ("image,caption\n00.jpg,a dog\n./00.jpg,a dog\n", "names one picture"),
+])  # fmt: skip
+def test_malformed_captions_are_named_with_their_line(text, message, own_data, fails):
+    folder, path = own_data
+    path.write_text(text)
+    with fails(message):
+        datasets.custom_records(folder, path, 0)
+
+
+def test_captions_that_are_not_utf8_are_named_with_their_line(own_data, fails):
+    folder, path = own_data
+    path.write_bytes("image,caption\n00.jpg,a dog\n01.jpg,ein Tür\n".encode("latin-1"))
+    with fails("line 3: not UTF-8"):
+        datasets.custom_records(folder, path, 0)
+
+
+def test_pictures_and_captions_without_each_other_are_said(own_data):
+    folder, path = own_data
+    with open(path, "a") as file:
+        file.write("ghost.jpg,nobody,train\n00.jpg,A grass,train\n")
+    Image.new("RGB", (9, 9)).save(folder / "unused.png")
+    (folder / "readme.txt").write_text("not a picture")
+    records, notes = datasets.custom_records(folder, path, 0)
+    assert len(records) == 20 and records[0].captions.count("A grass") == 1
+    assert [words in note for words, note in zip(("'ghost.jpg' is missing", "1 pictures of", "1 rows of"), notes)] == [True] * 3
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_scenes_are_told_truly():
+    records, _ = datasets.shapes_records(150, 1, 1, seed=3, size=64)
+    assert {len(r.scene["objects"]) for r in records} == {1, 2, 3}
+    for record in records:
+        assert len(record.captions) == 5
+        for caption in record.captions:
+            words = caption.split()
+            relation = True if len(record.scene["objects"]) > 1 else None
+            assert datasets.judge_caption(record.scene, words) == {"objects": True, "relation": relation}, caption
+        boxes = np.array([thing["box"] for thing in record.scene["objects"]])
+        assert (boxes >= 0).all() and (boxes <= 1).all()
+
+
+def test_judge_sees_wrong_objects_and_wrong_relations():
+    scene = {"objects": [{"color": "red", "shape": "circle", "box": [0.1, 0.1, 0.3, 0.3]},
+                         {"color": "blue", "shape": "star", "box": [0.6, 0.12, 0.8, 0.32]}]}
+    for caption, objects, relation in (
+        ("a red circle to the left of a large blue star", True, True),
+        ("a blue star left of a red circle", True, False),
+        ("a blue star below a red circle", True, False),  # by less than 5 % of the picture
+        ("a red circle and a blue star", True, None),
+        ("a red circle on the left", False, None),
+        ("a red star left of a blue circle", False, False),
+        ("a red circle left of a blue star and a red circle", False, True),
+        ("a circle left of a blue star", False, False),
+        ("", False, None),
+    ):
+        assert datasets.judge_caption(scene, caption.split()) == {"objects": objects, "relation": relation}, caption
+
+
+def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets():
+    records, _ = datasets.shapes_records(60, 0, 0, seed=4, size=64)
+    rng, grid = np.random.default_rng(0), (7, 9)
+    blind, named = [], 0
+    for record in records:
+        words = record.captions[0].split()
+        sharp = np.zeros((len(words), 63))
+        for alpha, word in zip(sharp, words):
+            for i in record.scene["names"].get(word, [])[:1]:
+                x0, y0, x1, y1 = record.scene["objects"][i]["box"]
+                alpha[int((y0 + y1) / 2 * grid[0]) * grid[1] + int((x0 + x1) / 2 * grid[1])] = 1
+        scores = datasets.pointing(record.scene, words, sharp, grid)
+        named += sum(word in datasets.COLORS or word in datasets.SHAPES for word in words)
+        assert all(hit and 0 < chance < 1 for hit, chance in scores)
+        for _ in range(30):
+            blind += datasets.pointing(record.scene, words, rng.random(sharp.shape), grid)
+    assert named * 30 == len(blind)
+    hits, chances = np.array(blind).mean(0)
+    assert abs(hits - chances) < 0.02
+
+
+def test_boxes_are_where_the_colours_are():
+    records, _ = datasets.shapes_records(40, 0, 0, seed=5, size=96)
+    for record in records:
+        image = record.image(96).astype(int)
+        for thing in record.scene["objects"][-1:]:  # the last is drawn over the others
+            near = np.abs(image - datasets.COLORS[thing["color"]]).max(2) <= 10
+            if sum(other["color"] == thing["color"] for other in record.scene["objects"]) == 1:
+                ys, xs = np.nonzero(near)
+                seen = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 96
+                assert np.abs(seen - thing["box"]).max() < 0.04, record
+
+
+def test_a_generated_picture_depends_on_seed_split_and_number_alone():
+    few = contents(datasets.shapes_records(3, 2, 2, seed=6, size=32)[0])
+    many = {entry[0]: entry for entry in contents(datasets.shapes_records(8, 4, 5, seed=6, size=32)[0])}
+    assert few == [many[entry[0]] for entry in few]
+    assert few != contents(datasets.shapes_records(3, 2, 2, seed=7, size=32)[0])
+    assert len({pixels for *_, pixels in many.values()}) == len(many)
+
+
+# ---------------------------------------------------------------------------------------------------------------- HDF5
+
+
+def record(i, split="train", captions=("a dog runs",), image=None):
+    return Record(f"{i}.jpg", split, list(captions), image or (lambda size: make_picture(i)))
+
+
+def write(folder, records, **options):
+    options = {"min_word_freq": 1, "max_len": 6, "image_size": 32, **options}
+    summaries, word_map = datasets.write_dataset(folder, records, dataset="mine", source="test", **options)
+    name = datasets.base_name("mine", options.get("captions_per_image", 5), options["min_word_freq"])
+    return [CaptionDataset(datasets.split_path(folder, split, name)) for split in datasets.SPLITS], summaries, word_map
+
+
+def everywhere(captions=("a dog runs",), **options):
+    """One picture in each split."""
+    return [record(i, split, captions, **options) for i, split in enumerate(datasets.SPLITS)]
+
+
+def test_same_bytes_whatever_the_number_of_threads(tmp_path):
+    for folder, workers in (("one", 1), ("eight", 8)):
+        records, _ = datasets.shapes_records(40, 3, 3, seed=1, size=32)
+        write(tmp_path / folder, records, workers=workers, max_len=20, captions_per_image=3)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) == 4
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "eight" / name).read_bytes(), name
+
+
+def test_file_gives_back_what_was_written(shapes_train, shapes_word_map):
+    records, _ = datasets.shapes_records(24, 0, 0, seed=1, size=64)
+    words = list(shapes_word_map)
+    assert shapes_train.image_names == [r.name for r in records] and len(shapes_train) == 24
+    assert shapes_train.scenes == [r.scene for r in records]
+    assert shapes_train.raw_references == [r.captions for r in records]
+    for i, r in enumerate(records):
+        rows = range(*shapes_train.caption_offsets[i:i + 2])
+        decoded = [datasets.decode_caption(shapes_train.captions[row], words) for row in rows]
+        assert decoded == shapes_train.references[i] == [text.split() for text in r.captions]
+        assert [len(tokens) + 2 for tokens in decoded] == shapes_train.caption_lengths[list(rows)].tolist()
+        assert (shapes_train.images([i])[0] == datasets.resize_image(r.image(64), 64)).all()
+    shapes_train.check_word_map(shapes_word_map)
+
+
+@given(st.lists(st.integers(-24, 23), max_size=8))
+@settings(max_examples=40)
+def test_pictures_come_in_the_order_asked_for(opened, indices):
+    everything = opened.images(slice(None))
+    assert (opened.images(indices) == everything[np.array(indices, int)]).all()
+    assert (opened.images(slice(2, 20, 3)) == everything[2:20:3]).all()
+
+
+@pytest.fixture(scope="module")
+def opened(shapes_data):
+    return CaptionDataset(datasets.split_path(shapes_data[0], "train", shapes_data[1]))
+
+
+def _checksum(dataset, i):
+    return i, dataset.images([i, (i * 7) % 24]).tobytes()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_many_processes_read_one_file(method, shapes_train):
+    expected = [_checksum(shapes_train, i % 24) for i in range(96)]  # and so it is open when the others are made
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        got = pool.starmap(_checksum, [(shapes_train, i % 24) for i in range(96)], chunksize=3)
+    assert got == expected
+    assert _checksum(pickle.loads(pickle.dumps(shapes_train)), 5) == expected[5]
+
+
+def _read_inherited(queue):
+    queue.put([_checksum(_inherited, i) for i in range(24)])
+
+
+_inherited = None
+
+
+def test_reader_that_a_fork_inherits_while_open(shapes_train):
+    global _inherited
+    _inherited = shapes_train
+    expected = [_checksum(shapes_train, i) for i in range(24)]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    children = [context.Process(target=_read_inherited, args=(queue,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    assert [_checksum(shapes_train, i) for i in range(24)] == expected
+    assert [queue.get(timeout=30) for _ in children] == [expected] * 3
+    for child in children:
+        child.join()
+    assert [_checksum(shapes_train, i) for i in range(24)] == expected
+
+
+def test_vocabulary_comes_from_the_training_split_alone(tmp_path):
+    records = [record(0), record(1, "val", ["a cat cat"]), record(2, "test", ["a zebra"])]
+    (train, val, _), summaries, word_map = write(tmp_path, records)
+    assert set(word_map) == {"a", "dog", "runs", PAD, UNK, START, END}
+    assert (summaries["val"]["words"], summaries["val"]["unknown"]) == (3, 2)
+    assert val.references == [[["a", "cat", "cat"]]]
+    assert train.word_map_digest == datasets.word_map_digest(word_map)
+
+
+def test_captions_are_drawn_and_never_doubled(tmp_path):
+    texts = [f"a dog {word}" for word in "abcdefgh"]
+    records = [*everywhere(), record(7, captions=texts), record(8, captions=["a dog", "dog"])]
+    chosen = set()
+    for seed in range(4):
+        (train, _, _), _, word_map = write(tmp_path / str(seed), records, captions_per_image=3, seed=seed)
+        rows = [[" ".join(datasets.decode_caption(row, list(word_map))) for row in train.captions[start:stop]]
+                for start, stop in zip(train.caption_offsets, train.caption_offsets[1:])]
+        assert rows[0] == ["a dog runs"] and rows[2] == ["a dog", "dog"]
+        assert len(rows[1]) == 3 and set(rows[1]) <= set(texts) and rows[1] == sorted(set(rows[1]))
+        assert train.raw_references[1] == texts
+        chosen.add(tuple(rows[1]))
+    assert len(chosen) > 1
+
+
+def test_odd_captions_are_left_out_and_counted(tmp_path):
+    long, odd = " ".join(["dog"] * 500), ["!?", "", "a\tdog\x00runs\n\ud800", "собака бежит"]
+    records = [*everywhere(odd), record(3, captions=[long, "a dog"]), record(4, captions=[long]), record(5, captions=["--"]),
+               record(6, "val", [long])]
+    (train, val, _), summaries, word_map = write(tmp_path, records)
+    assert train.image_names == ["0.jpg", "3.jpg"] and val.image_names == ["1.jpg", "6.jpg"]
+    assert train.raw_references == [["a dog runs", "собака бежит"], [long, "a dog"]]
+    assert val.caption_offsets.tolist() == [0, 2, 2] and val.references[1] == [["dog"] * 500]
+    assert "собака" in word_map
+    assert {key: summaries["train"][key] for key in ("empty", "too_long", "without_captions")} == {
+        "empty": 3, "too_long": 2, "without_captions": 2}
+
+
+def broken(size):
+    raise UserError("cannot read the picture")
+
+
+def test_unreadable_picture_is_named_and_left_out(tmp_path):
+    records = [*everywhere(), *(record(i, image=broken if i == 30 else None, captions=[f"number {i}"]) for i in range(3, 60))]
+    (train, _, _), summaries, _ = write(tmp_path, records)
+    assert summaries["train"]["unreadable"] == ["cannot read the picture"]
+    assert "30.jpg" not in train.image_names and len(train) == 57
+    for i, name in enumerate(train.image_names):
+        number = int(name.split(".")[0])
+        assert (train.images([i])[0] == datasets.resize_image(make_picture(number), 32)).all()
+        assert number == 0 or train.raw_references[i] == [f"number {number}"]
+
+
+def interrupt(size):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("image, error", [(broken, UserError), (interrupt, KeyboardInterrupt)])
+def test_nothing_is_left_after_a_failure(image, error, tmp_path):
+    (tmp_path / "mine").write_text("other file")
+    with pytest.raises(error):
+        write(tmp_path, [*everywhere(), *(record(i, "test", image=image) for i in range(3, 9))])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("room", [3_000, 150_000])
+def test_full_disk_ends_in_one_line_and_leaves_nothing(room, tmp_path):
+    program = f"""
+import resource, signal, sys, datasets, utils
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+records, _ = datasets.shapes_records(60, 6, 6, size=32)
+try:
+    datasets.write_dataset(sys.argv[1], records, dataset="shapes", source="generated", image_size=32)
+except utils.UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=Path(datasets.__file__).parent,
+                            capture_output=True, text=True, check=True)
+    assert result.stdout.count("\n") == 1 and "cannot write" in result.stdout and "TRAIN_" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_set_that_cannot_be_trained_on_is_refused(tmp_path, fails):
+    with fails("the test split of mine has no pictures"):
+        write(tmp_path, everywhere()[:2])
+    with fails("lower --min_word_freq"):
+        write(tmp_path, everywhere(), min_word_freq=4)
+    with fails("check the captions and --max_len"):
+        write(tmp_path, everywhere(), max_len=2)
+
+
+def test_other_word_map_is_refused(shapes_train, word_map, fails):
+    with fails("encoded with another word map"):
+        shapes_train.check_word_map(word_map)
+
+
+def test_damaged_files_give_a_result_or_a_clear_error(shapes_data, tmp_path, fails):
+    whole = datasets.split_path(shapes_data[0], "val", shapes_data[1]).read_bytes()
+    path, rng = tmp_path / "VAL.hdf5", random.Random(0)
+    with fails("create_input_files.py makes it"):
+        CaptionDataset(path)
+    for data in (b"", b"text" * 999, whole[:len(whole) // 2], whole[:-1]):
+        path.write_bytes(data)
+        with fails("VAL.hdf5 cannot be used"):
+            CaptionDataset(path)
+    with h5py.File(path, "w") as file:
+        file["images"] = np.zeros(5)
+    with fails("another format"):
+        CaptionDataset(path)
+    pixels = 6 * 3 * 64 * 64
+    metadata = [i for i in range(len(whole)) if whole[i] and (i < 3000 or i > len(whole) - pixels // 4)]
+    program = "import sys, datasets, utils\nfor path in sys.argv[1:]:\n" \
+        "    try:\n        d = datasets.CaptionDataset(path); d.images(slice(None)); d.references; d.scenes\n" \
+        "    except utils.UserError as e:\n        assert '\\n' not in str(e)\n"
+    paths = []
+    for i in range(80 * MANY):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            data[rng.choice(metadata)] = rng.randrange(256)
+        paths.append(tmp_path / f"{i}.hdf5")
+        paths[-1].write_bytes(data)
+    result = subprocess.run([sys.executable, "-c", program, *paths], cwd=Path(datasets.__file__).parent, timeout=300,
+                            capture_output=True, text=True, check=False)  # of its own: HDF5 itself might crash
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_file_name_tells_what_it_is():
+    name = datasets.base_name("flickr8k", 5, 5)
+    assert name == "flickr8k_5_cap_per_img_5_min_word_freq"
+    paths = [*(datasets.split_path("d", split, name) for split in datasets.SPLITS), datasets.word_map_path("d", name),
+             datasets.contact_sheet_path("d", name), datasets.checkpoint_path("d", name),
+             datasets.checkpoint_path("d", name, best=True), datasets.log_path("d", name), datasets.curves_path("d", name),
+             datasets.features_path("d", name, "val", "k"), datasets.captions_path("d", name, "val", 3),
+             datasets.metrics_path("d", name, "val")]
+    assert len(set(paths)) == len(paths) and {path.parent for path in paths} == {Path("d")}
+    assert paths[0].name == f"TRAIN_{name}.hdf5" and paths[6].name == f"BEST_checkpoint_{name}.pth.tar"
+
+
+def test_reading_data_does_not_import_what_is_slow():
+    program = "import sys, datasets, create_input_files; print([m for m in ('torch', 'matplotlib', 'skimage') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=Path(datasets.__file__).parent, capture_output=True,
+                            text=True, check=True)
+    assert result.stdout.strip() == "[]"
