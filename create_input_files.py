@@ -41,11 +41,13 @@ def get_args_parser():
     group.add_argument("--dataset", default="flickr8k",
                        help="flickr8k, flickr30k, coco, shapes (generated), or a name for your own data")
     group.add_argument("--source", type=Path,
-                       help="folder with Flickr8k's archives, or what they unpack to; if not given, they are looked for "
-                            "in --data_folder and downloaded to it")
+                       help="folder with Flickr8k's archives, or what they unpack to; if not given, they are looked "
+                            "for in --data_folder and downloaded to it")
     group.add_argument("--karpathy_json", type=Path,
-                       help="Karpathy's dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json; needs --images")
-    group.add_argument("--images", type=Path, help="folder or zip archive of pictures, for --karpathy_json or --captions")
+                       help="Karpathy's dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json; "
+                            "needs --images")
+    group.add_argument("--images", type=Path,
+                       help="folder or zip archive of pictures, for --karpathy_json or --captions")
     group.add_argument("--captions", type=Path,
                        help="your own captions: CSV with the header image,caption[,split], JSON lines with the same "
                             "keys, or lines of name.jpg#0<TAB>caption; needs --images")
@@ -77,7 +79,7 @@ def main(args):
         args.data_folder, records, dataset=args.dataset, source=source, captions_per_image=args.captions_per_image,
         min_word_freq=args.min_word_freq, max_len=args.max_len, image_size=args.image_size, seed=args.seed,
         workers=args.workers,
-    )  # fmt: skip
+    )
     train = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", name))
     sheet = datasets.contact_sheet_path(args.data_folder, name)
     draw_contact_sheet(sheet, train)
@@ -93,8 +95,8 @@ def check_flags(args):
     utils.check_ranges(args, captions_per_image=(1, 100), min_word_freq=(1, 10**6), max_len=(1, 1000),
                        image_size=(32, 1024), seed=(0, 2**32 - 1), workers=(1, 256))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", args.dataset):
-        raise UserError(f"--dataset {args.dataset!r}: expected a name of letters, digits, dots, dashes and underscores, "
-                        "since files are called by it")
+        raise UserError(f"--dataset {args.dataset!r}: expected a name of letters, digits, dots, dashes and "
+                        "underscores, since files are called by it")
     if args.captions and args.karpathy_json:
         raise UserError("--captions and --karpathy_json both say what the captions are; give one of them")
     listed = args.captions or args.karpathy_json
@@ -132,8 +134,8 @@ def is_prepared(args, name):
         dataset.check_word_map(word_map)
         for key in ("max_len", "image_size", "seed"):
             if dataset.attributes[key] != getattr(args, key):
-                raise UserError(f"{path} was made with --{key} {dataset.attributes[key]}, not {getattr(args, key)}; give "
-                                "--force to make it again, or another --data_folder")
+                raise UserError(f"{path} was made with --{key} {dataset.attributes[key]}, not {getattr(args, key)}; "
+                                "give --force to make it again, or another --data_folder")
     return True
 
 
@@ -184,14 +186,14 @@ def download(folder, names, base_url=BASE_URL, archives=ARCHIVES, timeout=30, at
                 if isinstance(error, UserError):
                     raise
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-                    raise UserError(f"cannot write {part}: {error.strerror}; free the disk or check your rights") from error
+                    raise UserError(f"cannot write {part}: {error.strerror}; make room or check your rights") from error
                 problem = datasets.clean_caption(str(error)) or type(error).__name__
                 if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410):
                     attempt = attempts
             if attempt >= attempts - 1:
-                raise UserError(f"cannot download {base_url}{name}: {problem}. Run the command again to continue, or put "
-                                f"{' and '.join(archives)} into {folder} by hand, or name their folder with --source; "
-                                "--dataset shapes needs no download")
+                raise UserError(f"cannot download {base_url}{name}: {problem}. Run the command again to continue, or "
+                                f"put {' and '.join(archives)} into {folder} by hand, or name their folder with "
+                                "--source; --dataset shapes needs no download")
 
 
 def _fetch(url, part, size, timeout):
@@ -245,8 +247,8 @@ def check_disk(folder, size):
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --data_folder") from error
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{folder} has {free / 1e9:.1f} GB free, expected at least {size / 1e9:.1f} GB; make room or choose "
-                        "another --data_folder")
+        raise UserError(f"{folder} has {free / 1e9:.1f} GB free, expected at least {size / 1e9:.1f} GB; make room or "
+                        "choose another --data_folder")
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -277,8 +279,8 @@ def describe(summaries, word_map, args):
         unknown = 100 * s["unknown"] / max(s["words"], 1)
         lines.append(f"{split:<6}{s['pictures']:>10,}{s['captions']:>11,}{s['references']:>12,}{s['words']:>10,}"
                      f"{unknown:>7.1f} %{s['bytes'] / 1e6:>8,.0f} MB")
-    lines.append(f"Vocabulary: {len(word_map) - 4:,} words that occur at least {args.min_word_freq} times in the training "
-                 "captions; the others become <unk>.")
+    lines.append(f"Vocabulary: {len(word_map) - 4:,} words that occur at least {args.min_word_freq} times in the "
+                 "training captions; the others become <unk>.")
     return "\n".join(lines)
 
 

@@ -641,7 +641,7 @@ _PLACES = {
     (0, 0): "at the top left", (1, 0): "at the top", (2, 0): "at the top right",
     (0, 1): "on the left", (1, 1): "in the middle", (2, 1): "on the right",
     (0, 2): "at the bottom left", (1, 2): "at the bottom", (2, 2): "at the bottom right",
-}  # fmt: skip
+}
 _MARGIN = 0.03
 
 
@@ -793,7 +793,7 @@ def _describe_one(rng, scene, place):
     return rng.sample([
         f"a {long} {on}", f"a {long} {where}", f"there is a {long} {where}", f"one {long} {on}",
         f"a {short} {where} of the picture", f"the picture shows a {long} {where}", f"there is a {short} {on}",
-    ], 5)  # fmt: skip
+    ], 5)
 
 
 def _describe_several(rng, objects, relation):
@@ -892,7 +892,7 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
                     temporary, part, word_map, split=split, captions_per_image=captions_per_image, max_len=max_len,
                     image_size=image_size, seed=seed, workers=workers,
                     attributes={"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source},
-                )  # fmt: skip
+                )
             except OSError as error:  # h5py's text runs over many lines
                 raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
         temporary = finished.enter_context(atomic_path(word_map_path(folder, name)))
@@ -930,7 +930,13 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
             usable = [usable[i] for i in sorted(chosen)]
         kept.append((record, references, usable))
 
+    rows = sum(len(usable) for _, _, usable in kept)
+    texts = _pack([(references, record.name.encode("utf-8", "replace").decode(), record.scene)
+                   for record, references, _ in kept])
+    room = len(kept) * (3 * image_size**2 + 100) + rows * (4 * (max_len + 2) + 8) + len(texts) + 2**20
+    _reserve(path, room)
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        _reserve(path, room)
         readable, unreadable, digest = _write_images(
             file, split, [record for record, _, _ in kept], image_size, workers)
         kept = [kept[i] for i in readable]
@@ -953,8 +959,9 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
             "format": FORMAT, "format_version": FORMAT_VERSION, "split": split, "image_size": image_size,
             "captions_per_image": captions_per_image, "max_len": max_len, "seed": seed, "tokenizer": TOKENIZER,
             "word_map_digest": word_map_digest(word_map), "images_digest": digest, **attributes,
-        }.items():  # fmt: skip
+        }.items():
             file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
+    h5py.File(path, "r+").close()  # gives back what was reserved and not needed
     return {
         **summary,
         "pictures": len(kept),
@@ -965,6 +972,13 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
         "unreadable": unreadable,
         "bytes": os.path.getsize(path),
     }
+
+
+def _reserve(path, size):
+    """Claim disk space for a file before libhdf5 writes it, since libhdf5 crashes where it finds none."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _offsets(lengths):

@@ -164,7 +164,7 @@ def _torchvision_weights(name):
 
 
 @lru_cache(maxsize=8)
-def pooling_matrix(size, encoded_image_size):
+def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     """Adaptive average pooling of a square grid, written as a matrix.
 
     Pooling is linear, so it commutes with the attention's projection and with the weighted sum of the features: both
@@ -172,10 +172,10 @@ def pooling_matrix(size, encoded_image_size):
 
     :param size: side of the grid that comes in
     :param encoded_image_size: side of the grid that comes out
-    :return: float32 (encoded_image_size^2, size^2), rows sum to 1
+    :return: (encoded_image_size^2, size^2), rows sum to 1
     """
     side = F.adaptive_avg_pool1d(torch.eye(size).unsqueeze(0), encoded_image_size)[0].T.contiguous()
-    return torch.kron(side, side)
+    return torch.kron(side, side).to(device, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- decoder
@@ -287,7 +287,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        return None, *ctx.shared.gather()
+        shared, ctx.shared = ctx.shared, None  # the shared operation holds its anchor: free both without the collector
+        return None, *shared.gather()
 
 
 class Memory(NamedTuple):
@@ -382,7 +383,7 @@ class DecoderWithAttention(nn.Module):
         size = math.isqrt(encoder_out.shape[1])
         pool = None
         if self.encoded_image_size not in (0, size):
-            pool = pooling_matrix(size, self.encoded_image_size).to(encoder_out.device, dtype)
+            pool = pooling_matrix(size, self.encoded_image_size, encoder_out.device, dtype)
         mean = encoder_out.mean(1) if pool is None else pool.mean(0) @ encoder_out
         inits = (self.init_h, self.init_c) if self.decoder == "lstm" else (self.init_h,)
         state = tuple(_linear(mean, init.weight, init.bias, dtype).float().unsqueeze(1) for init in inits)

@@ -295,7 +295,7 @@ class Update:
     On a GPU the decoder's loop is hundreds of kernels too small to keep the card busy, so each update is recorded once
     as a CUDA graph and then replayed in one launch. A graph has fixed shapes: captions are padded to a multiple of four
     words, and one graph is made for each such length. The first update of a length runs without a graph, which also
-    sets up what a recording must find in place; so do updates of an odd number of captions, and fine-tuning.
+    sets up what a recording must find in place.
 
     :param features: float16 tensor (N, n, encoder_dim), or None to encode and fine-tune
     """
@@ -306,9 +306,10 @@ class Update:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.total = torch.zeros(2, device=self.device)  # loss and nll, summed where they are: asking makes the host wait
         self.graphs = {}
-        self.use_graphs = self.device.type == "cuda" and features is not None
+        self.use_graphs = self.device.type == "cuda"
         if self.use_graphs:
             self.epsilon = torch.ones((), device=self.device)
+            self.stream = torch.cuda.Stream(self.device)
 
     def load(self, pictures):
         """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
@@ -341,14 +342,18 @@ class Update:
         key = (steps[0], *(t.shape for t in tensors))
         if key not in self.graphs:
             self.graphs[key] = None
-            self.compute(steps, *(t.to(self.device, non_blocking=True) for t in tensors), epsilon)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):  # recording refuses what autograd began on the default stream
+                self.compute(steps, *(t.to(self.device, non_blocking=True) for t in tensors), epsilon)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
             return
         if self.graphs[key] is None:
             inputs = [t.to(self.device) for t in tensors]
             graph = torch.cuda.CUDAGraph()
             pool = next((made[0].pool() for made in self.graphs.values() if made), None)
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: the threads that read ahead go on pinning memory meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 self.compute(steps, *inputs, epsilon)
             self.graphs[key] = graph, inputs
         graph, inputs = self.graphs[key]

@@ -41,7 +41,8 @@ def own_data(tmp_path):
     for i in range(20):
         Image.fromarray(make_picture(i)).save(folder / f"{i:02d}.jpg", quality=95)
         split = {18: "val", 19: "test"}.get(i, "train")
-        rows += [f"{i:02d}.jpg,{text},{split}" for text in (f"A dog runs on grass {i}.", '"The dog, it runs"', "A grass")]
+        texts = (f"A dog runs on grass {i}.", '"The dog, it runs"', "A grass")
+        rows += [f"{i:02d}.jpg,{text},{split}" for text in texts]
     captions = tmp_path / "captions.csv"
     captions.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder, captions
