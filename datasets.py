@@ -718,10 +718,11 @@ def pointing(scene, words, alphas, image_grid):
 
 def _make_scene(rng):
     """Draw by lot what a scene shows: the scene, the outlines of its objects in fractions of the picture, captions."""
-    number = rng.choices((1, 2, 3), (30, 55, 15))[0]
-    looks = rng.sample(list(itertools.product(COLORS, SHAPES)), number)
+    number = rng.choices((1, 2, 3), (30, 60, 10))[0]
+    # every colour and every shape once, so that each of these words names one object
+    looks = list(zip(rng.sample(list(COLORS), number), rng.sample(SHAPES, number)))
     sizes = [rng.choice(("small", "large")) for _ in looks]
-    small, large = ((0.21, 0.26), (0.34, 0.42)) if number < 3 else ((0.17, 0.20), (0.26, 0.31))
+    small, large = ((0.22, 0.27), (0.34, 0.42)) if number < 3 else ((0.18, 0.22), (0.26, 0.31))
     sides = [rng.uniform(*(small if size == "small" else large)) for size in sizes]
     relation = rng.choice(("left", "above"))  # of the first object to the second
     place = (rng.randrange(3), rng.randrange(3))
