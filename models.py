@@ -603,6 +603,18 @@ def caption_loss(output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha
     return loss / num_words, word_nll.detach().sum() / num_words
 
 
+def self_critical_loss(output, advantages):
+    """REINFORCE on sampled captions (Rennie et al. 2017, eq. 7): make likelier what beat the baseline.
+
+    :param output: ``DecoderOutput`` of a pass over the sampled captions
+    :param advantages: float (B,), each caption's reward less its baseline's
+    :return: (loss, nll): scalars, per word; nll is the samples' cross-entropy, without gradient, for the log
+    """
+    num_words = (output.targets != 0).sum()
+    word_nll = F.cross_entropy(output.scores, output.targets, reduction="none", ignore_index=0)
+    return (advantages[output.rows] * word_nll).sum() / num_words, word_nll.detach().sum() / num_words
+
+
 def scheduled_sampling_epsilon(schedule, update, k=1.0, slope=0.0, minimum=0.0):
     """Probability of feeding the ground truth at an update (Bengio et al. 2015, section 2.4).
 
@@ -651,6 +663,30 @@ def schedule_constants(schedule, updates, k=None, slope=None, minimum=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------- beam search
+
+
+@torch.no_grad()
+def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, dtype=torch.float32):
+    """Draw captions from a decoder's own distribution, without <pad>, <start> and <unk>.
+
+    :param encoder_out: float (B, n, encoder_dim)
+    :param samples: captions per picture
+    :return: int64 (B, samples, steps): words, <end>, then <pad>; <end> is missing where max_decode_steps cut
+    """
+    memory, state = decoder.begin(encoder_out, dtype)
+    state = tuple(s.expand(-1, samples, -1) for s in state)
+    words = torch.full((len(encoder_out), samples), word_map["<start>"], device=encoder_out.device)
+    banned = [word_map["<pad>"], word_map["<start>"], word_map["<unk>"]]
+    ended, captions = torch.zeros_like(words, dtype=torch.bool), []
+    for step in range(max_decode_steps):
+        scores, _, state = decoder.step(words, state, memory)
+        scores[..., banned] = -math.inf
+        words = torch.multinomial(scores.softmax(-1).flatten(0, 1), 1).view_as(words).masked_fill(ended, 0)
+        captions.append(words)
+        ended = ended | (words == word_map["<end>"])
+        if (words.device.type == "cpu" or step % 4 == 3) and ended.all():
+            break
+    return torch.stack(captions, dim=2)
 
 
 class Hypothesis(NamedTuple):

@@ -74,6 +74,9 @@ def get_args_parser():
     group.add_argument("--fine_tune_encoder", action="store_true",
                        help="train the CNN too, from its second block on; its features are then not cached")
     group.add_argument("--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak")
+    group.add_argument("--scst", action="store_true",
+                       help="self-critical training: reward sampled captions by CIDEr-D against the greedy one (Rennie et "
+                            "al. 2017); needs --init_from and a small --learning_rate, 5e-5 for example")
     group.add_argument("--seed", type=int, default=0, help="of weights, dropout, sampling and the order of pictures")
 
     group = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)")
@@ -113,6 +116,11 @@ def check_args(args):
                        patience=(1, 100000))
     if args.resume and args.init_from:
         raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
+    if args.scst and not (args.init_from or args.resume):
+        raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
+    if args.scst and (args.scheduled_sampling != "none" or args.attention == "hard"):
+        raise UserError("--scst feeds the model's own words already and scores whole captions: it goes with neither "
+                        "--scheduled_sampling nor --attention hard")
     if args.scheduled_sampling == "none" and (args.ss_argmax or args.ss_k is not None or args.ss_slope is not None):
         raise UserError("--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule")
     utils.check_shared_flags(args)
@@ -307,6 +315,7 @@ class Update:
         self.total = torch.zeros(2, device=self.device)  # loss and nll, summed where they are: asking makes the host wait
         self.graphs = {}
         self.use_graphs = self.device.type == "cuda"
+        self.reward = utils.CiderD(data.references) if args.scst else None
         if self.use_graphs:
             self.epsilon = torch.ones((), device=self.device)
             self.stream = torch.cuda.Stream(self.device)
@@ -315,27 +324,70 @@ class Update:
         """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
 
         :param pictures: int array of picture indices
-        :return: (steps of each row, words, (inputs, captions, position of each caption's picture))
+        :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, where those are on the device, numbers)
         """
-        rows = datasets.caption_rows(self.data, pictures)
+        if self.features is None:
+            inputs = torch.from_numpy(self.data.images(pictures))
+        else:
+            inputs = torch.from_numpy(pictures)
+            inputs = inputs if self.features.is_cuda else self.features[inputs]
+        return pictures, datasets.caption_rows(self.data, pictures), self.pin(inputs)
+
+    def pin(self, tensor):
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def encoded(self, inputs):
+        """Features, on the device, of what ``load`` gave."""
+        if self.features is None:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
+                return self.captioner.encoder(inputs)
+        return self.features[inputs] if self.features.is_cuda else inputs
+
+    def __call__(self, pictures, rows, inputs, epsilon):
+        """Make the update.
+
+        :param epsilon: probability of feeding the true word
+        :return: words trained on
+        """
+        advantages = np.zeros(len(rows.captions), np.float32)
+        if self.reward:
+            rows, advantages = self.explore(pictures, inputs.to(self.device))
         steps, captions = rows.decode_lengths, rows.captions
-        words = sum(steps)
         if self.use_graphs:
             length = 4 * math.ceil(steps[0] / 4)
             captions = np.pad(captions, ((0, 0), (0, length + 1 - captions.shape[1])))
             steps = [length] * len(steps)
-        if self.features is None:
-            inputs = torch.from_numpy(self.data.images(pictures))
-        else:
-            pictures = torch.from_numpy(pictures)
-            inputs = pictures if self.features.is_cuda else self.features[pictures]
-        tensors = inputs, torch.from_numpy(captions), torch.from_numpy(rows.pictures)
-        return steps, words, [t.pin_memory() for t in tensors] if self.device.type == "cuda" else tensors
+        self.run(steps, [inputs, *(self.pin(torch.from_numpy(a)) for a in (captions, rows.pictures, advantages))], epsilon)
+        return sum(rows.decode_lengths)
 
-    def __call__(self, steps, tensors, epsilon):
-        """:param epsilon: probability of feeding the true word"""
+    @torch.no_grad()
+    def explore(self, pictures, inputs):
+        """Sample captions, and reward each by how much it beats the greedy one.
+
+        :return: (``datasets.CaptionRows``, float32 advantages), longest caption first
+        """
+        captioner, args, encoder_out = self.captioner, self.args, self.encoded(inputs)
+        captioner.decoder.eval()
+        greedy = models.beam_search([captioner.decoder], [encoder_out], captioner.word_map, beam_size=1,
+                                    max_decode_steps=args.max_decode_steps, with_alphas=False, dtype=self.dtype)
+        samples = models.sample_captions(captioner.decoder, encoder_out, captioner.word_map, 5, args.max_decode_steps,
+                                         self.dtype).cpu().numpy()
+        captioner.decoder.train()
+        baselines = [self.reward(picture, captioner.text(best)) for picture, (best, *_) in zip(pictures, greedy)]
+        advantages = np.array([self.reward(picture, datasets.decode_caption(caption, captioner.words)) - baseline
+                               for picture, captions, baseline in zip(pictures, samples, baselines)
+                               for caption in captions], np.float32)
+        captions = samples.reshape(len(advantages), -1)
+        lengths = (captions != 0).sum(1)
+        order = np.argsort(-lengths, kind="stable")
+        starts = np.full((len(captions), 1), captioner.word_map[datasets.START])
+        captions = np.concatenate([starts, captions], axis=1)[order, :lengths.max() + 1]
+        return datasets.CaptionRows(captions, lengths[order].tolist(), order // samples.shape[1]), advantages[order]
+
+    def run(self, steps, tensors, epsilon):
+        """Compute the update on tensors of the CPU, through a CUDA graph where there are any."""
         if not self.use_graphs:
-            self.compute(steps, *(t.to(self.device, non_blocking=True) for t in tensors), epsilon)
+            self.compute(steps, *(t.to(self.device) for t in tensors), epsilon)
             return
         if self.args.scheduled_sampling != "none":
             epsilon = self.epsilon.fill_(epsilon)
@@ -361,16 +413,14 @@ class Update:
             static.copy_(tensor, non_blocking=True)
         graph.replay()
 
-    def compute(self, steps, inputs, captions, pictures, epsilon):
-        args = self.args
-        if self.features is None:
-            with torch.autocast(self.device.type, self.dtype, enabled=args.amp):
-                inputs = self.captioner.encoder(inputs)
-        elif self.features.is_cuda:
-            inputs = self.features[inputs]
-        decoder = self.captioner.decoder
-        output = decoder(inputs, captions, steps, pictures, epsilon, args.ss_argmax, self.dtype)
-        loss, nll = models.caption_loss(output, label_smoothing=args.label_smoothing, alpha_c=args.alpha_c, decoder=decoder)
+    def compute(self, steps, inputs, captions, pictures, advantages, epsilon):
+        args, decoder = self.args, self.captioner.decoder
+        output = decoder(self.encoded(inputs), captions, steps, pictures, epsilon, args.ss_argmax, self.dtype)
+        if args.scst:
+            loss, nll = models.self_critical_loss(output, advantages)
+        else:
+            loss, nll = models.caption_loss(output, label_smoothing=args.label_smoothing, alpha_c=args.alpha_c,
+                                            decoder=decoder)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, args.grad_clip)
@@ -391,14 +441,13 @@ def train_epoch(args, config, captioner, step, history, update):
     words, began, epoch = 0, time.time(), len(history)
     batches = datasets.training_batches(len(step.data), args.batch_size, args.seed, epoch)
     bar = utils.progress(total=len(batches), desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch", leave=False)
-    for steps, batch_words, tensors in datasets.read_ahead(step.load, batches, args.workers):
+    for loaded in datasets.read_ahead(step.load, batches, args.workers):
         factor = learning_rate_factor(config, update, history)
         for group in step.optimizer.param_groups:
             set_learning_rate(group, group["peak_lr"] * factor)
         epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, args.ss_k, args.ss_slope, args.ss_min)
-        step(steps, tensors, epsilon)
+        words += step(*loaded, epsilon)
         update += 1
-        words += batch_words
         bar.update()
         if bar.n % 25 == 0:
             bar.set_postfix_str(f"loss {step.total[0].item() / bar.n:.3f}, {words / (time.time() - began):,.0f} words/s")
