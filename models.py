@@ -12,6 +12,7 @@ import hashlib
 import math
 import socket
 import urllib.error
+import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -178,6 +179,23 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     return torch.kron(side, side).to(device, dtype)
 
 
+@lru_cache(maxsize=8)
+def position_code(size, channels, device="cpu", dtype=torch.float32):
+    """A fixed code of row and column for every place of a square grid (the sines of Vaswani et al. 2017, in 2-D).
+
+    A CNN's features say what is where they are, but hardly where that is; with the code added, attention and decoder
+    can tell left from right. The wavelengths run from twice the picture's side down to two cells.
+
+    :return: (size^2, channels), in [-0.5, 0.5]: waves along the rows, then along the columns
+    """
+    place = (torch.arange(size) + 0.5) / size
+    waves = torch.logspace(math.log10(0.5), math.log10(max(size / 2, 0.5)), math.ceil(channels / 4))
+    angles = 2 * math.pi * place.unsqueeze(1) * waves
+    code = torch.cat([angles.sin(), angles.cos()], dim=1)
+    code = torch.cat([code.unsqueeze(1).expand(-1, size, -1), code.unsqueeze(0).expand(size, -1, -1)], dim=2)
+    return (0.5 * code.flatten(0, 1)[:, :channels]).to(device, dtype)
+
+
 # -------------------------------------------------------------------------------------------------------- decoder
 
 
@@ -214,7 +232,7 @@ class SharedLinear:
         return F.linear(x, self.weight, self.bias)
 
     def backward(self, gradient, x):
-        self.inputs.append(x.flatten(0, -2))
+        self.inputs.append(x.detach().flatten(0, -2))  # x's own graph leads back here: a cycle that nobody would free
         self.gradients.append(gradient.flatten(0, -2))
         return gradient @ self.weight
 
@@ -282,13 +300,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, shared, *tensors):
-        ctx.shared = shared
+        ctx.shared = weakref.ref(shared)  # which holds this anchor, and is held by its steps
         return tensors[0].new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        shared, ctx.shared = ctx.shared, None  # the shared operation holds its anchor: free both without the collector
-        return None, *shared.gather()
+        return None, *ctx.shared().gather()
 
 
 class Memory(NamedTuple):
@@ -330,20 +347,22 @@ class DecoderWithAttention(nn.Module):
         (no attention: the picture's mean feature at every word)
     :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
     :param deep_output: word scores from word, state and context (eq. 7) and not from the state alone
+    :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
     :param dropout: on what the scores are computed from
     :param embed_dropout: on the embedded words
     :param feature_dropout: on the encoder's grid
     """
 
     def __init__(self, vocab_size, encoder_dim=2048, attention_dim=512, embed_dim=512, decoder_dim=512, decoder="lstm",
-                 attention="soft", encoded_image_size=14, deep_output=False, dropout=0.5, embed_dropout=0.0,
-                 feature_dropout=0.0):
+                 attention="soft", encoded_image_size=14, deep_output=False, position_encoding=False, dropout=0.5,
+                 embed_dropout=0.0, feature_dropout=0.0):
         super().__init__()
         if decoder not in DECODERS or attention not in ATTENTIONS:
             raise UserError(f"unknown decoder {decoder!r} or attention {attention!r}; choose from {', '.join(DECODERS)} "
                             f"and from {', '.join(ATTENTIONS)}")
         self.vocab_size = vocab_size
         self.decoder, self.attention_kind, self.encoded_image_size = decoder, attention, encoded_image_size
+        self.position_encoding = position_encoding
         self.sample_location = False  # hard attention at inference: the likeliest location, or a sampled one
         if attention != "mean":
             self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
@@ -379,8 +398,10 @@ class DecoderWithAttention(nn.Module):
         :param dtype: type of the matrix products; everything else stays float32
         :return: (memory, state): ``Memory`` and a tuple of float32 (B, 1, decoder_dim): (h, c), or (h,) for a GRU
         """
-        encoder_out = self.feature_dropout(encoder_out.to(dtype))
-        size = math.isqrt(encoder_out.shape[1])
+        size, encoder_out = math.isqrt(encoder_out.shape[1]), encoder_out.to(dtype)
+        if self.position_encoding:
+            encoder_out = encoder_out + position_code(size, encoder_out.shape[2], encoder_out.device, dtype)
+        encoder_out = self.feature_dropout(encoder_out)
         pool = None
         if self.encoded_image_size not in (0, size):
             pool = pooling_matrix(size, self.encoded_image_size, encoder_out.device, dtype)
@@ -870,7 +891,7 @@ def build_decoder(config, vocab_size):
     :param config: dict with the keyword arguments of ``DecoderWithAttention`` among its items
     """
     names = ("encoder_dim", "attention_dim", "embed_dim", "decoder_dim", "decoder", "attention", "encoded_image_size",
-             "deep_output", "dropout", "embed_dropout", "feature_dropout")
+             "deep_output", "position_encoding", "dropout", "embed_dropout", "feature_dropout")
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 

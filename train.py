@@ -21,7 +21,7 @@ import utils
 from utils import UserError
 
 ARCHITECTURE = ("encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim", "decoder_dim",
-                "deep_output")
+                "deep_output", "position_encoding")
 MAY_CHANGE_ON_RESUME = ("data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
                         "encoder_weights", "init_from", "embeddings")
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
@@ -52,6 +52,9 @@ def get_args_parser():
     group.add_argument("--decoder_dim", type=int, default=512, help="width of the recurrent state")
     group.add_argument("--deep_output", action="store_true",
                        help="score words from word, state and context (paper, eq. 7), not from the state alone")
+    group.add_argument("--position_encoding", action="store_true",
+                       help="add a fixed code of row and column to the CNN's features, so that captions can tell left "
+                            "from right (not in the paper)")
     group.add_argument("--embeddings", type=Path, help="word vectors in GloVe's text format to start from")
 
     group = parser.add_argument_group("training")

