@@ -186,14 +186,14 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
     A CNN's features say what is where they are, but hardly where that is; with the code added, attention and decoder
     can tell left from right. The wavelengths run from twice the picture's side down to two cells.
 
-    :return: (size^2, channels), in [-0.5, 0.5]: waves along the rows, then along the columns
+    :return: (size^2, channels), in [-0.1, 0.1], small beside the features: waves along the rows, then the columns
     """
     place = (torch.arange(size) + 0.5) / size
     waves = torch.logspace(math.log10(0.5), math.log10(max(size / 2, 0.5)), math.ceil(channels / 4))
     angles = 2 * math.pi * place.unsqueeze(1) * waves
     code = torch.cat([angles.sin(), angles.cos()], dim=1)
     code = torch.cat([code.unsqueeze(1).expand(-1, size, -1), code.unsqueeze(0).expand(size, -1, -1)], dim=2)
-    return (0.5 * code.flatten(0, 1)[:, :channels]).to(device, dtype)
+    return (0.1 * code.flatten(0, 1)[:, :channels]).to(device, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- decoder

@@ -1,0 +1,135 @@
+"""Scoring a tiny model: what is written, printed and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import train_args
+
+import datasets
+import eval as evaluation
+import models
+import train
+import utils
+
+
+def evaluate(data, folder, *flags):
+    """Run eval.py on the test split; return its metrics."""
+    argv = ["--data_folder", data[0], "--output_folder", folder, "--workers", 1, "--device", "cpu", "--max_decode_steps", 8]
+    evaluation.main(evaluation.get_args_parser().parse_args([str(arg) for arg in [*argv, *flags]]))
+    split = flags[flags.index("--split") + 1] if "--split" in flags else "test"
+    return utils.read_json(datasets.metrics_path(folder, data[1], split))
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """METEOR takes seconds to start; other tests hold it."""
+    monkeypatch.setattr(utils, "_meteor", lambda gts, res: None)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_every_picture_is_captioned_once_and_scored(split, best_checkpoint, training_data, tmp_path, capsys, no_java):
+    metrics = evaluate(training_data, tmp_path, "--model", best_checkpoint, "--beam_size", 1, 3, "--split", split)
+    assert set(metrics["beam_sizes"]) == {"1", "3"} and metrics["scale"] == "0-100"
+    assert metrics["split"] == split and metrics["models"] == [str(best_checkpoint)]
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], split, training_data[1]))
+    captioner = models.load_captioner(best_checkpoint)
+    for beam_size in (1, 3):
+        captions = utils.read_json(datasets.captions_path(tmp_path, training_data[1], split, beam_size))
+        assert [c["image_id"] for c in captions] == list(range(len(data)))
+        assert [c["file_name"] for c in captions] == data.image_names
+        found = captioner.caption(torch.from_numpy(data.images(slice(None))), beam_size=beam_size, length_penalty=0.7,
+                                  max_decode_steps=8)
+        assert [c["caption"].split() for c in captions] == [captioner.text(h[0]) for h in found]
+        row = metrics["beam_sizes"][str(beam_size)]
+        scores = utils.score_captions(data.references, [c["caption"].split() for c in captions])
+        assert {name: row[name] for name in scores} == pytest.approx(scores)
+        assert 0 <= row["pointing"] <= 100 if row["pointing"] is not None else row["by chance"] is None
+        assert row["objects"] == 100 * sum(datasets.judge_caption(scene, c["caption"].split())["objects"]
+                                           for scene, c in zip(data.scenes, captions)) / len(data)
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if "beam size" in line)
+    assert header.split()[-2:] == ["1", "3"] and "scale 0-100" in out
+    assert any(line.split()[:1] == ["BLEU-4"] and len(line.split()) == 3 for line in out.splitlines())
+    assert "METEOR" in out and "Java" in out
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_ensemble_of_equals_is_its_member(best_checkpoint, training_data, tmp_path, no_java):
+    alone = evaluate(training_data, tmp_path / "1", "--model", best_checkpoint)["beam_sizes"]["5"]
+    twice = evaluate(training_data, tmp_path / "2", "--model", best_checkpoint, best_checkpoint)["beam_sizes"]["5"]
+    alone.pop("ms per picture"), twice.pop("ms per picture")
+    assert twice == alone
+
+
+def test_different_models_decode_together(best_checkpoint, training_data, tmp_path, no_java, monkeypatch):
+    monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
+    train.main(train_args(training_data, tmp_path / "gru", "--decoder", "gru", "--attention", "mean", "--epochs", 1))
+    other = datasets.checkpoint_path(tmp_path / "gru", training_data[1])
+    metrics = evaluate(training_data, tmp_path, "--model", best_checkpoint, other, "--beam_size", 2)
+    assert metrics["models"] == [str(best_checkpoint), str(other)] and 0 <= metrics["beam_sizes"]["2"]["BLEU-1"] <= 100
+
+
+def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, training_data, tmp_path, monkeypatch, no_java):
+    def encoder_runs(*_):
+        raise AssertionError("the encoder ran again")
+
+    monkeypatch.setattr(models.Encoder, "forward", encoder_runs)
+    evaluate(training_data, tmp_path, "--model", best_checkpoint, "--split", "val")
+
+
+def test_output_lies_beside_the_checkpoint_if_nothing_is_said(best_checkpoint, training_data, tmp_path, no_java):
+    shutil.copy(best_checkpoint, tmp_path)
+    argv = ["--model", tmp_path / best_checkpoint.name, "--data_folder", training_data[0], "--workers", 1, "--device", "cpu"]
+    evaluation.main(evaluation.get_args_parser().parse_args([str(arg) for arg in argv]))
+    assert datasets.metrics_path(tmp_path, training_data[1], "test").exists()
+
+
+def test_the_right_word_map_is_accepted_and_a_wrong_one_refused(best_checkpoint, training_data, tmp_path, word_map, fails, no_java):
+    right = datasets.word_map_path(*training_data)
+    evaluate(training_data, tmp_path, "--model", best_checkpoint, "--word_map", right, "--beam_size", 1)
+    utils.write_json(tmp_path / "wrong.json", word_map)
+    with fails("--word_map has 10 words and differs"):
+        evaluate(training_data, tmp_path, "--model", best_checkpoint, "--word_map", tmp_path / "wrong.json")
+
+
+def test_an_ensemble_needs_one_word_map(best_checkpoint, training_data, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    words = list(checkpoint["word_map"])
+    checkpoint["word_map"] = {word: i for i, word in enumerate([words[0], words[2], words[1], *words[3:]])}
+    torch.save(checkpoint, tmp_path / "other.pth.tar")
+    with fails("other.pth.tar has another word map"):
+        evaluate(training_data, tmp_path, "--model", best_checkpoint, tmp_path / "other.pth.tar")
+
+
+def test_pictures_of_another_size_are_refused(best_checkpoint, training_data, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    checkpoint["config"]["image_size"] = 256
+    torch.save(checkpoint, tmp_path / "large.pth.tar")
+    with fails("64 pixels.*256.*--image_size"):
+        evaluate(training_data, tmp_path, "--model", tmp_path / "large.pth.tar")
+
+
+@pytest.mark.parametrize("flags, message", [(["--model", "missing.pth.tar"], "missing.pth.tar"),
+                                            (["--data_name", "other"], "TEST_other.hdf5"),
+                                            (["--beam_size", 3, 0], "--beam_size 0"), (["--length_penalty", "nan"], "--length_penalty")])
+def test_bad_values_end_in_one_line(flags, message, best_checkpoint, training_data, tmp_path, fails):
+    with fails(message):
+        evaluate(training_data, tmp_path, "--model", best_checkpoint, *flags)
+
+
+def test_scenes_are_counted_by_hand():
+    scene = {"objects": [{"shape": "circle", "color": "red", "box": [0.0, 0.0, 0.4, 0.4]},
+                         {"shape": "star", "color": "blue", "box": [0.6, 0.0, 1.0, 0.4]}],
+             "names": {"red": [0], "circle": [0], "blue": [1], "star": [1]}}
+    captions = ["a red circle left of a blue star", "a red circle right of a blue star", "a red star", "a blue star"]
+    captions = [caption.split() for caption in captions]
+    left_top = torch.tensor([[0.7, 0.1, 0.1, 0.1]])  # a grid of 2 by 2, whose cells' centres lie at 1/4 and 3/4
+    result = evaluation.score_scenes([scene] * 4, captions, [left_top.expand(len(words), -1) for words in captions])
+    assert result["objects"] == 50 and result["relation"] == 50
+    # named: red circle blue star twice, red star, blue star; what names the circle is looked at, what names the star is not
+    assert result["pointing"] == pytest.approx(100 * 5 / 12) and result["by chance"] == pytest.approx(25)
+    nothing = evaluation.score_scenes([scene], [[]], [torch.zeros(0, 4)])
+    assert nothing["relation"] is None and nothing["pointing"] is None and nothing["objects"] == 0
+    assert json.dumps(nothing)

@@ -1,0 +1,153 @@
+"""The suite as a whole: its house rules, and its scripts run as a user runs them."""
+
+import argparse
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_TRAINING, make_picture
+from PIL import Image
+
+import datasets
+import utils
+
+ROOT = Path(utils.__file__).parent
+LIBRARIES = {"utils": set(), "datasets": {"utils"}, "models": {"utils"}}
+SCRIPTS = ("create_input_files", "train", "eval", "caption")
+MODULES = (*LIBRARIES, *SCRIPTS)
+
+
+def source(module):
+    return (ROOT / f"{module}.py").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------- house
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    tree = ast.parse(source(module))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and all(alias.name != "*" for alias in node.names)
+            imported.add(node.module.split(".")[0])
+    assert imported & set(MODULES) <= LIBRARIES.get(module, set(LIBRARIES))
+    assert "sys.path" not in source(module)
+
+
+def test_the_top_level_holds_nothing_else():
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                            text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git here")
+    top = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= {
+        *(f"{module}.py" for module in MODULES), "requirements.txt", "README.md", "LICENSE", "tests", "docs"}
+    assert "requirements.txt" in top and "README.md" in top
+
+
+@pytest.mark.parametrize("module, heavy", [
+    ("utils", "torch numpy matplotlib nltk pycocoevalcap PIL tqdm"),
+    ("datasets", "torch matplotlib torchvision"), ("create_input_files", "torch matplotlib torchvision timm"),
+    ("models", "torchvision timm matplotlib PIL"), ("train", "torchvision timm matplotlib nltk pycocoevalcap"),
+    ("eval", "torchvision timm matplotlib nltk pycocoevalcap"), ("caption", "torchvision timm matplotlib imageio skimage nltk")])
+def test_nothing_heavy_is_imported_before_it_is_needed_nor_anything_deprecated_used(module, heavy):
+    code = f"""
+import sys, warnings, {module} as module
+warnings.simplefilter("error")
+if hasattr(module, "get_args_parser"):
+    assert "(default" in module.get_args_parser().format_help()
+print(*[name for name in {heavy.split()} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.stdout.strip() == ""
+
+
+def actions(script):
+    parser = importlib.import_module(script).get_args_parser()
+    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained_and_read(script):
+    text = source(script) + source("utils")
+    for action in actions(script):
+        assert action.help and len(action.help) > 5, action.dest
+        assert re.search(rf"\bargs\.{action.dest}\b", text) or f'config["{action.dest}"]' in text or (
+            script == "train" and re.search(rf'"{action.dest}"', source("models"))), f"{action.dest} is never read"
+        assert all(re.fullmatch(r"--[a-z][a-z_]*", option) for option in action.option_strings), action.option_strings
+
+
+def commands(text):
+    """The suite's commands in a text, as (script, arguments)."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for part in re.split(r"&&|;", line.split(" #")[0]):
+            found = re.match(r"\s*(?:\S*/)?python3? (create_input_files|train|eval|caption)\.py(.*)", part)
+            if found and "@@" not in part:
+                yield found[1], shlex.split(found[2])
+
+
+@pytest.mark.parametrize("where", ["README.md", *(f"{script}.py" for script in SCRIPTS)])
+def test_every_documented_command_is_understood(where):
+    text = (ROOT / where).read_text(encoding="utf-8")
+    if where == "README.md":
+        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    else:
+        text = ast.get_docstring(ast.parse(text))
+    found = list(commands(text))
+    assert found
+    for script, argv in found:
+        importlib.import_module(script).get_args_parser().parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------------- as a user
+
+
+def as_user(script, *argv, cwd):
+    return subprocess.run([sys.executable, "-B", ROOT / f"{script}.py", *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+                          check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_train_evaluate_and_caption_as_a_user_does(shapes_data, tmp_path):
+    folder, name = shapes_data
+    (tmp_path / "data").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    Image.fromarray(make_picture(1)).save(tmp_path / "image.jpeg")
+
+    done = as_user("train", "--data_name", name, *TINY_TRAINING, cwd=tmp_path)
+    assert done.returncode == 0 and "best BLEU-4" in done.stdout, done.stderr
+    assert "Warning" not in done.stderr
+    best = f"checkpoints/BEST_checkpoint_{name}.pth.tar"
+    done = as_user("eval", "--model", best, "--beam_size", "1", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0 and "BLEU-4" in done.stdout, done.stderr
+    assert "Warning" not in done.stderr
+
+    # the users' own line
+    done = as_user("caption", "--img=image.jpeg", f"--model={best}", f"--word_map=data/WORDMAP_{name}.json", "--beam_size=5",
+                   cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("image.jpeg: "), done.stderr
+    assert [path.name for path in (tmp_path / "captions").iterdir()] == ["image_attention.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "checkpoints", "captions", "image.jpeg"}
+    assert not list(tmp_path.rglob("*.partial*"))
+
+    done = as_user("caption", "--img=other.jpeg", f"--model={best}", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"caption\.py: error: --img other\.jpeg: [^\n]*\n", done.stderr)
+
+
+def test_a_missing_data_set_ends_in_one_line(tmp_path):
+    done = as_user("train", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "create_input_files.py" in done.stderr
+    assert datasets.split_path("data", "train", datasets.base_name("flickr8k", 5, 5)).name in done.stderr
+    assert not list(tmp_path.iterdir())
