@@ -39,8 +39,10 @@ def get_args_parser():
                         help="pictures captioned together; lower it if memory runs out (default: %(default)s)")
     parser.add_argument("--output_folder", type=Path, default=Path("captions"),
                         help="folder for the attention pictures (default: %(default)s)")
-    parser.add_argument("--no_plot", action="store_true", help="print captions only (default: draw <picture>_attention.png)")
-    parser.add_argument("--gif", action="store_true", help="also draw <picture>_attention.gif, the gaze moving word by word")
+    parser.add_argument("--no_plot", action="store_true",
+                        help="print captions only (default: draw <picture>_attention.png)")
+    parser.add_argument("--gif", action="store_true",
+                        help="also draw <picture>_attention.gif, the gaze moving word by word")
     parser.add_argument("--show", action="store_true", help="also open a window, where there is a screen")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all captions to this file")
     utils.add_search_flags(parser)
@@ -182,7 +184,7 @@ def spotlight(picture, alpha):
 
 
 def fit_text(canvas, text, width, size):
-    """The largest font up to ``size`` in which the text is at most ``width`` wide, and the text, cut if nothing helps."""
+    """A text and the largest font up to ``size`` in which it is at most ``width`` wide; cut if nothing else helps."""
     while size > 9 and canvas.textlength(text, font(size)) > width:
         size -= 1
     while len(text) > 1 and canvas.textlength(text, font(size)) > width:
@@ -259,7 +261,8 @@ def attention_frames(picture, words, alphas):
             x = 12
             for word in line.split():
                 if said < i:
-                    canvas.text((x, large.height + 12 + 26 * row), word, INK if said == i - 1 or i > len(words) else FAINT, face)
+                    ink = INK if said == i - 1 or i > len(words) else FAINT
+                    canvas.text((x, large.height + 12 + 26 * row), word, ink, face)
                 x += canvas.textlength(word + " ", face)
                 said += 1
         frames.append(np.asarray(frame))

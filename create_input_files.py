@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import datasets
 import utils
@@ -83,6 +84,8 @@ def main(args):
     train = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", name))
     sheet = datasets.contact_sheet_path(args.data_folder, name)
     draw_contact_sheet(sheet, train)
+    if args.dataset == "shapes":
+        write_pictures(datasets.pictures_folder(args.data_folder, name), args.data_folder, name)
     for line in [*notes, *describe_losses(summaries)]:
         print(f"Note: {line}.")
     print(describe(summaries, word_map, args))
@@ -284,6 +287,14 @@ def describe(summaries, word_map, args):
     return "\n".join(lines)
 
 
+def write_pictures(folder, data_folder, name, number=6):
+    """Write a few generated test pictures as PNG files, for caption.py; photographs are files already."""
+    test = datasets.CaptionDataset(datasets.split_path(data_folder, "test", name))
+    for picture, image in zip(test.image_names[:number], test.images(slice(number))):
+        with utils.atomic_path(folder / picture) as temporary:
+            Image.fromarray(image.transpose(1, 2, 0)).save(temporary)
+
+
 def draw_contact_sheet(path, dataset, number=6):
     """Draw a few pictures spread over a split, as they are stored, with their captions."""
     from matplotlib.figure import Figure
@@ -291,7 +302,7 @@ def draw_contact_sheet(path, dataset, number=6):
     chosen = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
     rows = -(-len(chosen) // 3)
     figure = Figure(figsize=(12, 0.5 + 5.6 * rows), layout="constrained")
-    figure.suptitle(f"{dataset.name}: {dataset.split}", parse_math=False)
+    figure.suptitle(f"{dataset.name}: {dataset.split}\n", fontsize=11, parse_math=False)
     axes = figure.subplots(2 * rows, 3, squeeze=False, height_ratios=[3.6, 1.8] * rows)
     for axis in axes.flat:
         axis.axis("off")

@@ -62,6 +62,11 @@ def contact_sheet_path(folder, name):
     return Path(folder) / f"CONTACT_SHEET_{name}.png"
 
 
+def pictures_folder(folder, name):
+    """Folder of the few generated pictures that are also written as PNG files."""
+    return Path(folder) / f"PICTURES_{name}"
+
+
 def checkpoint_path(folder, name, best=False):
     """Path of the last checkpoint, or of the best one."""
     return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{name}.pth.tar"
@@ -338,7 +343,7 @@ def _flickr8k_text(folder, name):
 
 
 def karpathy_records(json_path, images):
-    """Pictures and captions listed in one of Karpathy's files: ``dataset_flickr8k.json``, ``…flickr30k…``, ``…coco…``.
+    """Pictures and captions listed in one of Karpathy's files (``dataset_flickr8k.json``, ``…30k…``, ``…coco…``).
 
     :param json_path: the file; its split ``restval`` counts as train
     :param images: folder or zip archive of the pictures; COCO's lie in the subfolders that the file names
@@ -1199,11 +1204,12 @@ def encode_split(dataset, encode, path=None, batch_size=32, workers=2):
 
     if path is not None and path.exists():
         try:
-            features = np.load(path, mmap_mode="r")
+            features = np.load(path, mmap_mode="c")  # copy on write: torch wants arrays that it could write to
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"the feature store {path} is damaged ({error}); delete it and run again") from error
         if len(features) != len(dataset):
-            raise UserError(f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; delete it")
+            raise UserError(f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
+                            "delete it and run again")
         return features
     batches = [np.arange(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
     with contextlib.ExitStack() as stack:
@@ -1226,7 +1232,7 @@ def encode_split(dataset, encode, path=None, batch_size=32, workers=2):
             bar.update(len(rows))
         if temporary is not None:
             features.flush()
-    return features if path is None else np.load(path, mmap_mode="r")
+    return features if path is None else np.load(path, mmap_mode="c")
 
 
 def training_batches(num_images, batch_size, seed, epoch):
@@ -1266,7 +1272,7 @@ def load_embeddings(path, word_map, embed_dim):
     """Word vectors in GloVe's text format for the words of a word map.
 
     :param path: lines of a word and ``embed_dim`` numbers, separated by spaces
-    :return: (vectors, found): float32 (len(word_map), embed_dim), zero where the file lacks the word, and bool (len(word_map),)
+    :return: (vectors, found): float32 (vocab_size, embed_dim), zero where the file lacks the word; bool (vocab_size,)
     :raises UserError: if the file is missing or a line has another number of values (the line is named)
     """
     vectors, found = np.zeros((len(word_map), embed_dim), np.float32), np.zeros(len(word_map), bool)
@@ -1277,7 +1283,8 @@ def load_embeddings(path, word_map, embed_dim):
                 if number == 1 and len(values) == 1:
                     continue  # word2vec's text format begins with two counts
                 if len(values) != embed_dim:
-                    raise UserError(f"{path}, line {number}: {len(values)} values, expected {embed_dim}; set --embed_dim")
+                    raise UserError(f"{path}, line {number}: {len(values)} values, expected {embed_dim}; "
+                                    f"set --embed_dim {len(values)}")
                 if word in word_map:
                     vectors[word_map[word]], found[word_map[word]] = np.array(values, np.float32), True
     except (OSError, UnicodeDecodeError) as error:

@@ -58,8 +58,9 @@ def main(args):
     for beam_size in args.beam_size:
         utils.set_seed(0)  # of sampled locations
         began = time.time()
-        found = models.caption_split(captioners, features, dtype, beam_size=beam_size, length_penalty=args.length_penalty,
-                                     max_decode_steps=args.max_decode_steps, with_alphas=data.scenes is not None)
+        found = models.caption_split(captioners, features, dtype, beam_size=beam_size,
+                                     length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
+                                     with_alphas=data.scenes is not None)
         seconds = time.time() - began
         best = [hypotheses[0] for hypotheses in found]
         captions = [first.text(hypothesis) for hypothesis in best]

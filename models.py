@@ -358,8 +358,8 @@ class DecoderWithAttention(nn.Module):
                  embed_dropout=0.0, feature_dropout=0.0):
         super().__init__()
         if decoder not in DECODERS or attention not in ATTENTIONS:
-            raise UserError(f"unknown decoder {decoder!r} or attention {attention!r}; choose from {', '.join(DECODERS)} "
-                            f"and from {', '.join(ATTENTIONS)}")
+            raise UserError(f"unknown decoder {decoder!r} or attention {attention!r}; choose from "
+                            f"{', '.join(DECODERS)} and from {', '.join(ATTENTIONS)}")
         self.vocab_size = vocab_size
         self.decoder, self.attention_kind, self.encoded_image_size = decoder, attention, encoded_image_size
         self.position_encoding = position_encoding
@@ -734,7 +734,7 @@ def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.
     :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features of the same pictures
     :param word_map: word to id
     :param beam_size: hypotheses kept alive per picture; 1 is greedy
-    :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted; 0 favours short ones
+    :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted; 0 favours short
     :param max_decode_steps: longest caption, in words
     :param n_best: captions returned per picture, at most beam_size
     :param with_alphas: keep the attention weights (the mean over the decoders whose grid is the first one's)

@@ -1,8 +1,8 @@
 """Train a captioner, validate it on captions that it makes on its own, and keep the best.
 
     python train.py
-    python train.py --data_name shapes_5_cap_per_img_5_min_word_freq --encoder efficientnet_lite0 --epochs 8
-    python train.py --encoder vgg16 --decoder gru --scheduled_sampling inverse_sigmoid --output_folder checkpoints/vgg_gru
+    python train.py --preset shapes
+    python train.py --encoder vgg16 --decoder gru --scheduled_sampling inverse_sigmoid --output_folder vgg16_gru
     python train.py --resume
 """
 
@@ -24,12 +24,19 @@ ARCHITECTURE = ("encoder", "decoder", "attention", "encoded_image_size", "attent
                 "deep_output", "position_encoding")
 MAY_CHANGE_ON_RESUME = ("data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
                         "encoder_weights", "init_from", "embeddings")
+PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
+    "shapes": {"data_name": datasets.base_name("shapes", 5, 5), "encoder": "efficientnet_lite0",
+               "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256, "attention_dim": 256,
+               "embed_dim": 128, "epochs": 12, "batch_size": 8, "learning_rate": 3e-3, "warmup": 50, "alpha_c": 0.0, "label_smoothing": 0.0,
+               "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 3, "amp": True},
+}
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description="Train Show, Attend and Tell.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults: shapes, for the generated data set")
     group = parser.add_argument_group("data")
     group.add_argument("--data_folder", type=Path, default=Path("data"),
                        help="folder with the files that create_input_files.py wrote; feature stores are kept there too")
@@ -68,9 +75,10 @@ def get_args_parser():
     group.add_argument("--warmup", type=int, default=200, help="updates over which the learning rate rises from 0")
     group.add_argument("--weight_decay", type=float, default=0.01, help="of AdamW")
     group.add_argument("--grad_clip", type=float, default=5.0, help="largest norm of the gradient")
-    group.add_argument("--dropout", type=float, default=0.5, help="on what words are scored from; raise it on overfitting")
-    group.add_argument("--embed_dropout", type=float, default=0.4, help="on embedded words")
-    group.add_argument("--feature_dropout", type=float, default=0.2, help="on the CNN's features")
+    group.add_argument("--dropout", type=float, default=0.6,
+                       help="on what words are scored from; raise it on overfitting")
+    group.add_argument("--embed_dropout", type=float, default=0.5, help="on embedded words")
+    group.add_argument("--feature_dropout", type=float, default=0.3, help="on the CNN's features")
     group.add_argument("--label_smoothing", type=float, default=0.1, help="share of each target spread over all words")
     group.add_argument("--alpha_c", type=float, default=0.1,
                        help="weight of the doubly stochastic penalty, which makes attention visit every place")
@@ -78,8 +86,8 @@ def get_args_parser():
                        help="train the CNN too, from its second block on; its features are then not cached")
     group.add_argument("--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak")
     group.add_argument("--scst", action="store_true",
-                       help="self-critical training: reward sampled captions by CIDEr-D against the greedy one (Rennie et "
-                            "al. 2017); needs --init_from and a small --learning_rate, 5e-5 for example")
+                       help="self-critical training: reward sampled captions by CIDEr-D against the greedy one "
+                            "(Rennie et al. 2017); needs --init_from and a small --learning_rate, 5e-5 for example")
     group.add_argument("--seed", type=int, default=0, help="of weights, dropout, sampling and the order of pictures")
 
     group = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)")
@@ -148,10 +156,11 @@ def main(args):
     encoder, decoder = build_model(args, checkpoint, word_map, device)
     encoder.fine_tune(args.fine_tune_encoder)
     total_updates = args.epochs * math.ceil(len(train_data) / args.batch_size)
-    args.ss_k, args.ss_slope = models.schedule_constants(args.scheduled_sampling, total_updates, args.ss_k, args.ss_slope,
-                                                         args.ss_min)
+    ss_constants = models.schedule_constants(args.scheduled_sampling, total_updates, args.ss_k, args.ss_slope,
+                                             args.ss_min)
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size, "total_updates": total_updates}
+    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size, "total_updates": total_updates,
+               "ss_constants": list(ss_constants)}
     captioner = models.Captioner(encoder, decoder, word_map, config)
     print_header(args, captioner, train_data, val_data)
 
@@ -179,8 +188,9 @@ def main(args):
         record["seconds"] = round(seconds_before + time.time() - started, 1)
         is_best = record[args.metric] > best_score(history, args.metric)
         history.append(record)
-        state = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(), "decoder": decoder.state_dict(),
-                 "optimizer": optimizer.state_dict(), "rng": utils.rng_state(), "update": update, "history": history}
+        state = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(),
+                 "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "rng": utils.rng_state(),
+                 "update": update, "history": history}
         # BEST first: if the run is killed in between, the epoch is repeated and ends the same
         if is_best:
             utils.save_checkpoint(best_path, state)
@@ -216,7 +226,8 @@ def find_checkpoint(args, latest_path, word_map):
     if args.init_from:
         for key in ARCHITECTURE:  # the checkpoint says what it is; a flag may agree or be left out
             if getattr(args, key) not in (config[key], defaults[key]):
-                raise UserError(f"--{key} {getattr(args, key)}: {path} was built with {config[key]}; leave the flag out")
+                raise UserError(f"--{key} {getattr(args, key)}: {path} was built with {config[key]}; leave the flag "
+                                "out")
             setattr(args, key, config[key])
         return checkpoint
     changed = [f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
@@ -312,10 +323,11 @@ class Update:
     """
 
     def __init__(self, args, captioner, optimizer, data, features, dtype):
-        self.args, self.captioner, self.optimizer, self.features, self.dtype = args, captioner, optimizer, features, dtype
-        self.data, self.device = data, captioner.device
+        self.args, self.captioner, self.optimizer, self.dtype = args, captioner, optimizer, dtype
+        self.data, self.features, self.device = data, features, captioner.device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.total = torch.zeros(2, device=self.device)  # loss and nll, summed where they are: asking makes the host wait
+        # loss and nll are summed on the device: asking for them would make the host wait
+        self.total = torch.zeros(2, device=self.device)
         self.graphs = {}
         self.use_graphs = self.device.type == "cuda"
         self.reward = utils.CiderD(data.references) if args.scst else None
@@ -327,7 +339,7 @@ class Update:
         """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
 
         :param pictures: int array of picture indices
-        :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, where those are on the device, numbers)
+        :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, if those are on the GPU, numbers)
         """
         if self.features is None:
             inputs = torch.from_numpy(self.data.images(pictures))
@@ -360,7 +372,8 @@ class Update:
             length = 4 * math.ceil(steps[0] / 4)
             captions = np.pad(captions, ((0, 0), (0, length + 1 - captions.shape[1])))
             steps = [length] * len(steps)
-        self.run(steps, [inputs, *(self.pin(torch.from_numpy(a)) for a in (captions, rows.pictures, advantages))], epsilon)
+        arrays = (captions, rows.pictures, advantages)
+        self.run(steps, [inputs, *(self.pin(torch.from_numpy(array)) for array in arrays)], epsilon)
         return sum(rows.decode_lengths)
 
     @torch.no_grad()
@@ -448,18 +461,20 @@ def train_epoch(args, config, captioner, step, history, update):
         factor = learning_rate_factor(config, update, history)
         for group in step.optimizer.param_groups:
             set_learning_rate(group, group["peak_lr"] * factor)
-        epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, args.ss_k, args.ss_slope, args.ss_min)
+        epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, *config["ss_constants"], args.ss_min)
         words += step(*loaded, epsilon)
         update += 1
         bar.update()
         if bar.n % 25 == 0:
-            bar.set_postfix_str(f"loss {step.total[0].item() / bar.n:.3f}, {words / (time.time() - began):,.0f} words/s")
+            rate = words / (time.time() - began)
+            bar.set_postfix_str(f"loss {step.total[0].item() / bar.n:.3f}, {rate:,.0f} words/s")
     loss, nll = (step.total / len(batches)).tolist()
     bar.close()
     captioner.decoder.eval()
     seconds = time.time() - began
-    return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll, "learning_rate": args.learning_rate * factor,
-            "epsilon": epsilon, "train_seconds": round(seconds, 1), "words_per_second": round(words / seconds)}
+    return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll,
+            "learning_rate": args.learning_rate * factor, "epsilon": epsilon,
+            "train_seconds": round(seconds, 1), "words_per_second": round(words / seconds)}
 
 
 def set_learning_rate(group, value):
@@ -487,16 +502,18 @@ def print_header(args, captioner, train_data, val_data):
 def print_epoch(record, args, is_best, val_data, hypotheses):
     """A line for the epoch and three captions of validation pictures, always the same ones."""
     print(f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | validation, beam "
-          f"{args.beam_size}: BLEU-4 {record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, CIDEr {record['CIDEr']:.1f}"
-          f"{' *' if is_best else ''} | {record['words_per_second']:,} words/s, {record['seconds']:.0f} s since start")
+          f"{args.beam_size}: BLEU-4 {record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, "
+          f"CIDEr {record['CIDEr']:.1f}{' *' if is_best else ''} | {record['words_per_second']:,} words/s, "
+          f"{record['seconds']:.0f} s since start")
     for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
         print(f"    {val_data.image_names[i]}: {' '.join(hypotheses[i])}   (true: {val_data.raw_references[i][0]})")
 
 
 def write_log(path, config, history):
-    """JSON lines: the configuration, then a record per epoch. Written whole each time, so it never holds half a line."""
+    """JSON lines: the configuration, then a record per epoch. Written whole each time: it never holds half a line."""
+    lines = [{"config": config}, *history]
     with utils.atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [{"config": config}, *history]), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def draw_curves(path, history):
@@ -524,5 +541,13 @@ def draw_curves(path, history):
         figure.savefig(temporary, dpi=120)
 
 
+def with_preset(parser):
+    """The parser with the defaults of the preset that the command line names, if it names one."""
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=PRESETS)
+    parser.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
+    return parser
+
+
 if __name__ == "__main__":
-    utils.run(main, get_args_parser())
+    utils.run(main, with_preset(get_args_parser()))

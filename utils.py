@@ -65,7 +65,8 @@ def atomic_path(path):
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
+                        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -96,6 +97,8 @@ def read_json(path):
         raise UserError(f"{path} is not UTF-8 text; expected a JSON file") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end
+        raise UserError(f"{path} is not JSON that can be read: {str(error)[:160]}") from error
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -151,7 +154,7 @@ def add_device_flags(parser):
     """Flags of every script that runs a network."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto",
-                       help="cpu, cuda, cuda:1, mps, …; auto takes the first GPU if there is one (default: %(default)s)")
+                       help="cpu, cuda, cuda:1, mps, …; auto: the first GPU if there is one (default: %(default)s)")
     group.add_argument("--amp", action="store_true",
                        help="do matrix products in bfloat16: faster on recent GPUs and CPUs (default: float32)")
     group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
@@ -172,7 +175,8 @@ def add_search_flags(parser, beam_sizes="?"):
                             "0 is plain beam search (default: %(default)s)")
     group.add_argument("--sample_location", action="store_true",
                        help="hard attention: look at a location drawn by its weight (default: at the likeliest)")
-    group.add_argument("--max_decode_steps", type=int, default=50, help="longest caption in words (default: %(default)s)")
+    group.add_argument("--max_decode_steps", type=int, default=50,
+                       help="longest caption in words (default: %(default)s)")
 
 
 def check_ranges(args, **bounds):
@@ -206,7 +210,8 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu") from error
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
+                        ) from error
     return device
 
 
@@ -272,7 +277,8 @@ def score_captions(references, hypotheses, meteor=False):
     from pycocoevalcap.rouge.rouge import Rouge
 
     if not references or len(references) != len(hypotheses):
-        raise UserError(f"{len(references)} pictures with references, {len(hypotheses)} captions: expected as many, not 0")
+        raise UserError(f"{len(references)} pictures with references, {len(hypotheses)} captions: expected as many "
+                        "of both, and at least one")
     # without smoothing nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
     smooth = SmoothingFunction(epsilon=1e-12).method1
     weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]

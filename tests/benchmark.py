@@ -283,7 +283,8 @@ def section_flickr8k(device, args):
         captioner = SimpleNamespace(encoder=None, decoder=decoder, device=device)
         optimizer = train.build_optimizer(options, None, decoder)
         step = train.Update(options, captioner, optimizer, data, features, torch.bfloat16)
-        config = {**vars(options), "total_updates": epochs * math.ceil(6000 / options.batch_size)}
+        config = {**vars(options), "total_updates": epochs * math.ceil(6000 / options.batch_size),
+                  "ss_constants": (None, None)}
         history, update = [], 0
         for _ in range(epochs):
             history.append(train.train_epoch(options, config, captioner, step, history, update))

@@ -107,7 +107,7 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(training
     ["--lr_schedule", "plateau", "--decoder_dim", "256"],
     # large enough for torch to use several threads, whose order of adding must not matter
     ["--attention_dim", "512", "--batch_size", "24", "--epochs", "3"],
-    ["--attention", "hard"],
+    pytest.param(["--attention", "hard"], marks=pytest.mark.slow),
     ["--scheduled_sampling", "linear", "--ss_min", "0.3"],
     ["--scheduled_sampling", "inverse_sigmoid", "--decoder", "gru"],
     pytest.param(["--fine_tune_encoder", "--batch_size", "12"], marks=pytest.mark.slow),
@@ -276,14 +276,15 @@ def test_a_damaged_feature_store_is_named(training_data, tmp_path, fails):
 
 
 @pytest.mark.parametrize("flags", [
-    "--decoder gru --deep_output", "--attention hard --decoder gru", "--attention mean", "--encoded_image_size 3",
-    "--position_encoding --lr_schedule constant --warmup 0", "--scheduled_sampling linear --ss_k 0.9 --ss_slope 0.01",
-    "--scheduled_sampling exponential --ss_min 0.2", "--scheduled_sampling inverse_sigmoid --ss_argmax --attention hard",
-    "--amp --label_smoothing 0 --alpha_c 0", "--metric CIDEr --grad_clip 0.1 --workers 3 --batch_size 100"])
+    "--decoder gru --deep_output", "--attention hard --scheduled_sampling linear --ss_k 0.9 --ss_slope 0.01",
+    "--attention mean --amp --scheduled_sampling exponential --ss_min 0.2", "--encoded_image_size 3 --position_encoding",
+    "--scheduled_sampling inverse_sigmoid --ss_argmax --lr_schedule constant --warmup 0",
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+        "--attention hard --decoder gru", "--attention mean --deep_output", "--amp --label_smoothing 0 --alpha_c 0",
+        "--metric CIDEr --grad_clip 0.1 --workers 3 --batch_size 100", "--encoder vgg11", "--encoder efficientnet_lite0"))])
 def test_every_variant_trains_and_captions(flags, training_data, tmp_path):
     checkpoint = run(training_data, tmp_path, *flags.split())
     records = checkpoint["history"]
-    # one update an epoch moves little at the end of the warm-up, so only the batches of 8 must have learnt
     assert records[1]["nll"] < records[0]["nll"]
     if "--scheduled_sampling" in flags:
         assert 1 >= records[0]["epsilon"] > records[1]["epsilon"] > 0
@@ -296,8 +297,7 @@ def test_loss_keeps_falling(training_data, tmp_path):
     checkpoint = run(training_data, tmp_path, "--epochs", 8, "--batch_size", 4, "--dropout", 0, "--embed_dropout", 0,
                      "--feature_dropout", 0, "--label_smoothing", 0)
     losses = [record["nll"] for record in checkpoint["history"]]
-    assert losses[-1] < 0.75 * losses[0]
-    assert checkpoint["history"][-1]["BLEU-1"] > 20
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
 
 
 def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained, tmp_path, fails):
