@@ -99,12 +99,16 @@ def find_pictures(patterns):
     paths = {}
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in datasets.PICTURE_SUFFIXES and p.is_file())
-        elif path.exists():
-            found = [path]
-        else:
-            found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+        try:
+            if path.is_dir():
+                found = sorted(p for p in path.iterdir()
+                               if p.suffix.lower() in datasets.PICTURE_SUFFIXES and p.is_file())
+            elif path.exists():
+                found = [path]
+            else:
+                found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+        except (OSError, ValueError) as error:  # a name too long, a folder that may not be read
+            raise UserError(f"--img {pattern}: {getattr(error, 'strerror', None) or error}") from error
         if not found:
             what = "is a folder without pictures" if path.is_dir() else "matches no file"
             raise UserError(f"--img {pattern}: {what}; expected a picture, a folder of pictures or a pattern")
@@ -121,7 +125,10 @@ def read_picture(path, image_size):
         picture = datasets.read_image(path, size=image_size)
     except UserError as error:
         return path, error
-    return path, picture, datasets.resize_image(picture, image_size)
+    square = datasets.resize_image(picture, image_size)
+    shown = Image.fromarray(picture)
+    shown.thumbnail((1024, 1024))  # many pictures wait in memory, and none is drawn larger
+    return path, np.asarray(shown), square
 
 
 def report(path, hypotheses, captioner, bar):
@@ -129,8 +136,9 @@ def report(path, hypotheses, captioner, bar):
     captions = [{"caption": " ".join(captioner.text(h)), "log_prob": h.log_prob, "score": h.score, "ended": h.ended}
                 for h in hypotheses]
     first, *others = [f"{c['caption']}  (log-probability {c['log_prob']:.2f})" for c in captions]
-    bar.write("\n".join([f"{path}: {first}", *(" " * 4 + line for line in others)]), file=sys.stdout)
-    return {"image": str(path), "captions": captions}
+    name = str(path).encode("utf-8", "replace").decode()  # Linux allows names that are no text
+    bar.write("\n".join([f"{name}: {first}", *(" " * 4 + line for line in others)]), file=sys.stdout)
+    return {"image": name, "captions": captions}
 
 
 # -------------------------------------------------------------------------------------------------------- drawing

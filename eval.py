@@ -47,6 +47,7 @@ def main(args):
             raise UserError(f"{path} has another word map than {args.model[0]}; an ensemble needs one word map")
         captioner.decoder.sample_location = args.sample_location
     name = args.data_name or first.config["data_name"]
+    label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
     folder = args.output_folder or args.model[0].parent
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))
     if any(captioner.image_size != data.image_size for captioner in captioners):
@@ -64,7 +65,7 @@ def main(args):
         seconds = time.time() - began
         best = [hypotheses[0] for hypotheses in found]
         captions = [first.text(hypothesis) for hypothesis in best]
-        utils.write_json(datasets.captions_path(folder, name, args.split, beam_size),
+        utils.write_json(datasets.captions_path(folder, label, args.split, beam_size),
                          [{"image_id": i, "file_name": data.image_names[i], "caption": " ".join(words)}
                           for i, words in enumerate(captions)])
         rows[beam_size] = {**utils.score_captions(data.references, captions, meteor=True),
@@ -72,7 +73,9 @@ def main(args):
                            "ms per picture": 1000 * seconds / len(captions)}
         if data.scenes is not None:
             rows[beam_size] |= score_scenes(data.scenes, captions, [hypothesis.alphas for hypothesis in best])
-    path = datasets.metrics_path(folder, name, args.split)
+            if first.decoder.attention_kind == "mean":  # it looks nowhere
+                rows[beam_size]["pointing"] = None
+    path = datasets.metrics_path(folder, label, args.split)
     utils.write_json(path, {"models": [str(m) for m in args.model], "data": name, "split": args.split, "scale": "0-100",
                             "length_penalty": args.length_penalty, "beam_sizes": rows})
     print_table(rows, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")

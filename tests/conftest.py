@@ -14,11 +14,6 @@ import train
 import utils
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes many seconds; leave out with -m 'not slow'")
-    config.addinivalue_line("markers", "gpu: needs a GPU and skips itself where there is none")
-
-
 @pytest.fixture
 def word_map():
     """A vocabulary of six words."""
