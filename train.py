@@ -528,16 +528,12 @@ def draw_curves(path, history):
 
     epochs = [record["epoch"] for record in history]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.plot(epochs, [record["nll"] for record in history], "o-", markersize=3)
-    left.set_title("training: negative log-likelihood per word")
-    for axes, names in ((middle, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")), (right, ("ROUGE-L", "CIDEr"))):
+    panels = {"training": ["nll"], "validation: BLEU": METRICS[:4], "validation: ROUGE-L, CIDEr": METRICS[4:]}
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items()):
         for name in names:
             axes.plot(epochs, [record[name] for record in history], "o-", markersize=3, label=name)
         axes.legend(frameon=False)
-        axes.set_title("validation: " + ", ".join(n for n in names if not n.startswith("BLEU")) if axes is right
-                       else "validation: BLEU")
-    for axes in (left, middle, right):
+        axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
