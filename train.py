@@ -28,7 +28,7 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
     "shapes": {"data_name": datasets.base_name("shapes", 5, 5), "encoder": "efficientnet_lite0",
                "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256, "attention_dim": 256,
                "embed_dim": 128, "epochs": 9, "batch_size": 16, "learning_rate": 5e-3, "warmup": 50, "alpha_c": 0.0,
-               "label_smoothing": 0.0, "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.0, "beam_size": 1,
+               "label_smoothing": 0.0, "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1,
                "amp": True},
 }
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
