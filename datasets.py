@@ -635,13 +635,7 @@ COLORS = {
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
 _TINTS = ((152, 160, 170), (176, 160, 144), (148, 166, 152), (170, 152, 168), (146, 160, 184), (166, 166, 160))
 _INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-_PHRASES = {
-    "left": ("to the left of", "left of"),
-    "right": ("to the right of", "right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
-_RELATION_WORDS = {**{word: word for word in _PHRASES}, "over": "above", "under": "below"}
+_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _PLACES = {
     (0, 0): "at the top left", (1, 0): "at the top", (2, 0): "at the top right",
     (0, 1): "on the left", (1, 1): "in the middle", (2, 1): "on the right",
@@ -685,7 +679,7 @@ def judge_caption(scene, words):
     objects = {(thing["color"], thing["shape"]): thing["box"] for thing in scene["objects"]}
     stated = []
     for (i, subject), (j, other) in itertools.pairwise(mentions):
-        relations = [_RELATION_WORDS[word] for word in words[i + 1:j] if word in _RELATION_WORDS]
+        relations = [word for word in words[i + 1:j] if word in _PHRASES]
         stated += [_is_true(relation, objects.get(subject), objects.get(other)) for relation in relations]
     named = collections.Counter(mention for _, mention in mentions)
     return {"objects": named == collections.Counter(list(objects)), "relation": all(stated) if stated else None}
@@ -804,15 +798,15 @@ def _describe_one(rng, scene, place):
 
 def _describe_several(rng, objects, relation):
     captions = []
-    for i, opening in enumerate(rng.sample(("", "", "there is ", "the picture shows ", "we see "), 5)):
+    for i, opening in enumerate(rng.sample(("", "", "", "there is ", "we see "), 5)):
         sized = rng.random() < 0.5
         first, second, *third = [
             f"a {thing['size'] + ' ' if sized else ''}{thing['color']} {thing['shape']}" for thing in objects
         ]
         if i % 2:
-            pair = f"{first} {rng.choice(_PHRASES[relation])} {second}"
+            pair = f"{first} {_PHRASES[relation]} {second}"
         else:
-            pair = f"{second} {rng.choice(_PHRASES[_INVERSE[relation]])} {first}"
+            pair = f"{second} {_PHRASES[_INVERSE[relation]]} {first}"
         parts = [pair, *third] if rng.random() < 0.7 else [*third, pair]
         captions.append(opening + " and ".join(parts))
     return captions

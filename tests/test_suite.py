@@ -92,7 +92,7 @@ def commands(text):
     for line in text.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|;", line.split(" #")[0]):
             found = re.match(r"\s*(?:\S*/)?python3? (create_input_files|train|eval|caption)\.py(.*)", part)
-            if found and "@@" not in part:
+            if found:
                 yield found[1], shlex.split(found[2])
 
 
