@@ -1,7 +1,7 @@
 """Prepare a data set: three HDF5 files of pictures and captions, and the word map.
 
     python create_input_files.py                              # Flickr8k, downloaded into data/ if it is not there
-    python create_input_files.py --source ../shared/flickr8k  # Flickr8k, from archives or folders that you have
+    python create_input_files.py --source downloads           # Flickr8k, from archives or folders that you have
     python create_input_files.py --dataset shapes             # generated pictures: no download
     python create_input_files.py --dataset coco --karpathy_json dataset_coco.json --images coco_pictures
     python create_input_files.py --dataset mine --images pictures --captions captions.csv
