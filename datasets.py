@@ -1000,32 +1000,27 @@ def _write_images(file, split, records, size, workers):
                                  maxshape=(None, 3, size, size))
     workers = workers or available_cores()
     readable, unreadable, digest = [], [], hashlib.sha256()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        waiting = (pool.submit(_load_square, record, size) for record in records)
-        ahead = collections.deque(itertools.islice(waiting, 4 * workers))  # bounds the memory in use
-        try:
-            for i, record in enumerate(progress(records, desc=f"writing {split}", unit="picture")):
-                future = ahead.popleft()
-                ahead.extend(itertools.islice(waiting, 1))
-                try:
-                    image = future.result()
-                except UserError as error:
-                    unreadable.append(str(error))
-                    if too_many_lost(len(unreadable), len(records)):
-                        raise UserError(f"{len(unreadable)} of the first {i + 1:,} of {len(records):,} pictures cannot "
-                                        f"be read, too many to go on; the last: {error}") from error
-                    continue
-                images[len(readable)] = image
-                digest.update(image)
-                readable.append(i)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    squares = read_ahead(functools.partial(_load_square, size=size), records, workers)
+    for i, image in enumerate(progress(squares, total=len(records), desc=f"writing {split}", unit="picture")):
+        if isinstance(image, UserError):
+            unreadable.append(str(image))
+            if too_many_lost(len(unreadable), len(records)):
+                raise UserError(f"{len(unreadable)} of the first {i + 1:,} of {len(records):,} pictures cannot be read, "
+                                f"too many to go on; the last: {image}") from image
+            continue
+        images[len(readable)] = image
+        digest.update(image)
+        readable.append(i)
     images.resize(len(readable), axis=0)
     return readable, unreadable, digest.hexdigest()
 
 
 def _load_square(record, size):
-    return resize_image(record.image(size), size)
+    """A picture as it is stored, or why it cannot be read."""
+    try:
+        return resize_image(record.image(size), size)
+    except UserError as error:
+        return error
 
 
 def available_cores():
