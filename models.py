@@ -29,6 +29,7 @@ VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", 
 ENCODERS = RESNETS + VGGS + ("efficientnet_lite0",)
 DECODERS = ("lstm", "gru")
 ATTENTIONS = ("soft", "hard", "mean")
+PIECE_BYTES = 2 ** 20  # what one core's cache holds
 
 
 # -------------------------------------------------------------------------------------------------------- encoder
@@ -246,7 +247,8 @@ class SharedLinear:
 class SharedEnergy:
     """Attention's energies, ``full_att(relu(encoder_att + decoder_att))``, for many steps over the same pictures.
 
-    Keeps nothing of the size of the pictures' projections per step: the backward pass computes them again.
+    Keeps nothing of the size of the pictures' projections per step: the backward pass computes them again. On a CPU
+    both passes go piece by piece through the rows, so that what lies between two operations stays in the cache.
     The bias of ``full_att`` moves all energies alike and so does not enter.
 
     :param encoder_att: (B, num_pixels, attention_dim)
@@ -262,26 +264,35 @@ class SharedEnergy:
         """:param decoder_att: (rows, R, attention_dim), of the first rows; returns (rows, R, num_pixels)"""
         return _Apply.apply(self, decoder_att, self.anchor)
 
-    def hidden(self, decoder_att):
-        return torch.relu_(self.encoder_att[:len(decoder_att)].unsqueeze(1) + decoder_att.unsqueeze(2))
+    def pieces(self, decoder_att):
+        """Slices of the rows, and of each slice relu(encoder_att + decoder_att), (rows, R, num_pixels, attention_dim)."""
+        rows, beams, _ = decoder_att.shape
+        bytes_per_row = beams * self.encoder_att[0].nbytes
+        size = max(1, PIECE_BYTES // bytes_per_row) if decoder_att.device.type == "cpu" else rows
+        for piece in (slice(i, min(i + size, rows)) for i in range(0, rows, size)):
+            yield piece, torch.relu_(self.encoder_att[piece].unsqueeze(1) + decoder_att[piece].unsqueeze(2))
 
     def forward(self, ctx, decoder_att):
         ctx.save_for_backward(decoder_att)
-        return (self.hidden(decoder_att) @ self.weight.T).squeeze(-1)
+        return torch.cat([(hidden @ self.weight.T).squeeze(-1) for _, hidden in self.pieces(decoder_att)])
 
     def backward(self, gradient, decoder_att):
-        hidden = self.hidden(decoder_att)
         if self.att_gradient is None:
             self.att_gradient = torch.zeros_like(self.encoder_att, dtype=torch.float32)
             self.weight_gradient = torch.zeros_like(self.weight, dtype=torch.float32)
-        self.weight_gradient += gradient.flatten().unsqueeze(0) @ hidden.flatten(0, 2)
-        hidden = torch.ops.aten.threshold_backward(gradient.unsqueeze(-1) * self.weight, hidden, 0)
-        # summing over a single row is a slow copy
-        self.att_gradient[:len(decoder_att)] += hidden.squeeze(1) if hidden.shape[1] == 1 else hidden.sum(1)
-        return hidden.sum(2)
+        decoder_gradient = torch.empty_like(decoder_att)
+        for piece, hidden in self.pieces(decoder_att):
+            by_place = gradient[piece]  # (rows, R, num_pixels)
+            self.weight_gradient += by_place.flatten().unsqueeze(0) @ hidden.flatten(0, 2)
+            positive = hidden.sign_()  # the derivative of relu; the weight's share is multiplied in once, at the end
+            decoder_gradient[piece] = (by_place.unsqueeze(2) @ positive).squeeze(2)
+            positive *= by_place.unsqueeze(-1)
+            # summing over a single row is a slow copy
+            self.att_gradient[piece] += positive.squeeze(1) if positive.shape[1] == 1 else positive.sum(1)
+        return decoder_gradient * self.weight
 
     def gather(self):
-        return self.att_gradient.to(self.encoder_att.dtype), self.weight_gradient.to(self.weight.dtype)
+        return (self.att_gradient * self.weight).to(self.encoder_att.dtype), self.weight_gradient.to(self.weight.dtype)
 
 
 class _Apply(torch.autograd.Function):
@@ -420,7 +431,9 @@ class DecoderWithAttention(nn.Module):
             encoder_att = _linear(encoder_out, layer.weight, layer.bias, dtype)
             encoder_att = encoder_att if pool is None else pool @ encoder_att
             encoder_att = encoder_att if pictures is None else encoder_att.index_select(0, pictures)
-            energy = SharedEnergy(encoder_att, self.attention.full_att.weight.to(dtype))
+            # a CPU multiplies matrices faster in bfloat16, but adds and compares faster in float32
+            energy_dtype = torch.float32 if encoder_att.device.type == "cpu" else dtype
+            energy = SharedEnergy(encoder_att.to(energy_dtype), self.attention.full_att.weight.to(energy_dtype))
         if pictures is not None:
             # index_select, since the gradient of x[pictures] on a CPU is added up in an order that varies
             encoder_out = encoder_out.index_select(0, pictures)
@@ -479,7 +492,7 @@ class DecoderWithAttention(nn.Module):
             num_pixels = memory.encoder_out.shape[1] if memory.pool is None else memory.pool.shape[0]
             alpha = h.new_full((*h.shape[:2], num_pixels), 1 / num_pixels)
             return Glance(alpha), alpha
-        alpha = memory.energy(decoder_att).float().softmax(dim=-1)
+        alpha = memory.energy(decoder_att.to(memory.energy.weight.dtype)).float().softmax(dim=-1)
         if self.attention_kind == "soft":
             return Glance(alpha), alpha
         if not self.training and not self.sample_location:
