@@ -214,7 +214,7 @@ def read_image(source, size=None, name=None):
                 image.draft(None, (2 * size, 2 * size))
             image.load()
             with contextlib.suppress(Exception):  # a damaged EXIF block must not cost us a sound picture
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             return np.array(_to_rgb(image))
     except FileNotFoundError as error:
         raise UserError(f"cannot read {name}: there is no such file") from error
@@ -231,7 +231,7 @@ def _to_rgb(image):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _scale_to_bytes(values, mode):

@@ -29,7 +29,7 @@ VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", 
 ENCODERS = RESNETS + VGGS + ("efficientnet_lite0",)
 DECODERS = ("lstm", "gru")
 ATTENTIONS = ("soft", "hard", "mean")
-PIECE_BYTES = 2 ** 20  # what one core's cache holds
+PIECE_BYTES = 2 ** 22  # about what a CPU's caches hold
 
 
 # -------------------------------------------------------------------------------------------------------- encoder
@@ -292,7 +292,7 @@ class SharedEnergy:
         return decoder_gradient * self.weight
 
     def gather(self):
-        return (self.att_gradient * self.weight).to(self.encoder_att.dtype), self.weight_gradient.to(self.weight.dtype)
+        return self.att_gradient.mul_(self.weight).to(self.encoder_att.dtype), self.weight_gradient.to(self.weight.dtype)
 
 
 class _Apply(torch.autograd.Function):

@@ -202,7 +202,8 @@ def main(args):
         draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
         print_epoch(record, args, is_best, val_data, hypotheses)
     best = max(history, key=lambda record: record[args.metric])
-    print(f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of {len(history)}: {best_path}")
+    print(f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
+          f"{best['seconds']:.0f} s after the start; peak memory {utils.peak_memory_gb(device)} GB: {best_path}")
 
 
 # --------------------------------------------------------------------------------------------------- preparations
@@ -479,7 +480,8 @@ def train_epoch(args, config, captioner, step, history, update):
     seconds = time.time() - began
     return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll,
             "learning_rate": args.learning_rate * factor, "epsilon": epsilon,
-            "train_seconds": round(seconds, 1), "words_per_second": round(words / seconds)}
+            "train_seconds": round(seconds, 1), "words_per_second": round(words / seconds),
+            "peak_memory_gb": utils.peak_memory_gb(step.device)}
 
 
 def set_learning_rate(group, value):

@@ -250,6 +250,24 @@ def describe_machine(device):
             f"device {device} ({name})")
 
 
+def peak_memory_gb(device):
+    """Most memory held at once so far, in GB: a GPU's tensors, or all of this process with the files it maps.
+
+    :param device: torch device
+    :return: float, or None where it cannot be known
+    """
+    if device.type == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
 def progress(iterable=None, **options):
     """A tqdm bar on standard error; in a log file, where it cannot redraw itself, a line now and then."""
     from tqdm import tqdm

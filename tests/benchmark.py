@@ -10,11 +10,13 @@ and captions are random; captions have the lengths of Flickr8k's.
 """
 
 import argparse
+import functools
 import math
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 import datasets
 import models
@@ -196,45 +199,89 @@ def section_decoder(device, args):
     print_row("decoder training step, float32", words / clock(device, step_ours), slow, "words/s", 10)
     fast = words / clock(device, lambda: step_ours(torch.bfloat16))
     print_row("decoder training step, bfloat16 for ours", fast, slow, "words/s")
-    return slow, fast
 
 
 def section_training(device, args):
-    """A whole training with a frozen ResNet-101, 256×256: captions per second, features counted in over 10 epochs."""
+    """A whole training with a frozen ResNet-101 at 256×256: features are extracted once and serve ten epochs."""
+    epochs, count = 10, 2 * args.pictures
+    options = train.get_args_parser().parse_args(["--amp", "--epochs", str(epochs), "--batch_size", str(args.pictures)])
     encoder = models.Encoder("resnet101", "none").to(device)
-    images = torch.randint(0, 256, (8, 3, 256, 256), dtype=torch.uint8, device=device)
-    with torch.no_grad():
-        slow = clock(device, lambda: encoder(images), 2) / len(images)
-        with torch.autocast(device.type, torch.bfloat16):
-            fast = clock(device, lambda: encoder(images), 2) / len(images)
-    words_slow, words_fast = section_decoder(device, args)
-    words = 11.8
-    print_row("training epoch, bfloat16 for ours", 1 / (fast / 50 + words / words_fast), 1 / (slow + words / words_slow),
-              "captions/s", 30)
+    images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
+    data = FakeDataset(count)
+
+    torch.manual_seed(0)
+    textbook = Textbook(encoder.encoder_dim).to(device)
+    optimizer = torch.optim.Adam(textbook.parameters(), lr=4e-4)
+    rows = datasets.caption_rows(data, np.arange(args.pictures))
+    captions = torch.from_numpy(rows.captions).to(device)
+
+    def update():  # every caption brings its picture along, as a loader of (picture, caption) pairs gives it
+        with torch.no_grad():
+            grids = pooled(torch.cat([encoder(part.to(device)) for part in images[rows.pictures].split(16)]))
+        scores = textbook(grids, captions, rows.decode_lengths)
+        loss = F.cross_entropy(scores.flatten(0, 1), captions[:, 1:scores.shape[1] + 1].flatten(), ignore_index=0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    slow = len(captions) / clock(device, update, 1)
+
+    def whole_training():
+        decoder = models.build_decoder({**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY).to(device)
+        captioner = models.Captioner(encoder, decoder, WORD_MAP, {"image_size": 256})
+        parts = [captioner.encode(part, torch.bfloat16).half() for part in images.split(16)]
+        train_epochs(options, captioner, data, torch.cat(parts), epochs)
+
+    fast = epochs * len(data.captions) / clock(device, whole_training, 1)
+    print_row("training with ResNet-101, bfloat16 for ours", fast, slow, "captions/s", 30)
+
+
+def train_epochs(options, captioner, data, features, epochs):
+    """Epochs of train.py on given features; returns their records."""
+    optimizer = train.build_optimizer(options, captioner.encoder, captioner.decoder)
+    step = train.Update(options, captioner, optimizer, data, features, torch.bfloat16)
+    config = {**vars(options), "total_updates": epochs * math.ceil(len(data) / options.batch_size),
+              "ss_constants": (None, None)}
+    history, update = [], 0
+    for _ in range(epochs):
+        history.append(train.train_epoch(options, config, captioner, step, history, update))
+        update = history[-1]["update"]
+    return history
 
 
 def section_beam(device, args):
-    """Beam search, beam 5, decoder alone: batches against one picture at a time, once per caption."""
+    """Beam search, beam 5: batches, once per picture, against one picture at a time, once per caption."""
     ours, textbook = decoder_pair(device)
     ours.eval()
     for decoder in (ours, textbook):  # untrained decoders never end: make <end> likely enough for captions of 10 words
         decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4
-    count = 64 if device.type == "cpu" else 1000
+    encoder = models.Encoder("resnet101", "none").to(device)
+    captioner = models.Captioner(encoder, ours, WORD_MAP, {"image_size": 256})
+    count, batch = (64, 64) if device.type == "cpu" else (1024, 512)
     features = torch.randn(count, 64, 2048, device=device).relu()
-    grids = pooled(features[:4])
-    found = models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)
-    for i in range(4):
-        score, seq = textbook.search(grids[i:i + 1], 5)
-        if found[i][0].log_prob < score - 1e-3:
-            raise SystemExit(f"picture {i}: the suite's caption ({found[i][0].log_prob}) is worse than the textbook's ({score})")
-    slow = 4 / clock(device, lambda: [textbook.search(grids[i:i + 1], 5) for i in range(4)], 2) / 5
-    def ours_all(dtype):
-        return [models.beam_search([ours], [features[i:i + 64 if device.type == 'cpu' else i + 512]], WORD_MAP, beam_size=5,
-                                   dtype=dtype) for i in range(0, count, 64 if device.type == "cpu" else 512)]
-    print_row("beam search, decoder alone, float32", count / clock(device, lambda: ours_all(torch.float32), 2), slow,
-              "pictures/s", 20)
-    print_row("beam search, decoder alone, bfloat16 for ours", count / clock(device, lambda: ours_all(torch.bfloat16), 2),
-              slow, "pictures/s")
+    images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
+    for i, (found, *_) in enumerate(models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)):
+        score, _ = textbook.search(pooled(features[i:i + 1]), 5)
+        if found.log_prob < score - 1e-3:
+            raise SystemExit(f"picture {i}: the suite's caption ({found.log_prob}) is worse than the textbook's ({score})")
+
+    def textbook_pictures(encode):
+        for i in range(4):
+            with torch.no_grad():
+                textbook.search(pooled(encoder(images[i:i + 1].to(device))) if encode else pooled(features[i:i + 1]), 5)
+
+    def our_pictures(encode, dtype):
+        for i in range(0, count, batch):
+            if encode:
+                captioner.caption(images[i:i + batch], dtype, beam_size=5)
+            else:
+                models.beam_search([ours], [features[i:i + batch]], WORD_MAP, beam_size=5, dtype=dtype)
+
+    for encode, name, target in ((True, "with ResNet-101", 10), (False, "decoder alone", 20)):
+        slow = 4 / clock(device, lambda: textbook_pictures(encode), 1) / 5
+        for dtype in (torch.float32, torch.bfloat16):
+            fast = count / clock(device, lambda: our_pictures(encode, dtype), 1)
+            print_row(f"beam search {name}, {str(dtype)[6:]} for ours", fast, slow, "pictures/s", target)
 
 
 def section_extraction(device, args):
@@ -281,26 +328,86 @@ def section_flickr8k(device, args):
         began = time.perf_counter()
         decoder = models.build_decoder({**vars(options), "encoder_dim": 2048}, VOCABULARY).to(device)
         captioner = SimpleNamespace(encoder=None, decoder=decoder, device=device)
-        optimizer = train.build_optimizer(options, None, decoder)
-        step = train.Update(options, captioner, optimizer, data, features, torch.bfloat16)
-        config = {**vars(options), "total_updates": epochs * math.ceil(6000 / options.batch_size),
-                  "ss_constants": (None, None)}
-        history, update = [], 0
-        for _ in range(epochs):
-            history.append(train.train_epoch(options, config, captioner, step, history, update))
-            update = history[-1]["update"]
+        history = train_epochs(options, captioner, data, features, epochs)
         synchronize(device)
         seconds = time.perf_counter() - began
         rate = np.median([record["words_per_second"] for record in history])
         print(f"{f'{epochs} epochs of 30,000 captions, grid ' + ('8×8' if grid == 0 else '14×14'):<46}{seconds:>10.1f} s in all, "
-              f"{rate:,.0f} words/s, loss {history[-1]['nll']:.3f}", flush=True)
+              f"{rate:,.0f} words/s, loss {history[-1]['nll']:.3f}, peak memory {history[-1]['peak_memory_gb']} GB", flush=True)
+
+
+def section_prepare(device, args):
+    """Preparing photographs: against one thread, and against decoding, resizing and writing alone."""
+    import h5py
+    from PIL import Image
+
+    count, cores = 400, datasets.available_cores()
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for i in range(count):  # of Flickr8k's size, and about as many bytes
+            coarse = Image.fromarray(rng.integers(0, 256, (75, 100, 3), dtype=np.uint8))
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+        paths = sorted(folder.glob("*.jpg"))
+
+        def square(path):
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+        def plain():
+            with h5py.File(folder / "plain.hdf5", "w") as file:
+                images = file.create_dataset("images", (count, 3, 256, 256), np.uint8)
+                for i, path in enumerate(paths):
+                    images[i] = square(path)
+
+        def alone():
+            with ThreadPoolExecutor(cores) as pool, open(folder / "alone.bin", "wb") as file:
+                for image in pool.map(square, paths):
+                    file.write(np.ascontiguousarray(image))
+
+        records = [datasets.Record(path.name, "train", ["a word"], functools.partial(datasets.read_image, path))
+                   for path in paths]
+
+        def ours():
+            datasets.write_split(folder / "ours.hdf5", records, WORD_MAP, split="train", captions_per_image=5, max_len=50,
+                                 image_size=256, seed=0, attributes={}, workers=cores)
+
+        slow, most, fast = (count / clock(device, function, 3) for function in (plain, alone, ours))
+    print_row(f"preparing photographs, {cores} cores", fast, slow, "pictures/s", 1.7)
+    print(f"{'  decoding, resizing and writing alone':<46}{'':>10}{most:>11.2f} pictures/s")
+
+
+OPEN_AND_READ = """
+import sys, time
+began = time.time()
+sys.path.insert(0, sys.argv[1])
+import torch, datasets, utils
+data = datasets.CaptionDataset(sys.argv[2])
+for batch in datasets.training_batches(len(data), 16, seed=0, epoch=0)[:100]:
+    data.images(batch), datasets.caption_rows(data, batch)
+print(f"{time.time() - began:.1f} s for imports, opening and 100 batches, peak memory "
+      f"{utils.peak_memory_gb(torch.device('cpu'))} GB")
+"""
+
+
+def section_coco(device, args):
+    """Start-up on a data set of COCO's size: 590,000 captions of 118,000 pictures (here 32×32 pixels)."""
+    picture = np.zeros((32, 32, 3), np.uint8)
+    captions = [f"a picture of w{i} and w{i + 1} beside some w{i + 2} on the w{i + 3}" for i in range(5)]
+    records = [datasets.Record(f"{i:012d}.jpg", split, captions, lambda size: picture)
+               for split, count in (("train", 118000), ("val", 5000), ("test", 1)) for i in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.write_dataset(folder, records, dataset="coco", source="generated", image_size=32)
+        path = datasets.split_path(folder, "train", datasets.base_name("coco", 5, 5))
+        shown = subprocess.run([sys.executable, "-c", OPEN_AND_READ, str(ROOT), str(path)], check=True,
+                               capture_output=True, text=True)
+    print(f"{'start-up on 590,000 captions':<46}{shown.stdout.strip()}")
 
 
 def section_caption(device, args):
     """caption.py on one picture, process start to PNG, against importing torch and torchvision plus one encoder pass."""
     from PIL import Image
 
-    root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(folder / "a.jpg")
@@ -319,7 +426,7 @@ def section_caption(device, args):
             return clock(torch.device("cpu"), lambda: subprocess.run(
                 [sys.executable, *command], cwd=folder, check=True, capture_output=True))
 
-        ours = process(root / "caption.py", "--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device))
+        ours = process(ROOT / "caption.py", "--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device))
         base = process("-c", floor)
         print(f"{'caption.py, one picture':<46}{ours:>10.2f} s, torch + torchvision + one encoder pass {base:.2f} s: "
               f"{ours / base:.2f}×  (wanted: at most 1.5×)")
@@ -331,8 +438,8 @@ SECTIONS = {name[8:]: function for name, function in list(globals().items()) if 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, metavar="SECTION",
-                        default=["ceiling", "training", "beam", "caption"],
-                        help=f"what to time, of {', '.join(SECTIONS)} (default: ceiling training beam caption)")
+                        default=["ceiling", "decoder", "training", "beam", "prepare", "caption"],
+                        help=f"what to time, of {', '.join(SECTIONS)} (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--pictures", type=int, default=16, help="pictures of five captions per training step (default: 16)")
     parser.add_argument("--workers", type=int, default=4, help="threads that read pictures (default: 4)")
