@@ -34,7 +34,7 @@ import numpy as np
 import regex
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from utils import UserError, atomic_path, progress, read_json
+from utils import UserError, atomic_path, from_main, gathered, is_main, locked, progress, read_json, share
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 SPLITS = ("train", "val", "test")
@@ -85,6 +85,12 @@ def curves_path(folder, name):
 def features_path(folder, name, split, key):
     """Path of the stored features of one split; ``key`` tells encoder, weights and data apart."""
     return Path(folder) / f"FEATURES_{split.upper()}_{name}_{key}.npy"
+
+
+def lock_path(path):
+    """Path of the lock file that a run holds while it writes a file or the files of a folder."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.lock")
 
 
 def captions_path(folder, name, split, beam_size):
@@ -1177,51 +1183,67 @@ def feature_key(encoder_digest, images_digest, dtype):
     return hashlib.sha256(f"{encoder_digest} {images_digest} {dtype}".encode()).hexdigest()[:12]
 
 
-def encode_split(dataset, encode, path=None, batch_size=32, workers=2):
-    """Features of every picture of a split, from the feature store ``path`` if it is there, else computed and kept.
+def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2):
+    """Features of the pictures of a split, from the feature store ``path`` if it is there, else computed and kept.
+
+    With several processes each computes its share of a store.
 
     :param dataset: ``CaptionDataset``
     :param encode: function of uint8 (B, 3, S, S) torch tensors to float (B, n, encoder_dim) tensors
     :param path: feature store, a .npy file whose name holds the key; None computes into memory
+    :param rows: without a store: slice of the pictures to encode; None: all
     :param batch_size: pictures per call of ``encode``
     :param workers: threads that read pictures
     :return: float16 array (N, n, encoder_dim), memory-mapped if stored: the page cache keeps what fits in RAM, and all
         processes share it
     :raises UserError: if the store is damaged or cannot be written
     """
+    if path is None:
+        parts = _encoded(dataset, encode, np.arange(len(dataset))[rows or slice(None)], batch_size, workers)
+        return np.concatenate([out for _, out in parts])
+    with locked(lock_path(path), path, wait=True):  # two runs on one data set: the second waits for the first's features
+        if not from_main(path.exists()):
+            _write_features(path, dataset, encode, batch_size, workers)
+    try:
+        features = np.load(path, mmap_mode="c")  # copy on write: torch wants arrays that it could write to
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"the feature store {path} is damaged ({error}); delete it and run again") from error
+    if len(features) != len(dataset):
+        raise UserError(f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
+                        "delete it and run again")
+    return features
+
+
+def _encoded(dataset, encode, pictures, batch_size, workers):
+    """Yield (pictures, float16 features) batch by batch."""
     import torch
 
-    if path is not None and path.exists():
-        try:
-            features = np.load(path, mmap_mode="c")  # copy on write: torch wants arrays that it could write to
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"the feature store {path} is damaged ({error}); delete it and run again") from error
-        if len(features) != len(dataset):
-            raise UserError(f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
-                            "delete it and run again")
-        return features
-    batches = [np.arange(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(atomic_path(path)) if path is not None else None
-        features = None
-        bar = stack.enter_context(progress(total=len(dataset), desc=f"encoding {dataset.split}", unit="picture"))
-        for rows, images in zip(batches, read_ahead(dataset.images, batches, workers)):
-            out = encode(torch.from_numpy(images)).to(torch.float16).cpu().numpy()
-            if features is None:
-                shape = (len(dataset), *out.shape[1:])
-                if temporary is None:
-                    features = np.empty(shape, np.float16)
-                else:
-                    free, size = shutil.disk_usage(path.parent).free, 2 * math.prod(shape)
-                    if free < size:
-                        raise UserError(f"the feature store {path} needs {size / 1e9:.1f} GB, but the disk has "
-                                        f"{free / 1e9:.1f} GB free; make room or choose another --data_folder")
-                    features = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    batches = [pictures[i:i + batch_size] for i in range(0, len(pictures), batch_size)]
+    with progress(total=len(pictures), desc=f"encoding {dataset.split}", unit="picture") as bar:
+        for batch, images in zip(batches, read_ahead(dataset.images, batches, workers)):
+            yield batch, encode(torch.from_numpy(images)).to(torch.float16).cpu().numpy()
+            bar.update(len(batch))
+
+
+def _write_features(path, dataset, encode, batch_size, workers):
+    """Write a feature store; each process of the run fills in its share."""
+    parts = _encoded(dataset, encode, np.arange(len(dataset))[share(len(dataset))], batch_size, workers)
+    first = next(parts, None)
+    shape = (len(dataset), *next(s for s in gathered(first and first[1].shape[1:]) if s))
+    free, size = shutil.disk_usage(path.parent).free, 2 * math.prod(shape)
+    if free < size:
+        raise UserError(f"the feature store {path} needs {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+                        "make room or choose another --data_folder")
+    with atomic_path(path) if is_main() else contextlib.nullcontext() as temporary:
+        if is_main():
+            np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            _reserve(temporary, temporary.stat().st_size)  # a mapped file that finds no space kills the process
+        features = np.lib.format.open_memmap(from_main(temporary), "r+")
+        for rows, out in itertools.chain([first] if first else [], parts):
             features[rows] = out
-            bar.update(len(rows))
-        if temporary is not None:
-            features.flush()
-    return features if path is None else np.load(path, mmap_mode="c")
+        features.flush()
+        gathered(None)  # all have written
+    gathered(None)  # and the file has its name
 
 
 def training_batches(num_images, batch_size, seed, epoch):
@@ -1241,19 +1263,25 @@ class CaptionRows(NamedTuple):
     pictures: np.ndarray  # int64 (B,): position of the caption's picture in the batch
 
 
+def count_words(dataset, pictures):
+    """Words to predict in all captions of the given pictures, <end> included."""
+    offsets = dataset.caption_offsets
+    return int(sum((dataset.caption_lengths[offsets[i]:offsets[i + 1]] - 1).sum() for i in pictures))
+
+
 def caption_rows(dataset, pictures):
     """All captions of the given pictures.
 
     :param dataset: ``CaptionDataset``
-    :param pictures: int array of picture indices
+    :param pictures: int array of picture indices, which may be empty
     :return: ``CaptionRows``
     """
     offsets = dataset.caption_offsets
-    rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in pictures])
+    rows = np.concatenate([np.arange(0), *(np.arange(offsets[i], offsets[i + 1]) for i in pictures)])
     position = np.repeat(np.arange(len(pictures)), offsets[pictures + 1] - offsets[pictures])
     lengths = dataset.caption_lengths[rows]
     order = np.argsort(-lengths, kind="stable")
-    captions = dataset.captions[rows[order], :lengths.max()].astype(np.int64)
+    captions = dataset.captions[rows[order], :lengths.max(initial=1)].astype(np.int64)
     return CaptionRows(captions, (lengths[order] - 1).tolist(), position[order])
 
 

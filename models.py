@@ -213,6 +213,7 @@ class Attention(nn.Module):
         self.encoder_att = nn.Linear(encoder_dim, attention_dim)
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
+        self.full_att.bias.requires_grad_(False)  # it moves all energies alike, which softmax does not see
 
 
 class SharedLinear:
@@ -637,18 +638,20 @@ def caption_loss(output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha
         baseline = torch.where(decoder.baseline == 0, reward.mean(), decoder.baseline)
         entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
         loss = loss - (reward - baseline) @ output.log_probs.sum(1) - alpha_entropy_c * entropy
-        decoder.baseline.copy_(0.9 * baseline + 0.1 * reward.mean())
+        baseline = 0.9 * baseline + 0.1 * reward.mean()
+        decoder.baseline.copy_(torch.where(baseline.isfinite(), baseline, decoder.baseline))
     return loss / num_words, word_nll.detach().sum() / num_words
 
 
-def self_critical_loss(output, advantages):
+def self_critical_loss(output, advantages, num_words=None):
     """REINFORCE on sampled captions (Rennie et al. 2017, eq. 7): make likelier what beat the baseline.
 
     :param output: ``DecoderOutput`` of a pass over the sampled captions
     :param advantages: float (B,), each caption's reward less its baseline's
+    :param num_words: what to divide by, if not by this batch's own words (several processes share a batch)
     :return: (loss, nll): scalars, per word; nll is the samples' cross-entropy, without gradient, for the log
     """
-    num_words = (output.targets != 0).sum()
+    num_words = (output.targets != 0).sum() if num_words is None else num_words
     word_nll = F.cross_entropy(output.scores, output.targets, reduction="none", ignore_index=0)
     return (advantages[output.rows] * word_nll).sum() / num_words, word_nll.detach().sum() / num_words
 

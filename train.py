@@ -7,8 +7,12 @@
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from utils import UserError
 ARCHITECTURE = ("encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim", "decoder_dim",
                 "deep_output", "position_encoding")
 MAY_CHANGE_ON_RESUME = ("data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
-                        "encoder_weights", "init_from", "embeddings")
+                        "encoder_weights", "init_from", "embeddings", "checkpoint_every")
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {"data_name": datasets.base_name("shapes", 5, 5), "encoder": "efficientnet_lite0",
                "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256, "attention_dim": 256,
@@ -31,6 +35,7 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
                "label_smoothing": 0.0, "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1,
                "amp": True},
 }
+MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
 
@@ -113,6 +118,8 @@ def get_args_parser():
                             "given checkpoint; with nothing there yet, start")
     group.add_argument("--init_from", type=Path, metavar="CHECKPOINT",
                        help="start a new run from a checkpoint's weights and architecture, for example to fine-tune")
+    group.add_argument("--checkpoint_every", type=int, default=0,
+                       help="save every so many updates too, for long epochs; 0: after each epoch, and when stopped")
     utils.add_search_flags(parser)
     utils.add_device_flags(parser)
     return parser
@@ -125,7 +132,7 @@ def check_args(args):
                        encoder_learning_rate=(0, 10), warmup=(0, 10 ** 9), weight_decay=(0, 10), grad_clip=(1e-6, 1e6),
                        dropout=(0, 0.99), embed_dropout=(0, 0.99), feature_dropout=(0, 0.99), label_smoothing=(0, 0.99),
                        alpha_c=(0, 1000), seed=(0, 2 ** 63 - 1), ss_k=(1e-6, 1e9), ss_slope=(0, 1), ss_min=(0, 1),
-                       patience=(1, 100000))
+                       patience=(1, 100000), checkpoint_every=(0, 10 ** 9))
     if args.resume and args.init_from:
         raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
     if args.scst and not (args.init_from or args.resume):
@@ -138,9 +145,16 @@ def check_args(args):
 
 
 def main(args):
-    started = time.time()
     check_args(args)
-    device = utils.pick_device(args.device)
+    with contextlib.ExitStack() as stack:
+        train(args, stack)
+
+
+def train(args, stack):
+    """The whole run. What it holds until its end, its lock and its processes, is entered on ``stack``."""
+    started = time.time()
+    device = stack.enter_context(utils.processes(args.device))
+    stop = stack.enter_context(utils.StopSignals())
     dtype = torch.bfloat16 if args.amp else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", args.data_name))
@@ -151,13 +165,14 @@ def main(args):
 
     latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
     best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
-    checkpoint = find_checkpoint(args, latest_path, word_map)
+    checkpoint = find_checkpoint(args, latest_path, best_path, word_map)
     if args.scst and args.attention == "hard":
         raise UserError("--scst does not train where --attention hard looks: start from a model with soft attention")
     utils.set_seed(args.seed)
     encoder, decoder = build_model(args, checkpoint, word_map, device)
     encoder.fine_tune(args.fine_tune_encoder)
-    total_updates = args.epochs * math.ceil(len(train_data) / args.batch_size)
+    updates_per_epoch = math.ceil(len(train_data) / args.batch_size)
+    total_updates = args.epochs * updates_per_epoch
     ss_constants = models.schedule_constants(args.scheduled_sampling, total_updates, args.ss_k, args.ss_slope,
                                              args.ss_min)
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -165,42 +180,50 @@ def main(args):
                "ss_constants": list(ss_constants)}
     decoder.sample_location = args.sample_location
     captioner = models.Captioner(encoder, decoder, word_map, config)
+    stack.enter_context(utils.locked(datasets.lock_path(latest_path), latest_path))
     print_header(args, captioner, train_data, val_data)
 
     train_features = None if args.fine_tune_encoder else features_of(train_data, captioner, args, dtype)
     val_features = None if args.fine_tune_encoder else features_of(val_data, captioner, args, dtype)
-    optimizer = build_optimizer(args, encoder, decoder)
-    update, history, seconds_before = 0, [], 0.0
+    step = Update(args, captioner, build_optimizer(args, encoder, decoder), train_data, train_features, dtype)
+    history, seconds_before = [], 0.0
     if checkpoint and args.resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        utils.set_rng_state(checkpoint["rng"])
-        update, history = checkpoint["update"], checkpoint["history"]
-        seconds_before = history[-1]["seconds"]
-        print(f"resuming after epoch {len(history)}; best {args.metric} so far {best_score(history, args.metric):.2f}")
+        step.load_state_dict(checkpoint)
+        history, seconds_before = checkpoint["history"], checkpoint["seconds"]
+        print(f"resuming after epoch {len(history)}, update {step.update}; "
+              f"best {args.metric} so far {best_score(history, args.metric):.2f}")
 
-    step = Update(args, captioner, optimizer, train_data, train_features, dtype)
-    while len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience:
-        record = train_epoch(args, config, captioner, step, history, update)
-        update = record["update"]
-        features = val_features if val_features is not None else encode_split(val_data, captioner, args, dtype)
-        found = models.caption_split([captioner], [features], dtype, beam_size=args.beam_size,
-                                     length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
-                                     with_alphas=False)
-        hypotheses = [captioner.text(best) for best, *_ in found]
-        record.update(utils.score_captions(val_data.references, hypotheses))
-        record["seconds"] = round(seconds_before + time.time() - started, 1)
-        is_best = record[args.metric] > best_score(history, args.metric)
-        history.append(record)
+    def save(path=latest_path):
         state = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(),
-                 "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "rng": utils.rng_state(),
-                 "update": update, "history": history}
-        # BEST first: if the run is killed in between, the epoch is repeated and ends the same
-        if is_best:
-            utils.save_checkpoint(best_path, state)
-        utils.save_checkpoint(latest_path, state)
-        write_log(datasets.log_path(args.output_folder, args.data_name), config, history)
-        draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
-        print_epoch(record, args, is_best, val_data, hypotheses)
+                 "decoder": decoder.state_dict(), "history": history, "seconds": seconds_before + time.time() - started,
+                 **step.state_dict()}
+        with stop.held():
+            if utils.is_main():
+                utils.save_checkpoint(path, state)
+
+    try:
+        while len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience:
+            record = train_epoch(args, config, captioner, step, history, stop, save)
+            utils.set_seed(args.seed, step.update)  # of locations that hard attention samples in validation
+            hypotheses = caption_validation(val_data, val_features, captioner, args, dtype)
+            record |= utils.from_main(utils.is_main() and utils.score_captions(val_data.references, hypotheses))
+            record["seconds"] = round(seconds_before + time.time() - started, 1)
+            is_best = record[args.metric] > best_score(history, args.metric)
+            with stop.held():
+                history.append(record)
+                step.begin_epoch()
+                # BEST first: if the run is killed in between, the epoch is repeated and ends the same
+                if is_best:
+                    save(best_path)
+                save()
+                if utils.is_main():
+                    write_log(datasets.log_path(args.output_folder, args.data_name), config, history)
+                    draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
+                print_epoch(record, args, is_best, val_data, hypotheses)
+    except utils.Stopped as signal:
+        save()
+        signal.args = (f"{signal} after update {step.update}; saved. The same command with --resume goes on",)
+        raise
     best = max(history, key=lambda record: record[args.metric])
     print(f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
           f"{best['seconds']:.0f} s after the start; peak memory {utils.peak_memory_gb(device)} GB: {best_path}")
@@ -209,16 +232,21 @@ def main(args):
 # --------------------------------------------------------------------------------------------------- preparations
 
 
-def find_checkpoint(args, latest_path, word_map):
+def find_checkpoint(args, latest_path, best_path, word_map):
     """The checkpoint to go on from or to start from, checked against the flags; None starts anew."""
     path = args.init_from
-    if args.resume:
-        path = latest_path if args.resume == "auto" else Path(args.resume)
-        if args.resume == "auto" and not path.exists():
-            print(f"nothing to resume at {path}: starting anew")
+    found = [p for p in (latest_path, best_path) if p.exists()]
+    if found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts repeats the command
+        args.resume, args.init_from = args.resume or "auto", None
+    if args.resume == "auto":
+        if not found:
+            print(f"nothing to resume at {latest_path}: starting anew")
             return None
-    elif latest_path.exists():
-        raise UserError(f"{latest_path} holds an earlier run: add --resume to go on with it, or choose another "
+        path = first_readable(found)
+    elif args.resume:
+        path = Path(args.resume)
+    elif found:
+        raise UserError(f"{found[0]} holds an earlier run: add --resume to go on with it, or choose another "
                         "--output_folder")
     if path is None:
         return None
@@ -239,6 +267,18 @@ def find_checkpoint(args, latest_path, word_map):
         raise UserError(f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; give the "
                         "same flags, or start a new run from its weights with --init_from")
     return checkpoint
+
+
+def first_readable(paths):
+    """The first path, or if its file is damaged, the next: of a run, its last checkpoint and then its best one."""
+    for path, other in zip(paths, paths[1:]):
+        try:
+            utils.load_checkpoint(path)
+        except UserError as error:
+            print(f"{error}; going on from {other} instead")
+        else:
+            return path
+    return paths[-1]
 
 
 def build_model(args, checkpoint, word_map, device):
@@ -270,10 +310,20 @@ def features_of(data, captioner, args, dtype):
     return features
 
 
-def encode_split(data, captioner, args, dtype, path=None):
-    """Features of a split as a float16 tensor (N, n, encoder_dim) in main memory."""
-    return torch.from_numpy(datasets.encode_split(data, lambda images: captioner.encode(images, dtype), path,
+def encode_split(data, captioner, args, dtype, path=None, rows=None):
+    """Features of a split (or of a slice of it) as a float16 tensor (N, n, encoder_dim) in main memory."""
+    return torch.from_numpy(datasets.encode_split(data, lambda images: captioner.encode(images, dtype), path, rows,
                                                   workers=args.workers))
+
+
+def caption_validation(data, features, captioner, args, dtype):
+    """Captions of the validation pictures, lists of words; each process makes its share."""
+    rows = utils.share(len(data))
+    features = encode_split(data, captioner, args, dtype, rows=rows) if features is None else features[rows]
+    found = models.caption_split([captioner], [features], dtype, beam_size=args.beam_size,
+                                 length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
+                                 with_alphas=False)
+    return sum(utils.gathered([captioner.text(best) for best, *_ in found]), [])
 
 
 def build_optimizer(args, encoder, decoder):
@@ -286,7 +336,7 @@ def build_optimizer(args, encoder, decoder):
     on_gpu = device.type == "cuda"
     # a CUDA graph reads the learning rate from a tensor
     return torch.optim.AdamW(groups, lr=torch.tensor(0.0, device=device) if on_gpu else 0.0, capturable=on_gpu,
-                             weight_decay=args.weight_decay, fused=on_gpu or device.type == "cpu")
+                             weight_decay=args.weight_decay, fused=True)
 
 
 # --------------------------------------------------------------------------------------------------- the training
@@ -314,13 +364,42 @@ def learning_rate_factor(config, update, history):
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+class Model(torch.nn.Module):
+    """Encoder and decoder as one module, whose gradients DistributedDataParallel can average.
+
+    :param features: float16 tensor (N, n, encoder_dim) on a GPU, of which the inputs are numbers; or None
+    """
+
+    def __init__(self, args, captioner, features, dtype):
+        super().__init__()
+        self.encoder, self.decoder = captioner.encoder if args.fine_tune_encoder else None, captioner.decoder
+        self.argmax, self.dtype, self.features = args.ss_argmax, dtype, features
+
+    def encoded(self, inputs):
+        """Features of what ``Update.load`` gave: pictures, features, or numbers of features."""
+        if self.encoder is not None:
+            with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.encoder(inputs)
+        return inputs if self.features is None else self.features[inputs]
+
+    def forward(self, inputs, captions, steps, pictures, epsilon):
+        if not steps:  # fewer pictures in the last batch than processes
+            return None
+        return self.decoder(self.encoded(inputs), captions, steps, pictures, epsilon, self.argmax, self.dtype)
+
+
 class Update:
-    """One training update: forward, loss, backward, clipping, optimizer.
+    """One training update: forward, loss, backward, clipping, optimizer; and where the training stands.
 
     On a GPU the decoder's loop is hundreds of kernels too small to keep the card busy, so each update is recorded once
     as a CUDA graph and then replayed in one launch. A graph has fixed shapes: captions are padded to a multiple of four
     words, and one graph is made for each such length. The first update of a length runs without a graph, which also
     sets up what a recording must find in place.
+
+    With several processes each takes its share of a batch's pictures, without graphs; the loss is divided by the words
+    of the whole batch.
+
+    Nothing is drawn that does not follow from seed, update and process, so that a run can go on where it was stopped.
 
     :param features: float16 tensor (N, n, encoder_dim), or None to encode and fine-tune
     """
@@ -329,55 +408,80 @@ class Update:
         self.args, self.captioner, self.optimizer, self.dtype = args, captioner, optimizer, dtype
         self.data, self.features, self.device = data, features, captioner.device
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # loss and nll are summed on the device: asking for them would make the host wait
-        self.total = torch.zeros(2, device=self.device)
+        self.model = Model(args, captioner, features if features is not None and features.is_cuda else None, dtype)
+        self.ddp = self.model
+        if utils.world_size() > 1:
+            self.ddp = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.update = 0
+        # sums over the epoch of loss, nll and updates, kept on the device: asking for them would make the host wait
+        self.total = torch.zeros(3, device=self.device)
+        self.skipped = torch.zeros(2, device=self.device)  # updates that were not finite: all, and in a row
+        self.warned = 0
+        self.words, self.seconds = 0, 0.0
         self.graphs = {}
-        self.use_graphs = self.device.type == "cuda"
+        self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
         self.reward = utils.CiderD(data.references) if args.scst else None
         if self.use_graphs:
             self.epsilon = torch.ones((), device=self.device)
             self.stream = torch.cuda.Stream(self.device)
 
+    def begin_epoch(self):
+        self.total.zero_()
+        self.skipped.zero_()
+        self.words, self.seconds, self.warned = 0, 0.0, 0
+
+    def state_dict(self):
+        """Where the training stands, in the middle of an epoch too."""
+        return {"optimizer": self.optimizer.state_dict(), "update": self.update,
+                "epoch_so_far": {"total": self.total.cpu(), "skipped": self.skipped.cpu(), "words": self.words,
+                                 "seconds": self.seconds}}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.update, so_far = state["update"], state["epoch_so_far"]
+        self.total.copy_(so_far["total"])
+        self.skipped.copy_(so_far["skipped"])
+        self.words, self.seconds = so_far["words"], so_far["seconds"]
+
     def load(self, pictures):
         """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
 
         :param pictures: int array of picture indices
-        :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, if those are on the GPU, numbers)
+        :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, if those are on the GPU, numbers,
+            words of the whole batch): of this process's share of the pictures
         """
+        num_words = datasets.count_words(self.data, pictures)
+        pictures = pictures[utils.rank()::utils.world_size()]
         if self.features is None:
             inputs = torch.from_numpy(self.data.images(pictures))
         else:
             inputs = torch.from_numpy(pictures)
             inputs = inputs if self.features.is_cuda else self.features[inputs]
-        return pictures, datasets.caption_rows(self.data, pictures), self.pin(inputs)
+        return pictures, datasets.caption_rows(self.data, pictures), self.pin(inputs), num_words
 
     def pin(self, tensor):
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
-    def encoded(self, inputs):
-        """Features, on the device, of what ``load`` gave."""
-        if self.features is None:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.args.amp):
-                return self.captioner.encoder(inputs)
-        return self.features[inputs] if self.features.is_cuda else inputs
-
-    def __call__(self, pictures, rows, inputs, epsilon):
+    def __call__(self, pictures, rows, inputs, num_words, epsilon):
         """Make the update.
 
         :param epsilon: probability of feeding the true word
-        :return: words trained on
         """
+        utils.set_seed(self.args.seed, self.update, utils.rank())
         advantages = np.zeros(len(rows.captions), np.float32)
         if self.reward:
-            rows, advantages = self.explore(pictures, inputs.to(self.device))
+            if len(pictures):
+                rows, advantages = self.explore(pictures, inputs.to(self.device))
+            num_words = sum(utils.gathered(sum(rows.decode_lengths)))
         steps, captions = rows.decode_lengths, rows.captions
         if self.use_graphs:
             length = 4 * math.ceil(steps[0] / 4)
             captions = np.pad(captions, ((0, 0), (0, length + 1 - captions.shape[1])))
             steps = [length] * len(steps)
-        arrays = (captions, rows.pictures, advantages)
-        self.run(steps, [inputs, *(self.pin(torch.from_numpy(array)) for array in arrays)], epsilon)
-        return sum(rows.decode_lengths)
+        arrays = (captions, rows.pictures, advantages, np.float32(num_words))
+        self.run(steps, [inputs, *(self.pin(torch.as_tensor(array)) for array in arrays)], epsilon)
+        self.words += num_words
+        self.update += 1
 
     @torch.no_grad()
     def explore(self, pictures, inputs):
@@ -385,7 +489,7 @@ class Update:
 
         :return: (``datasets.CaptionRows``, float32 advantages), longest caption first
         """
-        captioner, args, encoder_out = self.captioner, self.args, self.encoded(inputs)
+        captioner, args, encoder_out = self.captioner, self.args, self.model.encoded(inputs)
         captioner.decoder.eval()
         greedy = models.beam_search([captioner.decoder], [encoder_out], captioner.word_map, beam_size=1,
                                     max_decode_steps=args.max_decode_steps, with_alphas=False, dtype=self.dtype)
@@ -434,53 +538,83 @@ class Update:
             static.copy_(tensor, non_blocking=True)
         graph.replay()
 
-    def compute(self, steps, inputs, captions, pictures, advantages, epsilon):
-        args, decoder = self.args, self.captioner.decoder
-        output = decoder(self.encoded(inputs), captions, steps, pictures, epsilon, args.ss_argmax, self.dtype)
-        if args.scst:
-            loss, nll = models.self_critical_loss(output, advantages)
+    def compute(self, steps, inputs, captions, pictures, advantages, num_words, epsilon):
+        args, output = self.args, self.ddp(inputs, captions, steps, pictures, epsilon)
+        if output is None:  # no share in this batch, but the others wait for these gradients
+            loss, nll = sum(p.sum() for p in self.parameters if p.requires_grad) * 0, torch.zeros((), device=self.device)
+        elif args.scst:
+            loss, nll = models.self_critical_loss(output, advantages, num_words)
         else:
-            loss, nll = models.caption_loss(output, label_smoothing=args.label_smoothing, alpha_c=args.alpha_c,
-                                            decoder=decoder)
+            loss, nll = models.caption_loss(output, num_words, args.label_smoothing, args.alpha_c,
+                                            decoder=self.captioner.decoder)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, args.grad_clip)
+        (loss * utils.world_size()).backward()  # DistributedDataParallel averages; the shares' losses add up
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.grad_clip)
+        # the fused optimizer leaves everything as it is where found_inf is 1; asking here would make the host wait
+        bad = 1 - norm.isfinite().float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
-        self.total += torch.stack([loss.detach(), nll])
+        sums = torch.stack([loss.detach(), nll, torch.full_like(bad, 1 / utils.world_size())])
+        self.total += torch.where(bad > 0, 0, sums)
+        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
+
+    def check(self):
+        """Warn of updates whose gradient was not finite and which were left out, or give up.
+
+        :raises UserError: if there are many in a row
+        """
+        count, in_a_row = self.skipped.tolist()
+        if in_a_row >= MAX_SKIPPED:
+            raise UserError(f"the loss was not finite in the last {in_a_row:.0f} updates: lower --learning_rate or "
+                            "--grad_clip, or leave out --amp; the last checkpoint is kept, and the model is as it was "
+                            "before these updates")
+        if count > self.warned:
+            print(f"warning: update {self.update}: the loss was not finite; {count:.0f} updates of this epoch were left "
+                  "out", file=sys.stderr)
+            self.warned = count
 
 
-def train_epoch(args, config, captioner, step, history, update):
-    """One pass over the training pictures.
+def train_epoch(args, config, captioner, step, history, stop, save):
+    """One pass over the training pictures, or what is left of it.
 
     :param step: ``Update``
     :param history: records of the epochs before
-    :param update: updates made before
+    :param stop: ``utils.StopSignals``
+    :param save: function that saves the training as it stands
     :return: the epoch's record: losses, rates, words per second
     """
     captioner.decoder.train()
-    step.total.zero_()
-    words, began, epoch = 0, time.time(), len(history)
+    epoch, seconds_before, began = len(history), step.seconds, time.time()
     batches = datasets.training_batches(len(step.data), args.batch_size, args.seed, epoch)
-    bar = utils.progress(total=len(batches), desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch", leave=False)
-    for loaded in datasets.read_ahead(step.load, batches, args.workers):
-        factor = learning_rate_factor(config, update, history)
-        for group in step.optimizer.param_groups:
-            set_learning_rate(group, group["peak_lr"] * factor)
-        epsilon = models.scheduled_sampling_epsilon(args.scheduled_sampling, update, *config["ss_constants"],
-                                                    args.ss_min)
-        words += step(*loaded, epsilon)
-        update += 1
+    done, words_before = step.update - epoch * len(batches), step.words
+    rates = functools.partial(learning_rate_factor, config, history=history)
+    sample = functools.partial(models.scheduled_sampling_epsilon, args.scheduled_sampling)
+    bar = utils.progress(total=len(batches), initial=done, desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch",
+                         leave=False)
+    for loaded in datasets.read_ahead(step.load, batches[done:], args.workers):
+        with stop.held():
+            for group in step.optimizer.param_groups:
+                set_learning_rate(group, group["peak_lr"] * rates(step.update))
+            step(*loaded, sample(step.update, *config["ss_constants"], args.ss_min))
+            step.seconds = seconds_before + time.time() - began
+            if args.checkpoint_every and step.update % args.checkpoint_every == 0:
+                save()
+        stop.check()
         bar.update()
-        if bar.n % 25 == 0:
-            rate = words / (time.time() - began)
-            bar.set_postfix_str(f"loss {step.total[0].item() / bar.n:.3f}, {rate:,.0f} words/s")
-    loss, nll = (step.total / len(batches)).tolist()
+        if step.device.type == "cpu" or step.update % 25 == 0:
+            step.check()
+        if step.update % 25 == 0:
+            loss, _, count = step.total.tolist()
+            rate = (step.words - words_before) / (time.time() - began)
+            bar.set_postfix_str(f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s")
     bar.close()
+    step.check()
+    loss, nll, count = utils.summed(step.total.clone()).tolist()
     captioner.decoder.eval()
-    seconds = time.time() - began
-    return {"epoch": epoch + 1, "update": update, "loss": loss, "nll": nll,
-            "learning_rate": args.learning_rate * factor, "epsilon": epsilon,
-            "train_seconds": round(seconds, 1), "words_per_second": round(words / seconds),
+    return {"epoch": epoch + 1, "update": step.update, "loss": loss / max(count, 1), "nll": nll / max(count, 1),
+            "skipped_updates": int(step.skipped[0]), "learning_rate": args.learning_rate * rates(step.update - 1),
+            "epsilon": sample(step.update - 1, *config["ss_constants"], args.ss_min),
+            "train_seconds": round(step.seconds, 1), "words_per_second": round(step.words / step.seconds),
             "peak_memory_gb": utils.peak_memory_gb(step.device)}
 
 

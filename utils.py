@@ -5,16 +5,23 @@ Nothing here knows of pictures or of words' meaning, and nothing happens at impo
 
 import collections
 import contextlib
+import glob
 import json
 import math
 import os
 import pickle
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
 from pathlib import Path
+
+import numpy as np
 
 
 class UserError(ValueError):
@@ -32,11 +39,177 @@ def run(main, parser):
         main(args)
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except Stopped as stop:
+        parser.exit(128 + stop.signal, f"{parser.prog}: {stop}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped by the user\n")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        parser.exit(2, f"{parser.prog}: error: out of memory: {str(error).splitlines()[0][:200]} Lower --batch_size or "
+                       "--beam_size, add --amp, or look whether somebody else uses this device\n")
     except BrokenPipeError:  # the reader of our output (head, less) has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _is_out_of_memory(error):
+    """Whether it is Python's, a GPU's (torch.OutOfMemoryError is a RuntimeError) or torch's on a CPU."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "DefaultCPUAllocator" in str(error))
+
+
+# ------------------------------------------------------------------------------------------------------- stop signals
+
+
+class Stopped(Exception):
+    """The process was asked to stop, by Ctrl-C or by a scheduler; the text tells the user how to go on."""
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
+
+class StopSignals:
+    """Turn SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into :class:`Stopped`, but not inside :meth:`held`.
+
+    Signals that come more than five seconds after the first do what they always did, so that a program that hangs can
+    be stopped; until then they are likely the same one, from the terminal and from torchrun. With several processes a
+    signal takes effect in :meth:`check` alone, in all of them at once. A context manager; signal handlers belong to the
+    main thread, elsewhere nothing is changed.
+    """
+
+    def __enter__(self):
+        self._holding, self._received, self._since, self._before = 0, 0, None, {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        now = time.monotonic()
+        if self._since is not None and now - self._since > 5:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self._since = self._since or now
+        self._received = number
+        if not self._holding and world_size() == 1:
+            self.check()
+
+    @contextlib.contextmanager
+    def held(self):
+        """A signal that arrives inside takes effect at the end (in one process; several wait for :meth:`check`)."""
+        self._holding += 1
+        try:
+            yield
+        finally:
+            self._holding -= 1
+        if not self._holding and world_size() == 1:
+            self.check()
+
+    def check(self):
+        """:raises Stopped: if a signal has arrived since the last time, in any of the run's processes"""
+        number, self._received = largest(self._received), 0
+        if number:
+            raise Stopped(number)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+@contextlib.contextmanager
+def processes(device_name):
+    """Join the processes that torchrun started, or be the only one.
+
+    Only the first process of a run prints.
+
+    :param device_name: as for :func:`pick_device`; with torchrun, cuda and auto give each process a GPU of its own
+    :return: context manager that yields this process's torch device
+    :raises UserError: if there are fewer GPUs than processes
+    """
+    import torch
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+        yield pick_device(device_name)
+        return
+    device, local = pick_device(device_name), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local + 1} of this machine has no GPU of its own: there are "
+                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # pictures' names, captions and scores travel between the CPUs, so that nobody waits on a busy GPU
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
+    yield device
+    distributed.destroy_process_group()
+
+
+def _distributed():
+    """torch.distributed, if several processes have joined; never the first to import it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+
+
+def rank():
+    """This process's number among those of the run."""
+    return _distributed().get_rank() if _distributed() else 0
+
+
+def world_size():
+    """How many processes the run has."""
+    return _distributed().get_world_size() if _distributed() else 1
+
+
+def is_main():
+    """Whether this process is the one that writes files."""
+    return rank() == 0
+
+
+def gathered(value):
+    """List of every process's value, in order, in every process."""
+    if not _distributed():
+        return [value]
+    values = [None] * world_size()
+    _distributed().all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """The first process's value, in every process."""
+    return gathered(value if is_main() else None)[0]
+
+
+def summed(tensor):
+    """The sum of every process's tensor, in place."""
+    if _distributed():
+        _distributed().all_reduce(tensor)
+    return tensor
+
+
+def largest(number):
+    """The largest of every process's numbers, in every process."""
+    if not _distributed():
+        return number
+    import torch
+
+    tensor = torch.tensor(number)
+    _distributed().all_reduce(tensor, op=_distributed().ReduceOp.MAX)
+    return tensor.item()
+
+
+def share(count):
+    """This process's share of ``count`` things, as a slice."""
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -46,17 +219,22 @@ def run(main, parser):
 def atomic_path(path):
     """Give a temporary path beside ``path``; on success flush it to disk and rename it, otherwise remove it.
 
-    So a file appears under its final name whole or not at all, whatever kills the process.
+    So a file appears under its final name whole or not at all, whatever kills the process. What killed processes of
+    this machine left of the same file is removed.
 
     :param path: final path; its folder is made if it is missing
     :return: context manager that yields the temporary ``Path`` (same suffix, since some libraries look at it)
     :raises UserError: if the folder cannot be written or the disk is full
     """
     path = Path(path)
-    temporary = None
+    temporary, stem = None, f".{path.name[:60]}.{socket.gethostname()[:60]}."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}.", suffix=f".partial{path.suffix}", dir=path.parent)
+        for leftover in path.parent.glob(f"{glob.escape(stem)}*.partial{glob.escape(path.suffix)}"):
+            owner = leftover.name[len(stem):].split(".")[0]
+            if owner.isdigit() and not _is_alive(int(owner)):
+                leftover.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{stem}{os.getpid()}.", suffix=f".partial{path.suffix}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -64,12 +242,62 @@ def atomic_path(path):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
                         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(path, what, wait=False):
+    """Hold a lock file, which the system releases when the process ends, however it ends.
+
+    :param path: the lock file; it stays behind, empty
+    :param what: what is locked, for the message
+    :param wait: wait until another process releases it
+    :raises UserError: if another process holds it
+    """
+    if not is_main():  # the first process of a run holds it for all
+        yield
+        return
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            if not wait:
+                raise UserError(f"{what} is being written by another run; wait for it, or choose another folder"
+                                ) from error
+            print(f"waiting for another run, which is making {what}", flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
+                        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _umask():
@@ -215,27 +443,14 @@ def pick_device(name):
     return device
 
 
-def set_seed(seed):
-    """Seed torch's generators on every device; numpy's and Python's are never drawn from."""
+def set_seed(*numbers):
+    """Seed torch's generators on every device; numpy's and Python's are never drawn from.
+
+    :param numbers: non-negative ints, such as seed and update: other numbers give other, unrelated draws
+    """
     import torch
 
-    torch.manual_seed(seed)
-
-
-def rng_state():
-    """State of torch's generators, as tensors that a checkpoint can hold."""
-    import torch
-
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state):
-    """Put torch's generators back to where :func:`rng_state` found them."""
-    import torch
-
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def describe_machine(device):
@@ -272,7 +487,8 @@ def progress(iterable=None, **options):
     """A tqdm bar on standard error; in a log file, where it cannot redraw itself, a line now and then."""
     from tqdm import tqdm
 
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, **options)
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, disable=not is_main(),
+                **options)
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
