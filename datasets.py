@@ -891,6 +891,7 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
 
     summaries = {}
     with contextlib.ExitStack() as finished:
+        finished.enter_context(locked(lock_path(word_map_path(folder, name)), Path(folder) / name))
         for split, part in parts.items():
             temporary = finished.enter_context(atomic_path(split_path(folder, split, name)))
             try:

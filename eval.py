@@ -37,7 +37,11 @@ def get_args_parser():
 
 def main(args):
     utils.check_shared_flags(args)
-    device = utils.pick_device(args.device)
+    with utils.processes(args.device) as device:
+        evaluate(args, device)
+
+
+def evaluate(args, device):
     dtype = torch.bfloat16 if args.amp else torch.float32
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioners = [models.load_captioner(path, device, word_map) for path in args.model]
@@ -62,7 +66,10 @@ def main(args):
         found = models.caption_split(captioners, features, dtype, beam_size=beam_size,
                                      length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
                                      with_alphas=data.scenes is not None)
+        found = sum(utils.gathered(found), [])
         seconds = time.time() - began
+        if not utils.is_main():
+            continue
         best = [hypotheses[0] for hypotheses in found]
         captions = [first.text(hypothesis) for hypothesis in best]
         utils.write_json(datasets.captions_path(folder, label, args.split, beam_size),
@@ -75,6 +82,8 @@ def main(args):
             rows[beam_size] |= score_scenes(data.scenes, captions, [hypothesis.alphas for hypothesis in best])
             if first.decoder.attention_kind == "mean":  # it looks nowhere
                 rows[beam_size]["pointing"] = None
+    if not utils.is_main():
+        return
     path = datasets.metrics_path(folder, label, args.split)
     utils.write_json(path, {"models": [str(m) for m in args.model], "data": name, "split": args.split, "scale": "0-100",
                             "length_penalty": args.length_penalty, "beam_sizes": rows})
@@ -83,13 +92,14 @@ def main(args):
 
 
 def features_of(data, captioner, args, name, dtype):
-    """The split's features; a frozen encoder's come from the feature store that training shares."""
-    path = None
+    """Features of this process's share of the split; a frozen encoder's come from the store that training shares."""
+    path, rows = None, utils.share(len(data))
     if not captioner.config["fine_tune_encoder"]:
         key = datasets.feature_key(captioner.encoder.digest(), data.images_digest, dtype)
         path = datasets.features_path(args.data_folder, name, data.split, key)
     encode = lambda images: captioner.encode(images, dtype)
-    return torch.from_numpy(datasets.encode_split(data, encode, path, workers=args.workers))
+    features = torch.from_numpy(datasets.encode_split(data, encode, path, rows, workers=args.workers))
+    return features if path is None else features[rows]
 
 
 def score_scenes(scenes, captions, alphas):

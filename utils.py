@@ -6,6 +6,7 @@ Nothing here knows of pictures or of words' meaning, and nothing happens at impo
 import collections
 import contextlib
 import glob
+import hashlib
 import json
 import math
 import os
@@ -20,8 +21,6 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-
-import numpy as np
 
 
 class UserError(ValueError):
@@ -270,7 +269,7 @@ def _is_alive(process):
 def locked(path, what, wait=False):
     """Hold a lock file, which the system releases when the process ends, however it ends.
 
-    :param path: the lock file; it stays behind, empty
+    :param path: the lock file, removed at the end
     :param what: what is locked, for the message
     :param wait: wait until another process releases it
     :raises UserError: if another process holds it
@@ -297,6 +296,7 @@ def locked(path, what, wait=False):
     try:
         yield
     finally:
+        Path(path).unlink(missing_ok=True)  # while it is held: who waits for it sees that, and makes a new one
         lock.release()
 
 
@@ -450,7 +450,7 @@ def set_seed(*numbers):
     """
     import torch
 
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big"))
 
 
 def describe_machine(device):
@@ -487,8 +487,8 @@ def progress(iterable=None, **options):
     """A tqdm bar on standard error; in a log file, where it cannot redraw itself, a line now and then."""
     from tqdm import tqdm
 
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, disable=not is_main(),
-                **options)
+    options = {"disable": not is_main(), **options}
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
