@@ -941,8 +941,8 @@ def _tutorial_checkpoint(path, word_map):
         raise UserError(f"{path} holds another model than the tutorial's: expected {', '.join(RESNETS[:-1])} or "
                         f"{RESNETS[-1]}, pooled to a square grid, and the decoder with soft attention")
     if vocab_size != len(word_map):
-        raise UserError(f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the word "
-                        "map it was trained with")
+        raise UserError(f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
+                        "word map it was trained with")
     config = {"encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim, "embed_dim": embed_dim,
               "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft", "encoded_image_size": size,
               "deep_output": False, "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0,

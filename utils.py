@@ -207,7 +207,7 @@ class _StandInUnpickler(pickle._Unpickler):
 
 
 def _unpickle(file):
-    """Value of an open file of ``torch.save``, made of :class:`StandIn`, and a function that reads a storage's bytes."""
+    """Value of an open file of ``torch.save``, with :class:`StandIn`, and a function that reads a storage's bytes."""
     if file.read(4) == b"PK\x03\x04":
         archive = zipfile.ZipFile(file)
         folder = next(name[:-8] for name in archive.namelist() if name.endswith("/data.pkl"))
