@@ -225,6 +225,14 @@ def test_every_weight_arrives_and_counters_may_be_missing(tutorial, tmp_path, wo
     assert captioner.decoder.encoded_image_size == 7
 
 
+def test_a_model_of_an_old_gpu_is_read_without_one(tutorial, tmp_path, word_map_file):
+    content = (tutorial[2] / "legacy.pth.tar").read_bytes()
+    assert content.count(b"ctorch\nFloatStorage\n") > 0
+    (tmp_path / "gpu.pth.tar").write_bytes(content.replace(b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n"))
+    captioner = models.load_captioner(tmp_path / "gpu.pth.tar", word_map=datasets.load_word_map(word_map_file))
+    assert torch.equal(captioner.decoder.fc.weight, tutorial[1].fc.weight)
+
+
 @pytest.mark.parametrize("name", models.RESNETS)
 def test_the_resnet_is_told_by_its_layers(name, monkeypatch, word_map):
     with torch.device("meta"):
