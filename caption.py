@@ -32,7 +32,8 @@ def get_args_parser():
     parser.add_argument("--model", type=Path, required=True, metavar="CHECKPOINT",
                         help="checkpoint written by train.py; it says itself what model it holds")
     parser.add_argument("--word_map", type=Path,
-                        help="word map, checked against the checkpoint's own (default: not needed)")
+                        help="word map, checked against the checkpoint's own (default: not needed, except for a "
+                             "checkpoint of the PyTorch captioning tutorial, which keeps none)")
     parser.add_argument("--n_best", type=int, default=1,
                         help="captions printed per picture, at most beam_size (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32,

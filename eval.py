@@ -22,7 +22,8 @@ def get_args_parser():
     parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="CHECKPOINT",
                         help="checkpoint written by train.py; several of one word map decode together, as an ensemble")
     parser.add_argument("--word_map", type=Path,
-                        help="word map, checked against the checkpoint's own (default: not needed)")
+                        help="word map, checked against the checkpoint's own (default: not needed, except for a "
+                             "checkpoint of the PyTorch captioning tutorial, which keeps none)")
     parser.add_argument("--data_folder", type=Path, default=Path("data"),
                         help="folder with the files that create_input_files.py wrote (default: %(default)s)")
     parser.add_argument("--data_name", help="their common name (default: what the checkpoint was trained on)")
@@ -51,6 +52,8 @@ def evaluate(args, device):
             raise UserError(f"{path} has another word map than {args.model[0]}; an ensemble needs one word map")
         captioner.decoder.sample_location = args.sample_location
     name = args.data_name or first.config["data_name"]
+    if name is None:
+        raise UserError(f"{args.model[0]} does not say on what it was trained: name the data with --data_name")
     label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
     folder = args.output_folder or args.model[0].parent
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))

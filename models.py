@@ -10,6 +10,7 @@ stand once, in ``DecoderWithAttention.advance``.
 
 import hashlib
 import math
+import re
 import socket
 import urllib.error
 import weakref
@@ -915,16 +916,55 @@ def build_decoder(config, vocab_size):
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 
+def _tutorial_checkpoint(path, word_map):
+    """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of this suite's own.
+
+    :raises UserError: if there is no word map, or another one than the model's, or if the model is not the tutorial's
+    """
+    if word_map is None:
+        raise UserError(f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map: name the "
+                        "one it was trained with, with --word_map")
+    modules = utils.load_modules(path)
+    encoder, decoder = ({re.sub(r"^resnet\.", "cnn.", name): value for name, value in modules[key].items()
+                         if torch.is_tensor(value)} for key in ("encoder", "decoder"))
+    # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
+    convolutions = sum(re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder)
+    name = f"resnet{convolutions + 2}"
+    size = modules["encoder"].get("adaptive_pool.output_size", 14)
+    size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
+    try:
+        vocab_size, embed_dim = decoder["embedding.weight"].shape
+        decoder_dim, encoder_dim = decoder["init_h.weight"].shape
+        _, attention_dim = decoder["attention.full_att.weight"].shape
+        known = name in RESNETS and type(size) is int and 1 <= size <= 64
+        known = known and encoder_dim == (2048 if "cnn.4.0.conv3.weight" in encoder else 512)
+    except (KeyError, ValueError):
+        known = False
+    if not known:
+        raise UserError(f"{path} holds another model than the tutorial's: expected {', '.join(RESNETS[:-1])} or "
+                        f"{RESNETS[-1]}, pooled to a square grid, and the decoder with soft attention")
+    if vocab_size != len(word_map):
+        raise UserError(f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
+                        "word map it was trained with")
+    config = {"encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim, "embed_dim": embed_dim,
+              "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft", "encoded_image_size": size,
+              "deep_output": False, "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0,
+              "feature_dropout": 0.0, "image_size": 256, "data_name": None,
+              "fine_tune_encoder": True}  # or not: nobody knows, so eval.py keeps no features of it
+    return {"config": config, "word_map": word_map, "encoder": encoder, "decoder": decoder}
+
+
 def load_captioner(path, device="cpu", word_map=None):
     """Build the model that a checkpoint describes, with its weights; nothing in the file is executed.
 
-    :param path: checkpoint written by ``train.py``
+    :param path: checkpoint written by ``train.py``, or one of the PyTorch captioning tutorial
     :param device: where to put the model
-    :param word_map: the word map the user believes it was trained with; checked against the checkpoint's own
+    :param word_map: the word map the user believes it was trained with; checked against the checkpoint's own. The
+        tutorial's checkpoints have none and need it
     :return: ``Captioner``
-    :raises UserError: if the file is missing, damaged, not a checkpoint of this suite, or of another word map
+    :raises UserError: if the file is missing, damaged, neither kind of checkpoint, or of another word map
     """
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = _tutorial_checkpoint(path, word_map) if utils.holds_modules(path) else utils.load_checkpoint(path)
     if word_map is not None and word_map != checkpoint["word_map"]:
         raise UserError(f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
                         f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own")
@@ -935,6 +975,6 @@ def load_captioner(path, device="cpu", word_map=None):
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or of another version of the suite: its weights do not fit its own "
-                        "configuration") from error
+        raise UserError(f"{path} is damaged, or of another version of the suite or the tutorial: its weights do "
+                        "not fit its own configuration") from error
     return Captioner(encoder.to(device), decoder.to(device), checkpoint["word_map"], config)

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -336,6 +337,20 @@ def read_json(path):
 CHECKPOINT_KEYS = ("config", "word_map", "encoder", "decoder", "history")
 
 
+@contextlib.contextmanager
+def _reading_tensors(path):
+    """Turn whatever goes wrong in reading a file of tensors into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
+        raise UserError(f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
+                        f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}") from error
+
+
 def load_tensors(path):
     """Read a file of tensors and plain values on the CPU, without executing anything in it.
 
@@ -343,16 +358,8 @@ def load_tensors(path):
     """
     import torch
 
-    try:
+    with _reading_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
-            AttributeError, IndexError, OverflowError) as error:
-        raise UserError(f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
-                        f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}") from error
 
 
 def save_checkpoint(path, checkpoint):
@@ -369,10 +376,129 @@ def load_checkpoint(path):
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, or something else
     """
+    if holds_modules(path):
+        raise UserError(f"{path} holds pickled modules, as the PyTorch captioning tutorial saves them: caption.py and "
+                        "eval.py can use it, with --word_map; no training can go on from it")
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of this suite; expected a file written by train.py")
     return checkpoint
+
+
+class StandIn(dict):
+    """What an unpickled value holds in place of every object of a class and every result of a function: nothing is run.
+
+    ``name`` is the class's or function's, with its module; ``args`` and ``state`` are what it was given.
+    """
+
+    name, args, state = "", (), None
+    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
+
+    def __new__(cls, *args, **options):
+        made = super().__new__(cls)
+        made.args = args
+        return made
+
+    def __init__(self, *args, **options):  # dict's would read them
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def append(self, item):  # what a kind of list holds is not asked for
+        pass
+
+
+class _StandInUnpickler(pickle._Unpickler):
+    """Reads a pickle of ``torch.save`` and gives it nothing real to call.
+
+    The one written in Python, as C's allocates whatever a damaged file asks for.
+    """
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}
+
+    def find_class(self, module, name):
+        return type("StandIn", (StandIn,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, saved):
+        import torch
+
+        if saved[0] == "module":  # files from before torch 1.6 keep (class, file, source) of each module's class
+            return saved[1]
+        _, kind, key, _, _, *view = saved
+        self.storages[key] = torch.serialization.StorageType(kind.name.rpartition(".")[2]).dtype
+        if any(view):
+            raise ValueError("a storage is a part of another one")
+        return key, self.storages[key]
+
+
+def _unpickle(file):
+    """Value of an open file of ``torch.save``, with :class:`StandIn`, and a function that reads a storage's bytes."""
+    if file.read(4) == b"PK\x03\x04":
+        archive = zipfile.ZipFile(file)
+        folder = next(name[:-8] for name in archive.namelist() if name.endswith("/data.pkl"))
+        value = _StandInUnpickler(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
+        return value, lambda key: archive.read(f"{folder}data/{key}")
+    file.seek(0)
+    for _ in range(3):  # before torch 1.6: magic number, version and machine, then the value, then the storages
+        _StandInUnpickler(file).load()
+    unpickler, places = _StandInUnpickler(file), {}
+    value = unpickler.load()
+    for key in _StandInUnpickler(file).load():
+        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].itemsize
+        places[key] = file.tell(), size
+        file.seek(size, os.SEEK_CUR)
+    return value, lambda key: file.seek(places[key][0]) and file.read(places[key][1])
+
+
+def _tensor(value, read):
+    """The tensor that a :class:`StandIn` describes."""
+    import torch
+
+    if value.name.startswith("torch._utils._rebuild_parameter"):
+        value = value.args[0]
+    if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+        raise ValueError(f"{value.name} is no tensor")
+    (key, dtype), offset, size, stride = value.args[:4]
+    data = bytearray(read(key))
+    if math.prod(size) * dtype.itemsize > len(data):  # strides of 0 could promise any number of values
+        raise ValueError(f"{len(data)} bytes are too few for the shape {size}")
+    return torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset) if data else torch.empty(size)
+
+
+def _flatten(module, read, prefix=""):
+    """A module's tensors and plain attributes by their dotted names."""
+    flat = {prefix + name: value for name, value in module.state.items() if isinstance(value, (int, tuple))}
+    for name, value in [*module.state["_parameters"].items(), *module.state["_buffers"].items()]:
+        if value is not None:
+            flat[prefix + name] = _tensor(value, read)
+    for name, child in module.state["_modules"].items():
+        flat |= _flatten(child, read, f"{prefix}{name}.")
+    return flat
+
+
+def holds_modules(path):
+    """Whether a file is a checkpoint that pickles a whole encoder and decoder, as the PyTorch captioning tutorial's do.
+
+    :raises UserError: if it is missing or damaged
+    """
+    with _reading_tensors(path), open(path, "rb") as file:
+        value, _ = _unpickle(file)
+        return isinstance(value, dict) and all("_modules" in (getattr(value.get(key), "state", None) or ())
+                                               for key in ("encoder", "decoder"))
+
+
+def load_modules(path):
+    """Tensors and plain attributes of the modules in a file of which :func:`holds_modules` is true; runs nothing.
+
+    :return: {"encoder": flat, "decoder": flat}; flat maps dotted names to tensors, ints and tuples
+    :raises UserError: if it is damaged
+    """
+    with _reading_tensors(path), open(path, "rb") as file:
+        value, read = _unpickle(file)
+        return {key: _flatten(value[key], read) for key in ("encoder", "decoder")}
 
 
 # ------------------------------------------------------------------------------------------------ device and seeds
