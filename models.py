@@ -499,7 +499,7 @@ class DecoderWithAttention(nn.Module):
             return Glance(alpha), alpha
         if not self.training and not self.sample_location:
             return Glance(alpha), F.one_hot(alpha.argmax(dim=-1), alpha.shape[-1]).float()
-        sampled = torch.multinomial(alpha.flatten(0, 1).detach(), 1).view(*alpha.shape[:2], 1)
+        sampled = _draw(alpha.detach())
         weights = torch.zeros_like(alpha).scatter(2, sampled, 1.0)
         if not self.training:
             return Glance(alpha), weights
@@ -573,7 +573,7 @@ class DecoderWithAttention(nn.Module):
                 words = inputs[t]
                 if t:
                     own = scores[-1][:n].detach()
-                    own = own.argmax(-1) if argmax else torch.multinomial(own.softmax(-1), 1).squeeze(-1)
+                    own = own.argmax(-1) if argmax else _draw(own.softmax(-1)).squeeze(-1)
                     words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
                 step_scores, glance, state = self.step(words.unsqueeze(1), state, memory)
                 scores.append(step_scores.squeeze(1))
@@ -590,6 +590,12 @@ class DecoderWithAttention(nn.Module):
         return DecoderOutput(scores, targets, torch.stack(alphas, dim=1) * real.unsqueeze(-1),
                              torch.stack(log_probs, dim=1) * real if log_probs else None,
                              torch.cat([row[:n] for n in live]))
+
+
+def _draw(probabilities):
+    """One draw from each last dimension, int64 (..., 1). Not a number is drawn from too: the loss will tell of it."""
+    flat = probabilities.nan_to_num(1.0).flatten(0, -2)
+    return torch.multinomial(flat, 1).view(*probabilities.shape[:-1], 1)
 
 
 def _linear(x, weight, bias, dtype):
@@ -723,7 +729,7 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, d
     for step in range(max_decode_steps):
         scores, _, state = decoder.step(words, state, memory)
         scores[..., banned] = -math.inf
-        words = torch.multinomial(scores.softmax(-1).flatten(0, 1), 1).view_as(words).masked_fill(ended, 0)
+        words = _draw(scores.softmax(-1)).squeeze(-1).masked_fill(ended, 0)
         captions.append(words)
         ended = ended | (words == word_map["<end>"])
         if (words.device.type == "cpu" or step % 4 == 3) and ended.all():

@@ -366,8 +366,11 @@ def save_checkpoint(path, checkpoint):
     """Write a checkpoint (tensors and plain values only), atomically."""
     import torch
 
-    with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer hides what went wrong with the file
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_checkpoint(path):
