@@ -132,6 +132,12 @@ def check_args(args):
         raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
     if args.scst and args.scheduled_sampling != "none":
         raise UserError("--scst feeds the model's own words already: leave out --scheduled_sampling")
+    if args.scheduled_sampling == "exponential" and args.ss_k is not None and args.ss_k > 1:
+        raise UserError(f"--ss_k {args.ss_k}: expected at most 1 for --scheduled_sampling exponential, which is k^i")
+    if args.ss_slope is not None and args.scheduled_sampling in ("exponential", "inverse_sigmoid"):
+        raise UserError(f"--ss_slope is for --scheduled_sampling linear; leave it out of {args.scheduled_sampling}")
+    if args.embeddings and args.init_from:
+        raise UserError("--embeddings and --init_from both say what the word vectors start from: give one of them")
     if args.scheduled_sampling == "none" and (args.ss_argmax or args.ss_k is not None or args.ss_slope is not None):
         raise UserError("--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule")
     utils.check_shared_flags(args)
@@ -152,6 +158,12 @@ def main(args):
     latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
     best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
     checkpoint = find_checkpoint(args, latest_path, word_map)
+    sizes = {"the training pictures": train_data.image_size, "the validation pictures": val_data.image_size}
+    if checkpoint and args.resume:
+        sizes["the run to resume"] = checkpoint["config"]["image_size"]
+    if len(set(sizes.values())) > 1:
+        raise UserError("expected pictures of one size, found " + ", ".join(
+            f"{size} pixels in {what}" for what, size in sizes.items()) + "; prepare the data with one --image_size")
     if args.scst and args.attention == "hard":
         raise UserError("--scst does not train where --attention hard looks: start from a model with soft attention")
     utils.set_seed(args.seed)
@@ -172,10 +184,15 @@ def main(args):
     optimizer = build_optimizer(args, encoder, decoder)
     update, history, seconds_before = 0, [], 0.0
     if checkpoint and args.resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        utils.set_rng_state(checkpoint["rng"])
-        update, history = checkpoint["update"], checkpoint["history"]
-        seconds_before = history[-1]["seconds"]
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            utils.set_rng_state(checkpoint["rng"])
+            update, history = int(checkpoint["update"]), checkpoint["history"]
+            seconds_before, _ = history[-1]["seconds"], best_score(history, args.metric)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            path = latest_path if args.resume == "auto" else args.resume
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be resumed; "
+                            "start a new run from its weights with --init_from") from error
         print(f"resuming after epoch {len(history)}; best {args.metric} so far {best_score(history, args.metric):.2f}")
 
     step = Update(args, captioner, optimizer, train_data, train_features, dtype)
@@ -222,6 +239,7 @@ def find_checkpoint(args, latest_path, word_map):
     if path is None:
         return None
     checkpoint = utils.load_checkpoint(path)
+    models.check_checkpoint(checkpoint, path)
     if checkpoint["word_map"] != word_map:
         raise UserError(f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name "
                         "the data it was trained on")

@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,18 @@ import zipfile
 from pathlib import Path
 
 
+def printable(text):
+    """A text as one line that any terminal can show: names of files may hold line breaks, escapes, or no text."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class UserError(ValueError):
     """Something the user can mend: a wrong value, a missing or broken file. Shown as one line, without a traceback."""
+
+    def __init__(self, message=""):
+        message = printable(message)
+        # a name or a value can be of any length; what to do stands at the end
+        super().__init__(message if len(message) <= 1000 else f"{message[:500]} … {message[-400:]}")
 
 
 def run(main, parser):
@@ -27,6 +36,8 @@ def run(main, parser):
     :param main: function of the parsed arguments
     :param parser: the script's ``argparse.ArgumentParser``
     """
+    for stream in (sys.stdout, sys.stderr):  # a log that is not UTF-8 must not stop the work
+        stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args()
     try:
         main(args)
@@ -37,6 +48,11 @@ def run(main, parser):
     except BrokenPipeError:  # the reader of our output (head, less) has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        parser.exit(2, f"{parser.prog}: error: cannot use {printable(error.filename)}: {error.strerror}; expected a "
+                       "path that you may use\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -56,7 +72,7 @@ def atomic_path(path):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}.", suffix=f".partial{path.suffix}", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=f".partial{path.suffix}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -116,15 +132,28 @@ def load_tensors(path):
     import torch
 
     try:
+        _refuse_inflation(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError,
-            AttributeError, IndexError, OverflowError) as error:
+    except Exception as error:  # torch's unpickler raises nearly every type on damaged data
         raise UserError(f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
                         f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}") from error
+
+
+def _refuse_inflation(path):
+    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file.
+
+    :raises ValueError: if the members together say that they are larger
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed, size = sum(member.file_size for member in archive.infolist()), os.path.getsize(path)
+    if claimed > size:
+        raise ValueError(f"its {size:,} bytes would become {claimed:,}; expected tensors as torch.save stores them")
 
 
 def save_checkpoint(path, checkpoint):
@@ -142,7 +171,8 @@ def load_checkpoint(path):
     :raises UserError: if it is missing, damaged, or something else
     """
     checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in CHECKPOINT_KEYS):
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), list if key == "history" else dict) for key in CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of this suite; expected a file written by train.py")
     return checkpoint
 
@@ -209,7 +239,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
                         ) from error
     return device
