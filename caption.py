@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def get_args_parser():
 
 
 def main(args):
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is said in our own words
     utils.check_shared_flags(args)
     utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
     if args.no_plot and (args.gif or args.show):
@@ -137,9 +139,9 @@ def report(path, hypotheses, captioner, bar):
     captions = [{"caption": " ".join(captioner.text(h)), "log_prob": h.log_prob, "score": h.score, "ended": h.ended}
                 for h in hypotheses]
     first, *others = [f"{c['caption']}  (log-probability {c['log_prob']:.2f})" for c in captions]
-    name = str(path).encode("utf-8", "replace").decode()  # Linux allows names that are no text
-    bar.write("\n".join([f"{name}: {first}", *(" " * 4 + line for line in others)]), file=sys.stdout)
-    return {"image": name, "captions": captions}
+    bar.write("\n".join([f"{utils.printable(path)}: {first}", *(" " * 4 + line for line in others)]), file=sys.stdout)
+    # Linux allows names that are no text
+    return {"image": str(path).encode("utf-8", "replace").decode(), "captions": captions}
 
 
 # -------------------------------------------------------------------------------------------------------- drawing
@@ -149,6 +151,7 @@ def draw(path, picture, hypothesis, captioner, args, names, bar):
     """Write the attention picture (and animation) of one caption into the output folder."""
     words = captioner.text(hypothesis)
     stem = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in path.stem)
+    stem = stem.encode()[:200].decode(errors="ignore")  # names of files end at 255 bytes, and ours is longer
     name, number = stem, 2
     while name in names:  # a/cat.jpg and b/cat.png both want to be cat
         name, number = f"{stem}_{number}", number + 1
@@ -157,14 +160,14 @@ def draw(path, picture, hypothesis, captioner, args, names, bar):
     png = datasets.attention_path(args.output_folder, name, "png")
     with utils.atomic_path(png) as temporary:
         sheet.save(temporary)
-    bar.write(f"    {png}", file=sys.stdout)
+    bar.write(f"    {utils.printable(png)}", file=sys.stdout)
     if args.gif:
         import imageio.v3
 
         gif = datasets.attention_path(args.output_folder, name, "gif")
         with utils.atomic_path(gif) as temporary:
             imageio.v3.imwrite(temporary, attention_frames(picture, words, hypothesis.alphas), duration=700, loop=0)
-        bar.write(f"    {gif}", file=sys.stdout)
+        bar.write(f"    {utils.printable(gif)}", file=sys.stdout)
     if args.show:
         show(sheet, png)
 

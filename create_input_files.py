@@ -68,6 +68,7 @@ def get_args_parser():
 
 
 def main(args):
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is said in our own words
     check_flags(args)
     name = datasets.base_name(args.dataset, args.captions_per_image, args.min_word_freq)
     if not args.force and is_prepared(args, name):
@@ -97,9 +98,7 @@ def check_flags(args):
     """:raises UserError: if a value is out of bounds, or two flags contradict each other"""
     utils.check_ranges(args, captions_per_image=(1, 100), min_word_freq=(1, 10**6), max_len=(1, 1000),
                        image_size=(32, 1024), seed=(0, 2**32 - 1), workers=(1, 256))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", args.dataset):
-        raise UserError(f"--dataset {args.dataset!r}: expected a name of letters, digits, dots, dashes and "
-                        "underscores, since files are called by it")
+    datasets.check_name(args.dataset, "--dataset", 64)
     if args.captions and args.karpathy_json:
         raise UserError("--captions and --karpathy_json both say what the captions are; give one of them")
     listed = args.captions or args.karpathy_json

@@ -32,7 +32,7 @@ from typing import Callable, NamedTuple, Optional
 import h5py
 import numpy as np
 import regex
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 from utils import UserError, atomic_path, from_main, gathered, is_main, locked, progress, read_json, share
 
@@ -45,6 +45,16 @@ SPLITS = ("train", "val", "test")
 def base_name(dataset, captions_per_image, min_word_freq):
     """Name that all files of one prepared data set share, e.g. ``flickr8k_5_cap_per_img_5_min_word_freq``."""
     return f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+
+
+def check_name(name, what="the data's name", longest=120):
+    """Files are called by this name, and none of them may lie elsewhere, whatever a flag or a checkpoint says.
+
+    :raises UserError: if it holds anything else than letters, digits, dots, dashes and underscores
+    """
+    if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > longest:
+        raise UserError(f"{what} {name!r}: expected a name of at most {longest} letters, digits, dots, dashes and "
+                        "underscores, since files are called by it")
 
 
 def split_path(folder, split, name):
@@ -215,7 +225,7 @@ def read_image(source, size=None, name=None):
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}; shrink it")
+                raise UserError("too many pixels")
             if size is not None:
                 image.draft(None, (2 * size, 2 * size))
             image.load()
@@ -225,7 +235,12 @@ def read_image(source, size=None, name=None):
     except FileNotFoundError as error:
         raise UserError(f"cannot read {name}: there is no such file") from error
     except Exception as error:
-        reason = clean_caption(str(error)) or type(error).__name__
+        if isinstance(error, (UserError, Image.DecompressionBombError)):
+            reason = f"it has more than {MAX_PIXELS:,} pixels; shrink it"
+        else:
+            reason = "not in a known format" if isinstance(error, UnidentifiedImageError) else (
+                clean_caption(str(error)) or type(error).__name__)
+            reason += "; expected a whole JPEG, PNG, GIF, BMP, WebP or TIFF file: get it again, or save it anew"
         raise UserError(f"cannot read {name} as a picture: {reason}") from error
 
 
@@ -403,6 +418,9 @@ def custom_records(images, captions, seed):
     start = text.lstrip()[:1000]
     if not start:
         raise UserError(f"{captions} is empty; expected captions as CSV, JSON lines or Flickr's token format")
+    if start.startswith("["):
+        raise UserError(f'{captions}, line 1: a JSON array; expected JSON lines, each as {{"image": "name.jpg", '
+                        '"caption": "..."}')
     if start.startswith("{"):
         rows = _json_rows(text, captions)
     elif regex.match(r"[^\t\n]+#\d+\t", start):
@@ -418,6 +436,8 @@ def custom_records(images, captions, seed):
         repeated += caption in own
         if caption not in own:
             own.append(caption)
+    if not gathered:
+        raise UserError(f"{captions} holds no caption; expected a row for each below the header")
     splits = {**_deal([name for name in gathered if name not in splits], seed), **splits}
 
     pictures = _Pictures(images)
@@ -574,6 +594,8 @@ def _list_folder(root):
 
 
 def _read_file(path, size):
+    if not path.is_file():  # a named pipe would be waited for, for ever
+        raise UserError(f"cannot read {path} as a picture: it is no regular file")
     return read_image(path, size)
 
 
@@ -587,7 +609,7 @@ def _open_zip(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile raises several types on damaged archives
-        raise UserError(f"{path} is not a whole zip archive ({error}); delete it and download it again") from error
+        raise UserError(f"{path} is not a whole zip archive ({str(error)[:160]}); delete it and download it again") from error
 
 
 def _archived_name(info):
@@ -609,7 +631,8 @@ def _read_member(archive, info, lock=contextlib.nullcontext()):
             with lock:
                 member.close()
     except Exception as error:  # zipfile and its decompressors raise several types on damaged data
-        raise UserError(f"cannot read {name}: {error or type(error).__name__}; download the archive again") from error
+        reason = str(error)[:160] or type(error).__name__
+        raise UserError(f"cannot read {name}: {reason}; download the archive again") from error
 
 
 def _read_text(path):
@@ -887,7 +910,8 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
     token_lists = (tokenize(caption) for record in parts["train"] for caption in record.captions)
     word_map = build_word_map(token_lists, min_word_freq)
     if len(word_map) == 4:
-        raise UserError(f"no word of the training captions occurs {min_word_freq} times; lower --min_word_freq")
+        raise UserError(f"no word of the training captions occurs {min_word_freq} times; check that they hold words, "
+                        "or lower --min_word_freq")
 
     summaries = {}
     with contextlib.ExitStack() as finished:
@@ -933,13 +957,12 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
             summary["without_captions"] += 1
             continue
         if len(usable) > captions_per_image:
-            chosen = random.Random(f"{seed}/{record.name}").sample(range(len(usable)), captions_per_image)
+            chosen = random.Random(f"{seed}/{_valid_text(record.name)}").sample(range(len(usable)), captions_per_image)
             usable = [usable[i] for i in sorted(chosen)]
         kept.append((record, references, usable))
 
     rows = sum(len(usable) for _, _, usable in kept)
-    texts = _pack([(references, record.name.encode("utf-8", "replace").decode(), record.scene)
-                   for record, references, _ in kept])
+    texts = _pack([(references, _valid_text(record.name), record.scene) for record, references, _ in kept])
     room = len(kept) * (3 * image_size**2 + 100) + rows * (4 * (max_len + 2) + 8) + len(texts) + 2**20
     _reserve(path, room)
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
@@ -958,7 +981,7 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
         file["caption_lengths"] = np.array([len(words) + 2 for words in encoded], np.int64)
         file["caption_offsets"] = _offsets(len(usable) for _, _, usable in kept)
         file["references"] = _pack([references for _, references, _ in kept])
-        file["image_names"] = _pack([record.name.encode("utf-8", "replace").decode() for record, _, _ in kept])
+        file["image_names"] = _pack([_valid_text(record.name) for record, _, _ in kept])
         scenes = [record.scene for record, _, _ in kept]
         if None not in scenes:
             file["scenes"] = _pack(scenes)
@@ -979,6 +1002,11 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
         "unreadable": unreadable,
         "bytes": os.path.getsize(path),
     }
+
+
+def _valid_text(name):
+    """A name that UTF-8 can hold: Linux allows names that are no text."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _reserve(path, size):
@@ -1030,6 +1058,20 @@ def _load_square(record, size):
         return error
 
 
+def _is_list_of(value, kind):
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_scene(scene):
+    """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
+    objects, names = scene["objects"], scene["names"]
+    return (_is_list_of(objects, dict) and isinstance(names, dict)
+            and all(isinstance(thing["color"], str) and isinstance(thing["shape"], str) for thing in objects)
+            and all(_is_list_of(thing["box"], (int, float)) and len(thing["box"]) == 4 for thing in objects)
+            and all(_is_list_of(numbers, int) and all(0 <= i < len(objects) for i in numbers)
+                    for numbers in names.values()))
+
+
 def available_cores():
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1071,6 +1113,8 @@ class CaptionDataset:
             self.caption_lengths = file["caption_lengths"][:]
             self.caption_offsets = file["caption_offsets"][:]
             self.image_names = _unpack(file["image_names"])
+            if not _is_list_of(self.image_names, str):
+                raise ValueError("its pictures' names are damaged")
             self._check(file)
 
     def _check(self, file):
@@ -1137,7 +1181,7 @@ class CaptionDataset:
         """All captions of each picture, as text: list of lists of str."""
         with self._reading():
             references = _unpack(self._open()["references"])
-            if len(references) != len(self):
+            if len(references) != len(self) or not all(_is_list_of(texts, str) for texts in references):
                 raise ValueError("its references do not fit its pictures")
         return references
 
@@ -1151,13 +1195,19 @@ class CaptionDataset:
         """What each generated picture shows (see :func:`shapes_records`); None for photographs."""
         with self._reading():
             file = self._open()
-            return _unpack(file["scenes"]) if "scenes" in file else None
+            scenes = _unpack(file["scenes"]) if "scenes" in file else None
+            if scenes is not None and (len(scenes) != len(self) or not all(map(_is_scene, scenes))):
+                raise ValueError("its scenes are damaged")
+        return scenes
 
     def check_word_map(self, word_map):
         """:raises UserError: if the captions were encoded with another word map"""
         if word_map_digest(word_map) != self.word_map_digest:
             raise UserError(f"{self.path} was encoded with another word map; use the one that was written with it, "
                             f"{word_map_path(self.path.parent, self.name)}")
+        with self._reading():
+            if self.captions.size and self.captions.max() >= len(word_map):
+                raise ValueError("its captions are damaged")
 
 
 # ------------------------------------------------------------------------------------------- features and batches
@@ -1207,8 +1257,13 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
             _write_features(path, dataset, encode, batch_size, workers)
     try:
         features = np.load(path, mmap_mode="c")  # copy on write: torch wants arrays that it could write to
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"the feature store {path} is damaged ({error}); delete it and run again") from error
+        if features.dtype != np.float16 or features.ndim != 3 or not features.flags.c_contiguous:
+            raise ValueError("it is no float16 array of three dimensions")
+        if features.offset + features.nbytes != os.path.getsize(path):
+            raise ValueError("it has another size than it says")
+    except Exception as error:  # numpy's header is Python text, and raises nearly every type
+        reason = clean_caption(str(error))[:160] or type(error).__name__
+        raise UserError(f"the feature store {path} is damaged ({reason}); delete it and run again") from error
     if len(features) != len(dataset):
         raise UserError(f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
                         "delete it and run again")
@@ -1305,6 +1360,8 @@ def load_embeddings(path, word_map, embed_dim):
                                     f"set --embed_dim {len(values)}")
                 if word in word_map:
                     vectors[word_map[word]], found[word_map[word]] = np.array(values, np.float32), True
+                    if not np.isfinite(vectors[word_map[word]]).all():
+                        raise ValueError("not finite")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the embeddings {path}: {error}") from error
     except ValueError as error:

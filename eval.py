@@ -52,8 +52,9 @@ def evaluate(args, device):
             raise UserError(f"{path} has another word map than {args.model[0]}; an ensemble needs one word map")
         captioner.decoder.sample_location = args.sample_location
     name = args.data_name or first.config["data_name"]
-    if name is None:
+    if not name:
         raise UserError(f"{args.model[0]} does not say on what it was trained: name the data with --data_name")
+    datasets.check_name(name)
     label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
     folder = args.output_folder or args.model[0].parent
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))

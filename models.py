@@ -9,6 +9,7 @@ stand once, in ``DecoderWithAttention.advance``.
 """
 
 import hashlib
+import http.client
 import math
 import re
 import socket
@@ -153,12 +154,12 @@ def _torchvision_weights(name):
     url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # torch.hub sets none: a firewall that drops packets would hang the run
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
             raise UserError(
                 f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another machine and put it "
                 f"at {path}, or name the file with --encoder_weights FILE; --encoder efficientnet_lite0 needs no "
@@ -840,6 +841,9 @@ def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, 
                 if live[picture, beam] > -math.inf:
                     log_prob = live[picture, beam].item()
                     found.append((step, beam, log_prob, log_prob / step ** length_penalty, False))
+        if not found:
+            raise UserError("the model's scores are not finite numbers: its training diverged; train it again with a "
+                            "lower --learning_rate")
         hypotheses = []
         for step, beam, log_prob, score, ended in found:
             sequence, looks = [], []
@@ -955,9 +959,45 @@ def _tutorial_checkpoint(path, word_map):
     config = {"encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim, "embed_dim": embed_dim,
               "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft", "encoded_image_size": size,
               "deep_output": False, "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0,
-              "feature_dropout": 0.0, "image_size": 256, "data_name": None,
+              "feature_dropout": 0.0, "image_size": 256, "data_name": "",
               "fine_tune_encoder": True}  # or not: nobody knows, so eval.py keeps no features of it
     return {"config": config, "word_map": word_map, "encoder": encoder, "decoder": decoder}
+
+
+def check_checkpoint(checkpoint, path):
+    """Hold the parts of a checkpoint against each other, before anything of the size that it claims is built.
+
+    :param checkpoint: what ``utils.load_checkpoint`` gave
+    :param path: where it came from, for the message
+    :raises UserError: if word map, configuration and weights do not fit each other, or weights are not finite
+    """
+    config, word_map = checkpoint["config"], checkpoint["word_map"]
+    try:
+        if (set(word_map.values()) != set(range(len(word_map))) or not all(isinstance(word, str) for word in word_map)
+                or not {"<pad>", "<unk>", "<start>", "<end>"} <= word_map.keys()):
+            raise ValueError("its word map is none")
+        for key, kind, low, high in (("image_size", int, 1, 4096), ("encoded_image_size", int, 0, 64),
+                                     ("fine_tune_encoder", bool, False, True), ("data_name", str, "", "\U0010ffff"),
+                                     ("dropout", float, 0, 1), ("embed_dropout", float, 0, 1),
+                                     ("feature_dropout", float, 0, 1)):
+            if type(config[key]) is not kind or not low <= config[key] <= high:
+                raise ValueError(f"its configuration says {key}={config[key]!r}")
+        with torch.device("meta"):  # which has shapes, and no memory
+            expected = {"encoder": Encoder(config["encoder"], "none").state_dict(),
+                        "decoder": build_decoder(config, len(word_map)).state_dict()}
+        for name, tensors in expected.items():
+            given = checkpoint[name]
+            if {key: (t.shape, t.is_floating_point()) for key, t in tensors.items()} != {
+                    key: (t.shape, t.is_floating_point()) for key, t in given.items()}:
+                raise ValueError(f"the weights of its {name} do not fit its own configuration")
+            if any(t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in given.values()):
+                raise ValueError(f"the weights of its {name} claim more than the file holds")
+            if not all(t.isfinite().all() for t in given.values()):
+                raise ValueError(f"the weights of its {name} are not all finite, as after a training that diverged")
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0][:160]
+        raise UserError(f"{path} is damaged, or of another version of the suite: {reason}; train it again, or take "
+                        "another checkpoint") from error
 
 
 def load_captioner(path, device="cpu", word_map=None):
@@ -974,13 +1014,10 @@ def load_captioner(path, device="cpu", word_map=None):
     if word_map is not None and word_map != checkpoint["word_map"]:
         raise UserError(f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
                         f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own")
+    check_checkpoint(checkpoint, path)
     config = checkpoint["config"]
-    try:
-        encoder = Encoder(config["encoder"], "none")
-        decoder = build_decoder(config, len(checkpoint["word_map"]))
-        encoder.load_state_dict(checkpoint["encoder"])
-        decoder.load_state_dict(checkpoint["decoder"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or of another version of the suite or the tutorial: its weights do "
-                        "not fit its own configuration") from error
+    encoder = Encoder(config["encoder"], "none")
+    decoder = build_decoder(config, len(checkpoint["word_map"]))
+    encoder.load_state_dict(checkpoint["encoder"])
+    decoder.load_state_dict(checkpoint["decoder"])
     return Captioner(encoder.to(device), decoder.to(device), checkpoint["word_map"], config)

@@ -139,6 +139,12 @@ def check_args(args):
         raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
     if args.scst and args.scheduled_sampling != "none":
         raise UserError("--scst feeds the model's own words already: leave out --scheduled_sampling")
+    if args.scheduled_sampling == "exponential" and args.ss_k is not None and args.ss_k > 1:
+        raise UserError(f"--ss_k {args.ss_k}: expected at most 1 for --scheduled_sampling exponential, which is k^i")
+    if args.ss_slope is not None and args.scheduled_sampling in ("exponential", "inverse_sigmoid"):
+        raise UserError(f"--ss_slope is for --scheduled_sampling linear; leave it out of {args.scheduled_sampling}")
+    if args.embeddings and args.init_from:
+        raise UserError("--embeddings and --init_from both say what the word vectors start from: give one of them")
     if args.scheduled_sampling == "none" and (args.ss_argmax or args.ss_k is not None or args.ss_slope is not None):
         raise UserError("--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule")
     utils.check_shared_flags(args)
@@ -166,6 +172,12 @@ def train(args, stack):
     latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
     best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
     checkpoint = find_checkpoint(args, latest_path, best_path, word_map)
+    sizes = {"the training pictures": train_data.image_size, "the validation pictures": val_data.image_size}
+    if checkpoint and args.resume:
+        sizes["the run to resume"] = checkpoint["config"]["image_size"]
+    if len(set(sizes.values())) > 1:
+        raise UserError("expected pictures of one size, found " + ", ".join(
+            f"{size} pixels in {what}" for what, size in sizes.items()) + "; prepare the data with one --image_size")
     if args.scst and args.attention == "hard":
         raise UserError("--scst does not train where --attention hard looks: start from a model with soft attention")
     utils.set_seed(args.seed)
@@ -188,8 +200,16 @@ def train(args, stack):
     step = Update(args, captioner, build_optimizer(args, encoder, decoder), train_data, train_features, dtype)
     history, seconds_before = [], 0.0
     if checkpoint and args.resume:
-        step.load_state_dict(checkpoint)
-        history, seconds_before = checkpoint["history"], checkpoint["seconds"]
+        try:
+            step.load_state_dict(checkpoint)
+            history, seconds_before = checkpoint["history"], float(checkpoint["seconds"])
+            best_score(history, args.metric)
+            if not 0 <= step.update - len(history) * updates_per_epoch <= updates_per_epoch:
+                raise ValueError(f"{step.update} updates, {len(history)} epochs")
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            path = latest_path if args.resume == "auto" else args.resume
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be resumed; "
+                            "start a new run from its weights with --init_from") from error
         print(f"resuming after epoch {len(history)}, update {step.update}; "
               f"best {args.metric} so far {best_score(history, args.metric):.2f}")
 
@@ -251,6 +271,7 @@ def find_checkpoint(args, latest_path, best_path, word_map):
     if path is None:
         return None
     checkpoint = utils.load_checkpoint(path)
+    models.check_checkpoint(checkpoint, path)
     if checkpoint["word_map"] != word_map:
         raise UserError(f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name "
                         "the data it was trained on")
@@ -438,7 +459,7 @@ class Update:
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        self.update, so_far = state["update"], state["epoch_so_far"]
+        self.update, so_far = int(state["update"]), state["epoch_so_far"]
         self.total.copy_(so_far["total"])
         self.skipped.copy_(so_far["skipped"])
         self.words, self.seconds = so_far["words"], so_far["seconds"]

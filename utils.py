@@ -24,8 +24,18 @@ import zipfile
 from pathlib import Path
 
 
+def printable(text):
+    """A text as one line that any terminal can show: names of files may hold line breaks, escapes, or no text."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class UserError(ValueError):
     """Something the user can mend: a wrong value, a missing or broken file. Shown as one line, without a traceback."""
+
+    def __init__(self, message=""):
+        message = printable(message)
+        # a name or a value can be of any length; what to do stands at the end
+        super().__init__(message if len(message) <= 1000 else f"{message[:500]} … {message[-400:]}")
 
 
 def run(main, parser):
@@ -34,6 +44,8 @@ def run(main, parser):
     :param main: function of the parsed arguments
     :param parser: the script's ``argparse.ArgumentParser``
     """
+    for stream in (sys.stdout, sys.stderr):  # a log that is not UTF-8 must not stop the work
+        stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args()
     try:
         main(args)
@@ -51,6 +63,11 @@ def run(main, parser):
     except BrokenPipeError:  # the reader of our output (head, less) has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        parser.exit(2, f"{parser.prog}: error: cannot use {printable(error.filename)}: {error.strerror}; expected a "
+                       "path that you may use\n")
 
 
 def _is_out_of_memory(error):
@@ -227,7 +244,9 @@ def atomic_path(path):
     :raises UserError: if the folder cannot be written or the disk is full
     """
     path = Path(path)
-    temporary, stem = None, f".{path.name[:60]}.{socket.gethostname()[:60]}."
+    temporary = None
+    # short, since names end at 255 bytes, and of this machine's process, so that nobody removes what another one writes
+    stem = f".{path.name[:30]}.{hashlib.sha256(f'{socket.gethostname()}/{path.name}'.encode()).hexdigest()[:8]}."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(stem)}*.partial{glob.escape(path.suffix)}"):
@@ -280,7 +299,7 @@ def locked(path, what, wait=False):
         return
     import filelock
 
-    lock = filelock.FileLock(path)
+    lock, is_new = filelock.FileLock(path), not Path(path).parent.exists()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -299,6 +318,9 @@ def locked(path, what, wait=False):
     finally:
         Path(path).unlink(missing_ok=True)  # while it is held: who waits for it sees that, and makes a new one
         lock.release()
+        if is_new:  # a run that failed at once leaves no empty folder
+            with contextlib.suppress(OSError):
+                Path(path).parent.rmdir()
 
 
 def _umask():
@@ -359,7 +381,21 @@ def load_tensors(path):
     import torch
 
     with _reading_tensors(path):
+        _refuse_inflation(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refuse_inflation(path):
+    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file.
+
+    :raises ValueError: if the members together say that they are larger
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed, size = sum(member.file_size for member in archive.infolist()), os.path.getsize(path)
+    if claimed > size:
+        raise ValueError(f"its {size:,} bytes would become {claimed:,}; expected tensors as torch.save stores them")
 
 
 def save_checkpoint(path, checkpoint):
@@ -383,7 +419,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} holds pickled modules, as the PyTorch captioning tutorial saves them: caption.py and "
                         "eval.py can use it, with --word_map; no training can go on from it")
     checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in CHECKPOINT_KEYS):
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), list if key == "history" else dict) for key in CHECKPOINT_KEYS):
         raise UserError(f"{path} is not a checkpoint of this suite; expected a file written by train.py")
     return checkpoint
 
@@ -566,7 +603,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
                         ) from error
     return device

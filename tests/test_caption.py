@@ -75,15 +75,51 @@ def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
 
 
 @pytest.mark.parametrize("name", ["a b.png", "it's.png", 'say "cheese".png', "Straße_漢字.png", "[1].png", "100%.png",
-                                  "-x.png", "two.dots.png", "🐕.png", "{0}.png", "~.png", "x" * 200 + ".png"])
+                                  "-x.png", "two.dots.png", "🐕.png", "{0}.png", "~.png", "x" * 200 + ".png",
+                                  "x" * 251 + ".png", "🐕" * 62 + ".png", "two\nlines\x1b[2J.png"])
 def test_any_name_will_do(name, describe):
     path = save(Path("pictures") / name)
     printed, (result,) = describe("--img", path)
-    assert result["image"] == str(path) and str(path) in printed.out
+    assert result["image"] == str(path) and utils.printable(path) in printed.out
+    assert printed.out.count("\n") == 2 and printed.out.replace("\n", "").isprintable()
     (sheet,) = written()
     assert sheet.endswith("_attention.png")
-    if not set(name) & set('"'):
+    if not set(name) & set('"\n') and len(name.encode()) < 210:
         assert sheet == f"{path.stem}_attention.png"
+
+
+def test_odd_pictures_are_captioned_and_drawn(describe):
+    save("pictures/one.png", 0, 1, 1)
+    save("pictures/wide.png", 0, 20_000, 30)
+    save("pictures/high.png", 0, 30, 20_000)
+    Image.fromarray(make_picture(0)).save("pictures/wrong_extension.jpg", "PNG")
+    frames = [Image.fromarray(make_picture(i)) for i in range(3)]
+    frames[0].save("pictures/moving.gif", save_all=True, append_images=frames[1:])
+    for mode in ("1", "L", "LA", "RGBA", "P"):
+        frames[0].convert(mode).save(f"pictures/mode_{mode}.png")
+    frames[0].convert("CMYK").save("pictures/mode_CMYK.jpg")
+    _, results = describe("--img", "pictures")
+    assert len(results) == len(written()) == 11
+
+
+def test_a_bomb_is_left_out_in_one_line(describe, recwarn):
+    save("pictures/a.png")
+    for side in (10_000, 20_000):
+        Image.new("1", (side, side)).save(f"pictures/bomb{side}.png")
+    Path("pictures/no picture.jpg").write_text("404")
+    printed, results = describe("--img", "pictures", "--no_plot")
+    assert len(results) == 1 and not [w for w in recwarn if "PIL" in w.filename]
+    assert printed.err.count("left out: cannot read pictures/") == 3 and printed.err.count("shrink it") == 2
+
+
+def test_no_name_of_a_picture_leads_out_of_the_output_folder(describe, tmp_path, monkeypatch):
+    save("x.jpg")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    describe("--img", "../../x.jpg", tmp_path / "x.jpg", "--gif")
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert found == ["a/b/out/captions.json", "a/b/out/x_2_attention.gif", "a/b/out/x_2_attention.png",
+                     "a/b/out/x_attention.gif", "a/b/out/x_attention.png", "x.jpg"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

@@ -4,15 +4,18 @@ import argparse
 import contextlib
 import hashlib
 import http.server
+import io
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_picture
 from PIL import Image
 from test_datasets import make_flickr8k
 
@@ -57,6 +60,43 @@ def test_contact_sheet_of_any_captions(own_data, tmp_path):
         f'{i:02d}.jpg,"{text}",{split}\n' for i, split in enumerate(datasets.SPLITS) for text in odd), encoding="utf-8")
     prepare("--dataset", "odd", "--images", images, "--captions", captions, "--data_folder", tmp_path / "out")
     assert datasets.contact_sheet_path(tmp_path / "out", datasets.base_name("odd", 5, 1)).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("caption, message", [
+    ("", "no word of the training captions"), ("?!, - '…'", "no word of the training captions"),
+    ("dog " * 500, "check the captions and --max_len"), ("\x00\x07\u200b", "no word of the training captions")])
+def test_captions_that_cannot_be_used_end_in_one_line(caption, message, own_data, tmp_path, fails):
+    images, captions = own_data
+    captions.write_text("image,caption\n" + "".join(f'{i:02d}.jpg,"{caption}"\n' for i in range(20)), encoding="utf-8")
+    with fails(message):
+        prepare("--dataset", "mine", "--images", images, "--captions", captions, "--data_folder", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_without_pictures_is_named(own_data, tmp_path, fails):
+    (tmp_path / "none").mkdir()
+    with fails("20 of 20 pictures are missing in .*none"):
+        prepare("--dataset", "mine", "--images", tmp_path / "none", "--captions", own_data[1], "--data_folder", "out")
+
+
+def test_no_name_of_a_picture_leads_out_of_the_data_folder(tmp_path):
+    rows = ["image,caption,split"]
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in" / "own.zip", "w") as archive:
+        for i, split in enumerate(("train", "val", "test")):
+            archive.writestr(f"../../{i}.png", picture_bytes(i))
+            rows.append(f'../../{i}.png,a dog,{split}')
+    (tmp_path / "in" / "own.csv").write_text("\n".join(rows), encoding="utf-8")
+    prepare("--dataset", "own", "--images", tmp_path / "in" / "own.zip", "--captions", tmp_path / "in" / "own.csv",
+            "--data_folder", tmp_path / "a" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "in"} and len(list((tmp_path / "a").iterdir())) == 1
+    assert len(list((tmp_path / "a" / "out").iterdir())) == 5
+
+
+def picture_bytes(seed):
+    buffer = io.BytesIO()
+    Image.fromarray(make_picture(seed)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_flickr8k_is_read_in_place(tmp_path):

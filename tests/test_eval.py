@@ -123,6 +123,16 @@ def test_bad_values_end_in_one_line(flags, message, best_checkpoint, training_da
         evaluate(training_data, tmp_path, "--model", best_checkpoint, *flags)
 
 
+@pytest.mark.parametrize("name", ["../../climbs", "/climbs", "a/b", "", ".hidden", "x" * 200])
+def test_no_file_is_written_where_a_checkpoint_says(name, best_checkpoint, training_data, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    checkpoint["config"]["data_name"] = name
+    torch.save(checkpoint, tmp_path / "other.pth.tar")
+    with fails("the data's name .*expected a name of" if name else "name the data with --data_name"):
+        evaluate(training_data, tmp_path / "a" / "b", "--model", tmp_path / "other.pth.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pth.tar"]
+
+
 def test_scenes_are_counted_by_hand():
     scene = {"objects": [{"shape": "circle", "color": "red", "box": [0.0, 0.0, 0.4, 0.4]},
                          {"shape": "star", "color": "blue", "box": [0.6, 0.0, 1.0, 0.4]}],

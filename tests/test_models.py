@@ -1,6 +1,7 @@
 """Encoder, decoder, losses and beam search, held against plain forms of the same equations written here."""
 
 import gc
+import http.client
 import itertools
 import math
 import urllib.error
@@ -144,9 +145,11 @@ def test_unreadable_weights_file_is_refused(tmp_path, fails):
             models.Encoder("resnet18", str(path))
 
 
-def test_without_network_the_user_learns_what_to_put_where(tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route to host"), http.client.BadStatusLine("<html>"),
+                                   http.client.IncompleteRead(b"", 5), TimeoutError("timed out")])
+def test_without_network_the_user_learns_what_to_put_where(error, tmp_path, monkeypatch, fails):
     def no_network(*_, **__):
-        raise urllib.error.URLError("no route to host")
+        raise error
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", no_network)
@@ -243,7 +246,7 @@ def test_decoder_equals_the_textbook(options, epsilon):
 
     # a random weighing of all that comes out; its gradient must reach every parameter alike, and the encoder
     weights = [torch.randn(len(s), s.shape[1]) for s in scores], [torch.randn(*a.shape) for a in alphas]
-    tensors = {**dict(decoder.named_parameters()), "encoder_out": encoder_out}
+    tensors = {name: p for name, p in decoder.named_parameters() if p.requires_grad} | {"encoder_out": encoder_out}
     gradients = []
     for these_scores, these_alphas in ((by_row(output, LENGTHS), [a[:n] for a, n in zip(output.alphas, LENGTHS)]),
                                        (scores, alphas)):
@@ -809,6 +812,45 @@ def test_a_loaded_captioner_is_the_one_that_was_saved(best_checkpoint, shapes_wo
 def test_another_word_map_is_refused(best_checkpoint, word_map, fails):
     with fails("--word_map has 10 words"):
         models.load_captioner(best_checkpoint, word_map=word_map)
+
+
+def without(dictionary, *keys):
+    return {key: value for key, value in dictionary.items() if key not in keys}
+
+
+@pytest.mark.parametrize("part, change, reason", [
+    *(("config", lambda c, key=key: without(c, key), f"'{key}' is missing") for key in (
+        "encoder", "decoder_dim", "image_size", "data_name", "fine_tune_encoder", "dropout")),
+    *(("config", lambda c, pair=pair: {**c, pair[0]: pair[1]}, f"says {pair[0]}") for pair in (
+        ("image_size", 10**6), ("image_size", None), ("encoded_image_size", -1), ("encoded_image_size", 10**6),
+        ("dropout", math.nan), ("data_name", 5), ("fine_tune_encoder", "yes"))),
+    ("config", lambda c: {**c, "encoder": "resnet5"}, "unknown encoder"),
+    ("config", lambda c: {**c, "attention": []}, "unknown decoder"),
+    ("config", lambda c: {**c, "decoder_dim": 10**6}, "do not fit"),  # and terabytes are not asked for
+    ("word_map", lambda w: without(w, "<end>"), "word map"),
+    ("word_map", lambda w: {**w, "a": 10**6}, "word map"),
+    ("word_map", lambda w: {i: i for i in w.values()}, "word map"),
+    ("word_map", lambda w: {**w, "one more": len(w)}, "do not fit"),
+    ("decoder", lambda d: without(d, "fc.bias"), "weights of its decoder"),
+    ("decoder", lambda d: {**d, 5: torch.zeros(2)}, "weights of its decoder"),
+    ("decoder", lambda d: {**d, "fc.bias": d["fc.bias"][:-1]}, "weights of its decoder"),
+    ("decoder", lambda d: {**d, "fc.bias": 5}, "no attribute"),
+    ("decoder", lambda d: {**d, "fc.bias": d["fc.bias"] * math.nan}, "not all finite"),
+    ("decoder", lambda d: {**d, "fc.weight": torch.zeros(1).expand(d["fc.weight"].shape)}, "more than the file holds"),
+    ("encoder", lambda e: {}, "weights of its encoder"),
+])
+def test_a_checkpoint_whose_parts_do_not_fit_is_refused(part, change, reason, best_checkpoint, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    torch.save({**checkpoint, part: change(checkpoint[part])}, tmp_path / "broken.pth.tar")
+    with fails(f"broken.pth.tar is damaged.*{reason}"):
+        models.load_captioner(tmp_path / "broken.pth.tar")
+
+
+def test_a_model_without_numbers_says_that_it_diverged(word_map, fails):
+    decoder = make_decoder(len(word_map))
+    decoder.fc.bias.data.fill_(math.nan)
+    with fails("not finite.*lower --learning_rate"):
+        models.beam_search([decoder], [torch.rand(2, 4, 6)], word_map, beam_size=2)
 
 
 def test_a_checkpoint_that_contradicts_itself_is_refused(best_checkpoint, tmp_path, fails):

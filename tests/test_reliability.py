@@ -5,7 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -113,7 +112,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(kills, own_d
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stem = f".file.json.{socket.gethostname()[:60]}."
+    with utils.atomic_path(tmp_path / "file.json") as temporary:
+        stem = temporary.name.partition(f"{os.getpid()}.")[0]
     for owner in (dead.pid, os.getpid()):
         (tmp_path / f"{stem}{owner}.abc.partial.json").write_text("half")
     utils.write_json(tmp_path / "file.json", {})

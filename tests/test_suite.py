@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -85,6 +87,55 @@ def test_every_flag_is_explained_and_read(script):
         assert re.search(rf"\bargs\.{action.dest}\b", text) or f'config["{action.dest}"]' in text or (
             script == "train" and re.search(rf'"{action.dest}"', source("models"))), f"{action.dest} is never read"
         assert all(re.fullmatch(r"--[a-z][a-z_]*", option) for option in action.option_strings), action.option_strings
+
+
+# flags that a command needs; none of what they name is there, so that a command without a fault ends soon, too
+NEEDED = {"create_input_files": ["--source", "nowhere"], "train": ["--data_folder", "nowhere"],
+          "eval": ["--model", "nowhere.pth.tar"], "caption": ["--model", "nowhere.pth.tar", "--img", "nowhere.jpg"]}
+
+
+def end_of(script, *argv):
+    """Run a script's main as its command line does; return (exit code, what it said)."""
+    module = importlib.import_module(script)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setattr(sys, "argv", [f"{script}.py", *NEEDED[script], *argv])
+        said.reconfigure = lambda **_: None
+        patch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        with pytest.raises(SystemExit) as ended:
+            utils.run(module.main, module.get_args_parser())
+    return ended.value.code, said.getvalue()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_is_checked_before_anything_is_written(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check, seen = utils.check_ranges, {}
+    monkeypatch.setattr(utils, "check_ranges", lambda args, **bounds: seen.update(bounds) or check(args, **bounds))
+    end_of(script)
+    numeric = [action for action in actions(script) if action.type in (int, float)]
+    assert numeric and {action.dest for action in numeric} == set(seen)  # no flag is without bounds
+    for action in numeric:
+        (flag,), (low, high) = action.option_strings, seen[action.dest]
+        step = 1 if action.type is int else 1e-3 * max(abs(low), abs(high))
+        for value in ("nan", "inf", "-inf", "-1", "1e999", str(10**30), "many", "", "1,5", low - step, high + step):
+            code, said = end_of(script, f"{flag}={value}")
+            assert code == 2 and "Traceback" not in said, (flag, value)
+            assert flag in said.splitlines()[-1], (flag, value, said)
+        for value in (low, high):  # and the bounds themselves are allowed: then something else is missed
+            code, said = end_of(script, f"{flag}={value}")
+            assert code == 2 and f"{flag} {value}" not in said and "expected a value from" not in said, said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_path_that_no_system_knows_ends_in_one_line(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for action in actions(script):
+        if action.nargs != 0 and action.type not in (int, float):
+            for value in ("x" * 5000, "/" + "é" * 300, "caf\udce9"):
+                code, said = end_of(script, f"{action.option_strings[0]}={value}")
+                assert code == 2 and "Traceback" not in said and re.match(r"\w+\.py: error: .", said.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
 
 
 def commands(text):

@@ -226,6 +226,34 @@ def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, 
 def test_resume_or_init_from(training_data, tmp_path, fails):
     with fails("give one of them"):
         run(training_data, tmp_path, "--resume", "--init_from", "x")
+    with fails("give one of them"):
+        run(training_data, tmp_path, "--embeddings", "vectors.txt", "--init_from", "x")
+
+
+@pytest.mark.parametrize("part, value", [("optimizer", None), ("optimizer", {"state": 5}), ("epoch_so_far", {}), ("update", "x"),
+                                         ("update", 99), ("history", []), ("history", [{}])])
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(part, value, training_data, trained, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(paths(trained, training_data)[0])
+    torch.save({**checkpoint, part: value}, tmp_path / "broken.pth.tar")
+    with fails("broken.pth.tar is damaged.*cannot be resumed.*--init_from"):
+        run(training_data, tmp_path / "out", "--resume", tmp_path / "broken.pth.tar")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--init_from"])
+def test_weights_that_do_not_fit_are_refused(flag, training_data, trained, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(paths(trained, training_data)[0])
+    torch.save({**checkpoint, "decoder": {}}, tmp_path / "broken.pth.tar")
+    with fails("broken.pth.tar is damaged"):
+        run(training_data, tmp_path / "out", flag, tmp_path / "broken.pth.tar")
+
+
+def test_pictures_of_another_size_are_refused(training_data, trained, tmp_path, fails):
+    checkpoint = utils.load_checkpoint(paths(trained, training_data)[0])
+    checkpoint["config"]["image_size"] = 32
+    torch.save(checkpoint, tmp_path / "small.pth.tar")
+    with fails("found 64 pixels.*32 pixels in the run to resume"):
+        run(training_data, tmp_path / "out", "--resume", tmp_path / "small.pth.tar")
 
 
 # ------------------------------------------------------------------------------------------------------- feature store
@@ -265,11 +293,17 @@ def test_a_damaged_feature_store_is_named(training_data, tmp_path, fails):
     data = tmp_path / "data", training_data[1]
     shutil.copytree(training_data[0], data[0])
     stores = list(data[0].glob("FEATURES_TRAIN_*"))
-    for content in (b"", b"\x93NUMPY", stores[0].read_bytes()[:5000]):
+    others = []
+    for array in (np.zeros((24, 4, 512)), np.zeros((24, 2048), np.float16), np.zeros((23, 4, 512), np.float16),
+                  np.zeros((), np.float16), np.array([{}] * 24), np.zeros((24, 4, 512), np.float16, order="F")):
+        np.save(tmp_path / "other.npy", array)
+        others.append((tmp_path / "other.npy").read_bytes())
+    for content in (b"", b"\x93NUMPY", stores[0].read_bytes()[:5000], stores[0].read_bytes() + b"\0", *others):
         for store in stores:
             store.write_bytes(content)
         with fails("feature store .*FEATURES_TRAIN.*delete it"):
             run(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
@@ -381,7 +415,8 @@ def test_plateau_waits_for_two_poor_epochs_each_time():
     "--embed_dropout -0.1", "--label_smoothing 1.5", "--decoder_dim 0", "--encoded_image_size -1", "--beam_size 0",
     "--workers 0", "--warmup -1", "--patience 0", "--grad_clip 0", "--seed -1", "--ss_min 1.5", "--alpha_c -1",
     "--length_penalty -1", "--max_decode_steps 0", "--encoder_weights missing.pth", "--device cuda:99", "--ss_k 3",
-    "--ss_argmax", "--embeddings missing.txt", "--data_name other", "--data_folder missing", "--scheduled_sampling linear --ss_k nan"])
+    "--ss_argmax", "--embeddings missing.txt", "--data_name other", "--data_folder missing", 
+    "--scheduled_sampling linear --ss_k nan", "--scheduled_sampling exponential --ss_k 1.5", "--scheduled_sampling exponential --ss_slope 0.1"])
 def test_a_bad_value_ends_in_one_line_that_names_it(flags, training_data, tmp_path, fails):
     with fails(flags.split()[-1] if flags.endswith(("other", "missing", "missing.txt")) else flags.split()[-2].strip("-")
                if flags != "--ss_argmax" else "ss_argmax"):

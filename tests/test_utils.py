@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "🐕" * 63, "漢" * 81 + ".hdf5"])
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path, name):
+    with utils.atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -128,6 +136,16 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path, content, fails):
         utils.load_tensors(tmp_path / "bad.pth")
 
 
+@pytest.mark.parametrize("members", [1, 40])
+def test_a_zip_bomb_is_refused_before_it_inflates(tmp_path, fails, members, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(members):
+            archive.writestr(f"bomb/data/{i}", bytes(20_000_000 // members))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was opened"))
+    with fails("bomb.pth is not a readable file of tensors.* bytes would become 20,000,000"):
+        utils.load_tensors(tmp_path / "bomb.pth")
+
+
 def test_a_truncated_checkpoint_is_refused(tmp_path, fails):
     torch.save({"a": torch.arange(1000)}, tmp_path / "whole.pth")
     data = (tmp_path / "whole.pth").read_bytes()
@@ -144,7 +162,12 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path, fails):
         utils.load_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("value", [{}, {"config": {}, "word_map": {}}, [1, 2], 5, torch.zeros(2), None])
+PARTS = {"config": {}, "word_map": {}, "encoder": {}, "decoder": {}, "history": []}
+
+
+@pytest.mark.parametrize("value", [{}, {"config": {}, "word_map": {}}, [1, 2], 5, torch.zeros(2), None,
+                                   *({**PARTS, key: 5} for key in PARTS), {**PARTS, "history": {}},
+                                   {"conv1.weight": torch.zeros(2)}])
 def test_tensors_of_something_else_are_no_checkpoint(tmp_path, value, fails):
     torch.save(value, tmp_path / "other.pth")
     with fails("other.pth is not a checkpoint of this suite"):
@@ -174,7 +197,13 @@ def test_ranges(value, good, fails):
             utils.check_ranges(args, ratio=(0, 1))
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
+def test_an_error_is_one_line_of_bearable_length_that_ends_in_what_to_do():
+    message = str(UserError(f"unknown {'x' * 10**6}\n; choose another"))
+    assert len(message) < 1000 and message.startswith("unknown xxx") and message.endswith("\\n; choose another")
+    assert str(UserError(message)) == message  # and so it stays when it comes from another process
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "", "meta", "hpu"])
 def test_a_device_that_is_not_here_is_refused(name, fails):
     with fails("--device"):
         utils.pick_device(name)
@@ -199,12 +228,22 @@ SCRIPT = """
 
 @pytest.mark.parametrize("body, code, message", [
     ('raise utils.UserError("--img x: no such picture")', 2, "script.py: error: --img x: no such picture\n"),
+    ("raise utils.UserError('two\\nlines\\x1b[2J of caf\\udce9 漢')", 2,
+     "script.py: error: two\\nlines\\x1b[2J of caf\\udce9 漢\n"),
+    ("open('missing/file')", 2, "script.py: error: cannot use missing/file: No such file or directory; expected a path "
+                                "that you may use\n"),
     ("raise KeyboardInterrupt", 130, "script.py: stopped by the user\n"),
     ("print(1)", 0, ""),
 ])
 def test_a_user_sees_one_line_and_no_traceback(body, code, message, tmp_path):
     done = run_script(SCRIPT.format(body=body), tmp_path)
     assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_log_that_is_not_utf_8_holds_what_it_can(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    done = run_script(SCRIPT.format(body="print('a \\u6f22')"), tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u6f22\n", "")
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
