@@ -50,6 +50,8 @@ def run(main, parser):
     try:
         main(args)
     except UserError as error:
+        if int(os.environ.get("RANK", 0)):  # of torchrun: the first process likely says the same, and ends this one
+            time.sleep(3)
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except Stopped as stop:
         parser.exit(128 + stop.signal, f"{parser.prog}: {stop}\n")
