@@ -1295,8 +1295,9 @@ def _write_features(path, dataset, encode, batch_size, workers):
             np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
             _reserve(temporary, temporary.stat().st_size)  # a mapped file that finds no space kills the process
         features = np.lib.format.open_memmap(from_main(temporary), "r+")
-        for rows, out in itertools.chain([first] if first else [], parts):
-            features[rows] = out
+        parts = itertools.chain([first] if first else [], parts)
+        for _ in read_ahead(lambda part: features.__setitem__(*part), parts, workers=1):  # the CNN need not wait for disks
+            pass
         features.flush()
         gathered(None)  # all have written
     gathered(None)  # and the file has its name
