@@ -367,17 +367,6 @@ def test_training_stops_when_nothing_is_gained(training_data, tmp_path):
     assert len(utils.load_checkpoint(paths(tmp_path, training_data)[1])["history"]) == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [[], ["--decoder", "gru", "--encoded_image_size", "3"], ["--attention", "mean"],
-                                   ["--fine_tune_encoder", "--learning_rate", "0.002"]], ids=" ".join)
-def test_a_gpu_with_its_graphs_learns_what_a_cpu_learns(flags, training_data, tmp_path):
-    flags = [*flags, *"--dropout 0 --embed_dropout 0 --feature_dropout 0 --epochs 4".split()]
-    cpu, gpu = (run(training_data, tmp_path / device, *flags, "--device", device) for device in ("cpu", "cuda"))
-    for a, b in zip(cpu["history"], gpu["history"], strict=True):
-        assert b["nll"] == pytest.approx(a["nll"], rel=0.03)
-
-
 # ----------------------------------------------------------------------------------------------------------- schedules
 
 

@@ -1,0 +1,120 @@
+"""What must be the same on a GPU as on a CPU; skipped where there is none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_decoder
+from test_reliability import poisoned
+from test_train import no_curves, paths, run  # noqa: F401 (no_curves is used by its name)
+
+import datasets
+import models
+import train
+import utils
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+
+WITHOUT_DROPOUT = "--dropout 0 --embed_dropout 0 --feature_dropout 0".split()
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """Float32 products as exact as a CPU's; train.py allows TensorFloat32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("options", [{}, {"decoder": "gru", "deep_output": True}, {"encoded_image_size": 5}, {"attention": "mean"}],
+                         ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+def test_scores_and_gradients_are_those_of_a_cpu_in_float64(options, dtype, tolerance):
+    captions = torch.tensor([[8, 1, 2, 3, 9], [8, 4, 5, 9, 0], [8, 6, 9, 0, 0]])
+    features, pictures = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1])
+    results = []
+    for device, kind, products in (("cpu", torch.float64, torch.float64), ("cuda", torch.float32, dtype)):
+        decoder = make_decoder(scale=1.0, **options).to(device, kind).train()
+        output = decoder(features.to(device, kind), captions.to(device), [4, 3, 2], pictures.to(device), dtype=products)
+        models.caption_loss(output)[0].backward()
+        results.append([output.scores, output.alphas, *(p.grad for p in decoder.parameters() if p.grad is not None)])
+    for ours, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours.cpu().double(), exact.double(), rtol=tolerance, atol=tolerance * max(1, exact.abs().max()))
+
+
+def test_beam_search_says_the_same(training_data, trained):
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "test", training_data[1]))
+    images = torch.from_numpy(data.images(slice(None)))
+    found = []
+    for device in ("cpu", "cuda"):
+        captioner = models.load_captioner(paths(trained, training_data)[1], device)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            found.append(captioner.caption(images, beam_size=5, max_decode_steps=12))
+    for (on_cpu, *_), (on_gpu, *_) in zip(*found):
+        assert on_gpu.words == on_cpu.words
+        assert on_gpu.log_prob == pytest.approx(on_cpu.log_prob, rel=1e-3)
+        torch.testing.assert_close(on_gpu.alphas, on_cpu.alphas, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--decoder", "gru", "--encoded_image_size", "3"], ["--amp"]], ids=str)
+def test_updates_in_graphs_learn_what_a_cpu_learns(flags, training_data, tmp_path):
+    flags = [*flags, *WITHOUT_DROPOUT, "--epochs", "4"]
+    cpu, gpu = (run(training_data, tmp_path / device, *flags, "--device", device) for device in ("cpu", "cuda"))
+    for a, b in zip(cpu["history"], gpu["history"], strict=True):
+        assert b["nll"] == pytest.approx(a["nll"], rel=0.03)
+
+
+@pytest.mark.parametrize("flags", [
+    "--attention hard", "--attention mean", "--scheduled_sampling linear --ss_min 0.3", "--decoder gru --deep_output --amp",
+    "--scheduled_sampling inverse_sigmoid --ss_argmax --position_encoding", "--fine_tune_encoder --batch_size 12"])
+def test_every_variant_trains(flags, training_data, tmp_path):
+    history = run(training_data, tmp_path, *flags.split(), "--device", "cuda", "--epochs", 3)["history"]
+    assert history[-1]["nll"] < history[0]["nll"] and not any(record["skipped_updates"] for record in history)
+
+
+def test_self_critical_training_runs(training_data, trained, tmp_path):
+    start = paths(trained, training_data)[1]
+    checkpoint = run(training_data, tmp_path, "--init_from", start, "--scst", "--learning_rate", "1e-4", "--device", "cuda")
+    assert len(checkpoint["history"]) == 2
+
+
+def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch):
+    flags = [*WITHOUT_DROPOUT, "--device", "cuda", "--epochs", 4, "--checkpoint_every", 1]
+    whole = run(training_data, tmp_path / "whole", *flags)
+    call = train.Update.__call__
+
+    def killed(self, *args):
+        if self.update == 5:
+            raise KeyboardInterrupt
+        call(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Update, "__call__", killed)
+        run(training_data, tmp_path / "parts", *flags)
+    parts = run(training_data, tmp_path / "parts", *flags, "--resume")
+    for a, b in zip(whole["history"], parts["history"], strict=True):
+        assert b["nll"] == pytest.approx(a["nll"], rel=1e-2) and a["update"] == b["update"]
+
+
+def test_memory_does_not_grow(training_data, tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(train, "print_epoch", lambda *_: held.append(torch.cuda.memory_allocated()))
+    run(training_data, tmp_path, "--device", "cuda", "--epochs", 8, "--patience", 99)
+    assert held[-1] <= 1.01 * held[3]  # by then every length has its graph
+
+
+def test_an_update_that_is_not_finite_is_left_out(training_data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, [3])
+    checkpoint = run(training_data, tmp_path, "--batch_size", 4, "--device", "cuda", "--epochs", 4)
+    assert [record["skipped_updates"] for record in checkpoint["history"]] == [1] * 4
+    assert all(np.isfinite(record["loss"]) for record in checkpoint["history"])
+    assert all(tensor.isfinite().all() for tensor in checkpoint["decoder"].values())
+
+
+def test_a_full_gpu_ends_in_one_line():
+    code = ("import argparse, torch, utils\n"
+            "utils.run(lambda args: torch.empty(10 ** 14, device='cuda'), argparse.ArgumentParser(prog='train.py'))")
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=Path(utils.__file__).parent, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: error: out of memory: ") and done.stderr.count("\n") == 1
