@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                                   # a few minutes on two CPU cores
     python tests/benchmark.py --sections decoder beam           # some of it
-    python tests/benchmark.py --device cuda --sections ceiling extraction decoder flickr8k beam
+    python tests/benchmark.py --device cuda --workers 16 --sections ceiling extraction decoder training flickr8k finetune beam caption
 
 The textbook encodes a picture for each of its captions, projects the picture anew at every word and searches one picture
 at a time. It has the suite's parameters and gives the same numbers, which is checked before anything is timed. Features
@@ -11,7 +11,9 @@ and captions are random; captions have the lengths of Flickr8k's.
 
 import argparse
 import functools
+import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -405,12 +407,16 @@ def section_coco(device, args):
 
 
 def section_caption(device, args):
-    """caption.py on one picture, process start to PNG, against importing torch and torchvision plus one encoder pass."""
+    """caption.py: on one picture, start to PNG, against imports and one encoder pass; on a folder, captions alone."""
     from PIL import Image
 
+    count = 32 if device.type == "cpu" else 8192
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(folder / "a.jpg")
+        (folder / "many").mkdir()
+        for i in range(count):
+            (folder / "many" / f"{i}.jpg").write_bytes((folder / "a.jpg").read_bytes())
         config = {**vars(train.get_args_parser().parse_args([])), "encoder": "resnet101", "encoder_dim": 2048,
                   "image_size": 256}
         config = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
@@ -428,8 +434,60 @@ def section_caption(device, args):
 
         ours = process(ROOT / "caption.py", "--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device))
         base = process("-c", floor)
+        many = process(ROOT / "caption.py", "--img", "many", "--model", "m.pth.tar", "--device", str(device), "--amp",
+                       "--no_plot", "--workers", str(args.workers))
         print(f"{'caption.py, one picture':<46}{ours:>10.2f} s, torch + torchvision + one encoder pass {base:.2f} s: "
               f"{ours / base:.2f}×  (wanted: at most 1.5×)")
+        print(f"{f'caption.py, a folder of {count}, bfloat16':<46}{count / many:>10.0f} pictures/s, start included")
+
+
+def section_finetune(device, args):
+    """Training encoder and decoder together, ResNet-101 at 256×256: against a loop that encodes a picture per caption."""
+    options = train.get_args_parser().parse_args(["--amp", "--fine_tune_encoder", "--batch_size", str(args.pictures)])
+    data = FakeDataset(args.pictures)
+    images = torch.randint(0, 256, (args.pictures, 3, 256, 256), dtype=torch.uint8)
+    data.images = lambda pictures: images.numpy()[pictures]
+    encoder = models.Encoder("resnet101", "none").to(device)
+    encoder.fine_tune()
+    decoder = models.build_decoder({**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY).to(device)
+    textbook = Textbook(encoder.encoder_dim).to(device)
+    rows = datasets.caption_rows(data, np.arange(args.pictures))
+    captions = torch.from_numpy(rows.captions).to(device)
+    parameters = [p for p in [*encoder.parameters(), *textbook.parameters()] if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-5)
+
+    def update():
+        scores = textbook(pooled(encoder(images[rows.pictures].to(device))), captions, rows.decode_lengths)
+        loss = F.cross_entropy(scores.flatten(0, 1), captions[:, 1:scores.shape[1] + 1].flatten(), ignore_index=0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    repeats = 1 if device.type == "cpu" else 5
+    slow = len(captions) / clock(device, update, repeats)
+    captioner = models.Captioner(encoder, decoder.train(), WORD_MAP, {"image_size": 256})
+    step = train.Update(options, captioner, train.build_optimizer(options, encoder, decoder), data, None, torch.bfloat16)
+    decoder.train()
+    loaded = step.load(np.arange(args.pictures))
+    fast = len(captions) / clock(device, lambda: step(*loaded, 1.0), repeats, warm_up=3)
+    print_row("fine-tuning ResNet-101, bfloat16 for ours", fast, slow, "captions/s", 2)
+
+
+def section_processes(device, args):
+    """Training by one process and by two, each with one thread: words per second, from train.py's own log."""
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        records, _ = datasets.shapes_records(320, 8, 8, size=64)
+        datasets.write_dataset(folder, records, dataset="shapes", source="generated", image_size=64)
+        for count in (1, 2):
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+                            ROOT / "train.py", "--data_folder", folder, "--data_name", datasets.base_name("shapes", 5, 5),
+                            "--encoder", "resnet18", "--encoder_weights", "none", "--output_folder", f"{folder}/{count}",
+                            "--epochs", "2", "--beam_size", "1", "--max_decode_steps", "3", "--device", str(device)],
+                           check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            log = datasets.log_path(f"{folder}/{count}", datasets.base_name("shapes", 5, 5))
+            rates[count] = json.loads(log.read_text().splitlines()[-1])["words_per_second"]
+    print(f"{'training, one process and two':<46}{rates[1]:>10.0f}{rates[2]:>11.0f} words/s    {rates[2] / rates[1]:>7.1f}×")
 
 
 SECTIONS = {name[8:]: function for name, function in list(globals().items()) if name.startswith("section_")}
