@@ -172,12 +172,7 @@ def train(args, stack):
     latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
     best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
     checkpoint = find_checkpoint(args, latest_path, best_path, word_map)
-    sizes = {"the training pictures": train_data.image_size, "the validation pictures": val_data.image_size}
-    if checkpoint and args.resume:
-        sizes["the run to resume"] = checkpoint["config"]["image_size"]
-    if len(set(sizes.values())) > 1:
-        raise UserError("expected pictures of one size, found " + ", ".join(
-            f"{size} pixels in {what}" for what, size in sizes.items()) + "; prepare the data with one --image_size")
+    check_sizes(train_data, val_data, checkpoint if args.resume else None)
     if args.scst and args.attention == "hard":
         raise UserError("--scst does not train where --attention hard looks: start from a model with soft attention")
     utils.set_seed(args.seed)
@@ -200,18 +195,7 @@ def train(args, stack):
     step = Update(args, captioner, build_optimizer(args, encoder, decoder), train_data, train_features, dtype)
     history, seconds_before = [], 0.0
     if checkpoint and args.resume:
-        try:
-            step.load_state_dict(checkpoint)
-            history, seconds_before = checkpoint["history"], float(checkpoint["seconds"])
-            best_score(history, args.metric)
-            if not 0 <= step.update - len(history) * updates_per_epoch <= updates_per_epoch:
-                raise ValueError(f"{step.update} updates, {len(history)} epochs")
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            path = latest_path if args.resume == "auto" else args.resume
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be resumed; "
-                            "start a new run from its weights with --init_from") from error
-        print(f"resuming after epoch {len(history)}, update {step.update}; "
-              f"best {args.metric} so far {best_score(history, args.metric):.2f}")
+        history, seconds_before = go_on(args, step, checkpoint, updates_per_epoch)
 
     def save(path=latest_path):
         state = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(),
@@ -300,6 +284,37 @@ def first_readable(paths):
         else:
             return path
     return paths[-1]
+
+
+def check_sizes(train_data, val_data, checkpoint):
+    """:raises UserError: if the pictures of the two splits, and of a run to resume, are not of one size"""
+    sizes = {"the training pictures": train_data.image_size, "the validation pictures": val_data.image_size}
+    if checkpoint:
+        sizes["the run to resume"] = checkpoint["config"]["image_size"]
+    if len(set(sizes.values())) > 1:
+        raise UserError("expected pictures of one size, found " + ", ".join(
+            f"{size} pixels in {what}" for what, size in sizes.items()) + "; prepare the data with one --image_size")
+
+
+def go_on(args, step, checkpoint, updates_per_epoch):
+    """Put a training back to where its checkpoint was saved.
+
+    :param step: ``Update``
+    :return: (history, seconds that the run took so far)
+    """
+    try:
+        step.load_state_dict(checkpoint)
+        history, seconds = checkpoint["history"], float(checkpoint["seconds"])
+        best = best_score(history, args.metric)
+        if not 0 <= step.update - len(history) * updates_per_epoch <= updates_per_epoch:
+            raise ValueError(f"{step.update} updates in {len(history)} epochs")
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        where = f"the last checkpoint in {args.output_folder}" if args.resume == "auto" else args.resume
+        raise UserError(f"{where} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be resumed; "
+                        "start a new run from its weights with --init_from") from error
+    so_far = f"; best {args.metric} so far {best:.2f}" if history else ""
+    print(f"resuming after epoch {len(history)}, update {step.update}{so_far}")
+    return history, seconds
 
 
 def build_model(args, checkpoint, word_map, device):

@@ -54,7 +54,7 @@ def run(main, parser):
             time.sleep(3)
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except Stopped as stop:
-        parser.exit(128 + stop.signal, f"{parser.prog}: {stop}\n")
+        parser.exit(128 + stop.signal, None if int(os.environ.get("RANK", 0)) else f"{parser.prog}: {stop}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped by the user\n")
     except (MemoryError, RuntimeError) as error:
