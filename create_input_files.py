@@ -72,6 +72,7 @@ def main(args):
     check_flags(args)
     name = datasets.base_name(args.dataset, args.captions_per_image, args.min_word_freq)
     if not args.force and is_prepared(args, name):
+        draw_examples(args, name)  # unless an earlier run was killed before it came to that, they are there
         print(f"The files of {name} are in {args.data_folder} already; --force makes them again.")
         return
     start = time.monotonic()
@@ -82,11 +83,7 @@ def main(args):
         min_word_freq=args.min_word_freq, max_len=args.max_len, image_size=args.image_size, seed=args.seed,
         workers=args.workers,
     )
-    train = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", name))
-    sheet = datasets.contact_sheet_path(args.data_folder, name)
-    draw_contact_sheet(sheet, train)
-    if args.dataset == "shapes":
-        write_pictures(datasets.pictures_folder(args.data_folder, name), args.data_folder, name)
+    sheet = draw_examples(args, name, anew=True)
     for line in [*notes, *describe_losses(summaries)]:
         print(f"Note: {line}.")
     print(describe(summaries, word_map, args))
@@ -286,12 +283,22 @@ def describe(summaries, word_map, args):
     return "\n".join(lines)
 
 
-def write_pictures(folder, data_folder, name, number=6):
-    """Write a few generated test pictures as PNG files, for caption.py; photographs are files already."""
-    test = datasets.CaptionDataset(datasets.split_path(data_folder, "test", name))
-    for picture, image in zip(test.image_names[:number], test.images(slice(number))):
-        with utils.atomic_path(folder / picture) as temporary:
-            Image.fromarray(image.transpose(1, 2, 0)).save(temporary)
+def draw_examples(args, name, anew=False):
+    """Draw the contact sheet, and write a few generated test pictures for caption.py; what is there already may stay.
+
+    :return: path of the contact sheet
+    """
+    sheet = datasets.contact_sheet_path(args.data_folder, name)
+    if anew or not sheet.exists():
+        draw_contact_sheet(sheet, datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", name)))
+    if args.dataset == "shapes":
+        test = datasets.CaptionDataset(datasets.split_path(args.data_folder, "test", name))
+        for i, picture in enumerate(test.image_names[:6]):
+            path = datasets.pictures_folder(args.data_folder, name) / picture
+            if anew or not path.exists():
+                with utils.atomic_path(path) as temporary:
+                    Image.fromarray(test.images([i])[0].transpose(1, 2, 0)).save(temporary)
+    return sheet
 
 
 def draw_contact_sheet(path, dataset, number=6):

@@ -467,15 +467,15 @@ class Update:
         self.words, self.seconds, self.warned = 0, 0.0, 0
 
     def state_dict(self):
-        """Where the training stands, in the middle of an epoch too."""
+        """Where the training stands, in the middle of an epoch too; all processes must ask at the same time."""
         return {"optimizer": self.optimizer.state_dict(), "update": self.update,
-                "epoch_so_far": {"total": self.total.cpu(), "skipped": self.skipped.cpu(), "words": self.words,
+                "epoch_so_far": {"total": utils.summed(self.total.clone()).cpu(), "skipped": self.skipped.cpu(), "words": self.words,
                                  "seconds": self.seconds}}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.update, so_far = int(state["update"]), state["epoch_so_far"]
-        self.total.copy_(so_far["total"])
+        self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it
         self.skipped.copy_(so_far["skipped"])
         self.words, self.seconds = so_far["words"], so_far["seconds"]
 
