@@ -651,16 +651,19 @@ def caption_loss(output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha
     return loss / num_words, word_nll.detach().sum() / num_words
 
 
-def self_critical_loss(output, advantages, num_words=None):
+def self_critical_loss(output, advantages, banned, num_words=None):
     """REINFORCE on sampled captions (Rennie et al. 2017, eq. 7): make likelier what beat the baseline.
 
     :param output: ``DecoderOutput`` of a pass over the sampled captions
     :param advantages: float (B,), each caption's reward less its baseline's
+    :param banned: int64 tensor of words that were never sampled. They get no probability here either: else what the
+        sampled words lose goes to them, where no reward ever sees it
     :param num_words: what to divide by, if not by this batch's own words (several processes share a batch)
     :return: (loss, nll): scalars, per word; nll is the samples' cross-entropy, without gradient, for the log
     """
     num_words = (output.targets != 0).sum() if num_words is None else num_words
-    word_nll = F.cross_entropy(output.scores, output.targets, reduction="none", ignore_index=0)
+    scores = output.scores.index_fill(1, banned, -math.inf)
+    word_nll = F.cross_entropy(scores, output.targets, reduction="none", ignore_index=0)
     return (advantages[output.rows] * word_nll).sum() / num_words, word_nll.detach().sum() / num_words
 
 
@@ -714,6 +717,11 @@ def schedule_constants(schedule, updates, k=None, slope=None, minimum=0.0):
 # ---------------------------------------------------------------------------------------------------- beam search
 
 
+def never_uttered(word_map):
+    """Numbers of the tokens that no caption may hold."""
+    return [word_map["<pad>"], word_map["<start>"], word_map["<unk>"]]
+
+
 @torch.no_grad()
 def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, dtype=torch.float32):
     """Draw captions from a decoder's own distribution, without <pad>, <start> and <unk>.
@@ -725,7 +733,7 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, d
     memory, state = decoder.begin(encoder_out, dtype)
     state = tuple(s.expand(-1, samples, -1) for s in state)
     words = torch.full((len(encoder_out), samples), word_map["<start>"], device=encoder_out.device)
-    banned = [word_map["<pad>"], word_map["<start>"], word_map["<unk>"]]
+    banned = never_uttered(word_map)
     ended, captions = torch.zeros_like(words, dtype=torch.bool), []
     for step in range(max_decode_steps):
         scores, _, state = decoder.step(words, state, memory)
@@ -777,7 +785,7 @@ def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.
     states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
     batch_size, device = len(encoder_outs[0]), encoder_outs[0].device
     vocab_size, end = decoders[0].vocab_size, word_map["<end>"]
-    banned = torch.tensor([word_map["<pad>"], word_map["<start>"], word_map["<unk>"]], device=device)
+    banned = torch.tensor(never_uttered(word_map), device=device)
     words = torch.full((batch_size, beam_size), word_map["<start>"], device=device)
     live = torch.full((batch_size, beam_size), -math.inf, device=device)
     live[:, 0] = 0  # all beams are one at the start

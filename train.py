@@ -459,6 +459,7 @@ class Update:
         self.graphs = {}
         self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
         self.reward = utils.CiderD(data.references) if args.scst else None
+        self.banned = torch.tensor(models.never_uttered(captioner.word_map), device=self.device) if args.scst else None
         if self.use_graphs:
             self.epsilon = torch.ones((), device=self.device)
             self.stream = torch.cuda.Stream(self.device)
@@ -526,9 +527,8 @@ class Update:
     def explore(self, pictures, inputs, samples=5):
         """Sample captions, and reward each by how much it beats the others of its picture.
 
-        Rennie et al. compare with the greedy caption. Samples are nearly always worse than that one, and training that
-        mostly says "less of this" ruined the model; compared with the other samples (Luo 2020, "A better variant of
-        self-critical sequence training"), the advantages add up to zero.
+        Rennie et al. compare with the greedy caption, which costs a search; the mean of the other samples costs nothing,
+        and the advantages add up to zero (Luo 2020, "A better variant of self-critical sequence training").
 
         :return: (``datasets.CaptionRows``, float32 advantages, sum of the rewards), longest caption first
         """
@@ -580,7 +580,7 @@ class Update:
         if output is None:  # no share in this batch, but the others wait for these gradients
             loss, nll = sum(p.sum() for p in self.parameters if p.requires_grad) * 0, torch.zeros((), device=self.device)
         elif args.scst:
-            loss, nll = models.self_critical_loss(output, advantages, num_words)
+            loss, nll = models.self_critical_loss(output, advantages, self.banned, num_words)
         else:
             loss, nll = models.caption_loss(output, num_words, args.label_smoothing, args.alpha_c,
                                             decoder=self.captioner.decoder)

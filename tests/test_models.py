@@ -511,7 +511,7 @@ def test_self_critical_loss_favours_what_beat_the_baseline():
     decoder, advantages = make_decoder(), torch.tensor([1.0, -0.5, 0.0, 2.0])
     output = decoder(features(), CAPTIONS, [6] * 4, PICTURES)
     output.scores.retain_grad()
-    loss, nll = models.self_critical_loss(output, advantages)
+    loss, nll = models.self_critical_loss(output, advantages, torch.tensor([PAD, 8]))
     loss.backward()
     log_probs = output.scores.log_softmax(1).gather(1, output.targets.unsqueeze(1)).squeeze(1)
     weights = advantages[output.rows] * (output.targets != PAD) / sum(LENGTHS)
