@@ -198,6 +198,7 @@ def train(args, stack):
     history, seconds_before = [], 0.0
     if checkpoint and args.resume:
         history, seconds_before = go_on(args, step, checkpoint, updates_per_epoch)
+        write_reports(args, config, history)  # which the interrupted run may not have come to
 
     def save(path=latest_path):
         state = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(),
@@ -222,9 +223,7 @@ def train(args, stack):
                 if is_best:
                     save(best_path)
                 save()
-                if utils.is_main():
-                    write_log(datasets.log_path(args.output_folder, args.data_name), config, history)
-                    draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
+                write_reports(args, config, history)
                 print_epoch(record, args, is_best, val_data, hypotheses)
     except utils.Stopped as signal:
         save()
@@ -687,6 +686,13 @@ def print_epoch(record, args, is_best, val_data, hypotheses):
           f"{record['seconds']:.0f} s since start")
     for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
         print(f"    {val_data.image_names[i]}: {' '.join(hypotheses[i])}   (true: {val_data.raw_references[i][0]})")
+
+
+def write_reports(args, config, history):
+    """The log and the learning curves of the epochs so far."""
+    if history and utils.is_main():
+        write_log(datasets.log_path(args.output_folder, args.data_name), config, history)
+        draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
 
 
 def write_log(path, config, history):

@@ -166,7 +166,11 @@ def processes(device_name):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # pictures' names, captions and scores travel between the CPUs, so that nobody waits on a busy GPU
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, number, size = next(distributed.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # one machine: keep what processes before a restart wrote out of sight
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
+                                   world_size=size)
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     yield device

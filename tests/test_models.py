@@ -511,14 +511,18 @@ def test_self_critical_loss_favours_what_beat_the_baseline():
     decoder, advantages = make_decoder(), torch.tensor([1.0, -0.5, 0.0, 2.0])
     output = decoder(features(), CAPTIONS, [6] * 4, PICTURES)
     output.scores.retain_grad()
-    loss, nll = models.self_critical_loss(output, advantages, torch.tensor([PAD, 8]))
+    banned = torch.tensor([PAD, 8])
+    loss, nll = models.self_critical_loss(output, advantages, banned)
     loss.backward()
-    log_probs = output.scores.log_softmax(1).gather(1, output.targets.unsqueeze(1)).squeeze(1)
-    weights = advantages[output.rows] * (output.targets != PAD) / sum(LENGTHS)
-    torch.testing.assert_close(loss, -(weights * log_probs).sum())
+    assert not output.scores.grad[:, banned].any()  # or what sampled words lose would go to words never sampled
+    scores = output.scores.index_fill(1, banned, -torch.inf)
+    log_probs = scores.log_softmax(1).gather(1, output.targets.unsqueeze(1)).squeeze(1)
+    real = output.targets != PAD
+    weights = advantages[output.rows] * real / sum(LENGTHS)
+    torch.testing.assert_close(loss, -(weights[real] * log_probs[real]).sum())
     target_gradient = output.scores.grad.gather(1, output.targets.unsqueeze(1)).squeeze(1)
     assert torch.equal(target_gradient.sign(), -weights.sign())  # descent makes words of the better captions likelier
-    torch.testing.assert_close(nll, F.cross_entropy(output.scores, output.targets, ignore_index=PAD))
+    torch.testing.assert_close(nll, -log_probs[real].mean())
 
 
 # -------------------------------------------------------------------------------------------------- scheduled sampling
