@@ -945,6 +945,8 @@ def _tutorial_checkpoint(path, word_map):
     modules = utils.load_modules(path)
     encoder, decoder = ({re.sub(r"^resnet\.", "cnn.", name): value for name, value in modules[key].items()
                          if torch.is_tensor(value)} for key in ("encoder", "decoder"))
+    for name in [name for name in encoder if name.endswith("running_var")]:  # before torch 0.4.1 nobody counted batches
+        encoder.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
     convolutions = sum(re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder)
     name = f"resnet{convolutions + 2}"
