@@ -95,7 +95,7 @@ def get_args_parser():
                        help="self-critical training: five captions are sampled for each picture, and those with a "
                             "higher CIDEr-D than the others made likelier (Rennie et al. 2017, Luo 2020); without "
                             "dropout; the loss is minus their mean CIDEr-D; needs --init_from and a small "
-                            "--learning_rate, 5e-5 for example")
+                            "--learning_rate, 1e-4 for example")
     group.add_argument("--seed", type=int, default=0, help="of weights, dropout, sampling and the order of pictures")
 
     group = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)")

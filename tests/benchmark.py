@@ -465,7 +465,7 @@ def section_finetune(device, args):
 
     repeats = 1 if device.type == "cpu" else 5
     slow = len(captions) / clock(device, update, repeats)
-    captioner = models.Captioner(encoder, decoder.train(), WORD_MAP, {"image_size": 256})
+    captioner = models.Captioner(encoder, decoder, WORD_MAP, {"image_size": 256})
     step = train.Update(options, captioner, train.build_optimizer(options, encoder, decoder), data, None, torch.bfloat16)
     decoder.train()
     loaded = step.load(np.arange(args.pictures))
