@@ -698,10 +698,10 @@ def judge_caption(scene, words):
 
     :param scene: ``Record.scene`` or an element of ``CaptionDataset.scenes``
     :param words: list of words
-    :return: ``{"objects": …, "relation": …}``. ``objects``: whether the shapes mentioned, each with the colour just
-        before it, are those of the scene, each as often as it is there. ``relation``: None if the caption puts no
-        mentioned shape left of, right of, above or below the next one; else whether all it says so is true by at least
-        5 % of the picture (it is not, of a shape that is not there)
+    :return: dict of verdicts. ``count``: whether as many shapes are mentioned as there are; ``shapes``: whether they are
+        those of the scene, each as often as it is there; ``objects``: the same with the colour just before each;
+        ``relation``: None if the caption puts no mentioned shape left of, right of, above or below the next one; else
+        whether all it says so is true by at least 5 % of the picture (it is not, of a shape that is not there)
     """
     mentions = [(i, (words[i - 1] if i and words[i - 1] in COLORS else None, word))
                 for i, word in enumerate(words) if word in SHAPES]
@@ -710,8 +710,11 @@ def judge_caption(scene, words):
     for (i, subject), (j, other) in itertools.pairwise(mentions):
         relations = [word for word in words[i + 1:j] if word in _PHRASES]
         stated += [_is_true(relation, objects.get(subject), objects.get(other)) for relation in relations]
-    named = collections.Counter(mention for _, mention in mentions)
-    return {"objects": named == collections.Counter(list(objects)), "relation": all(stated) if stated else None}
+    shapes = collections.Counter(shape for _, (_, shape) in mentions)
+    return {"count": len(mentions) == len(objects),
+            "shapes": shapes == collections.Counter(shape for _, shape in objects),
+            "objects": collections.Counter(mention for _, mention in mentions) == collections.Counter(list(objects)),
+            "relation": all(stated) if stated else None}
 
 
 def _is_true(relation, box, other):
@@ -1303,13 +1306,26 @@ def _write_features(path, dataset, encode, batch_size, workers):
     gathered(None)  # and the file has its name
 
 
-def training_batches(num_images, batch_size, seed, epoch):
+def training_batches(dataset, batch_size, seed, epoch):
     """Pictures of each update of an epoch, as a list of index arrays: every picture once, in an order of its own.
 
-    The order depends on seed and epoch alone, so that a resumed run sees what an uninterrupted one would have seen.
+    An update takes as many steps as its longest caption has words, so pictures meet others whose longest caption is of
+    similar length, among those of 16 random batches. The order depends on the captions, seed and epoch alone, so that a
+    resumed run sees what an uninterrupted one would have seen.
+
+    :param dataset: ``CaptionDataset``
     """
-    order = np.random.default_rng([seed, epoch]).permutation(num_images)
-    return [order[i:i + batch_size] for i in range(0, num_images, batch_size)]
+    rng = np.random.default_rng([seed, epoch])
+    longest = np.zeros(len(dataset), np.int64)
+    captions = np.repeat(np.arange(len(dataset)), np.diff(dataset.caption_offsets))
+    np.maximum.at(longest, captions, dataset.caption_lengths)
+    order, batches = rng.permutation(len(dataset)), []
+    for i in range(0, len(order), 16 * batch_size):
+        group = order[i:i + 16 * batch_size]
+        group = group[np.argsort(longest[group], kind="stable")]
+        batches += [group[j:j + batch_size] for j in range(0, len(group), batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
 class CaptionRows(NamedTuple):

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import collections
 import time
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import datasets
 import models
 import utils
 from utils import UserError
+
+COLORS = frozenset("black blond blonde blue brown gray green grey orange pink purple red tan white yellow".split())
+NUMERALS = frozenset("one two three four five six seven eight nine ten".split())
 
 
 def get_args_parser():
@@ -80,7 +84,7 @@ def evaluate(args, device):
                          [{"image_id": i, "file_name": data.image_names[i], "caption": " ".join(words)}
                           for i, words in enumerate(captions)])
         rows[beam_size] = {**utils.score_captions(data.references, captions, meteor=True),
-                           "words per caption": sum(map(len, captions)) / len(captions),
+                           **score_variety(data.references, captions),
                            "ms per picture": 1000 * seconds / len(captions)}
         if data.scenes is not None:
             rows[beam_size] |= score_scenes(data.scenes, captions, [hypothesis.alphas for hypothesis in best])
@@ -106,25 +110,57 @@ def features_of(data, captioner, args, name, dtype):
     return features if path is None else features[rows]
 
 
+def score_variety(references, captions):
+    """What metrics of overlap do not show: whether a model says the same of everything, repeats itself, or guesses.
+
+    :param references: list (pictures) of lists (captions) of lists of words
+    :param captions: list of lists of words
+    :return: dict. "words per caption"; "words used": how many different ones; in percent: "distinct captions";
+        "commonest caption" (pictures that get it); "repeats itself" (captions that say a word twice in a row or three
+        words twice); "colours agreed" and "numbers agreed" (colour words and numerals that stand in at least one of the
+        picture's references, None where none is said)
+    """
+    counts = collections.Counter(map(tuple, captions))
+    known = [set().union(*described) for described in references]
+    agreed = lambda words: percentage([word in said for said, caption in zip(known, captions) for word in caption
+                                       if word in words])
+    return {"words per caption": sum(map(len, captions)) / len(captions), "words used": len(set().union(*captions)),
+            "distinct captions": 100 * len(counts) / len(captions),
+            "commonest caption": 100 * max(counts.values()) / len(captions),
+            "repeats itself": percentage([repeats_itself(caption) for caption in captions]),
+            "colours agreed": agreed(COLORS), "numbers agreed": agreed(NUMERALS)}
+
+
+def repeats_itself(caption):
+    """Whether a list of words has a word twice in a row, or three words in a row that come again."""
+    threes = list(zip(caption, caption[1:], caption[2:]))
+    return len(set(threes)) < len(threes) or any(a == b for a, b in zip(caption, caption[1:]))
+
+
 def score_scenes(scenes, captions, alphas):
     """How far captions and attention are true, where it is known what the pictures show.
 
     :param scenes: list of scenes (see ``datasets.shapes_records``)
     :param captions: list of lists of words
     :param alphas: list of float tensors (num_words, num_pixels)
-    :return: dict of percentages: "objects" (captions that name the right shapes with the right colours), "relation"
-        (true ones among the captions that state one), "pointing" (words whose attention peaks in the box of what they
-        name) and "by chance" (the same for attention that peaks anywhere)
+    :return: dict of percentages: captions that name as many shapes as there are ("count"), the right ones ("shapes"), in
+        the right colours too ("objects"); "relation" (true ones among the captions that state one), "pointing" (words
+        whose attention peaks in the box of what they name) and "by chance" (the same for attention that peaks anywhere)
     """
     verdicts = [datasets.judge_caption(scene, words) for scene, words in zip(scenes, captions)]
-    relations = [verdict["relation"] for verdict in verdicts if verdict["relation"] is not None]
     looks = []
     for scene, words, alpha in zip(scenes, captions, alphas):
         side = int(alpha.shape[1] ** 0.5)
         looks += datasets.pointing(scene, words, alpha.numpy(), (side, side))
-    mean = lambda values: 100 * sum(values) / len(values) if values else None
-    return {"objects": mean([verdict["objects"] for verdict in verdicts]), "relation": mean(relations),
-            "pointing": mean([hit for hit, _ in looks]), "by chance": mean([chance for _, chance in looks])}
+    shares = {name: percentage([verdict[name] for verdict in verdicts if verdict[name] is not None])
+              for name in ("count", "shapes", "objects", "relation")}
+    return shares | {"pointing": percentage([hit for hit, _ in looks]),
+                     "by chance": percentage([chance for _, chance in looks])}
+
+
+def percentage(values):
+    """Mean of numbers or truth values in percent, None of none."""
+    return 100 * sum(values) / len(values) if values else None
 
 
 def print_table(rows, title):

@@ -186,7 +186,7 @@ def train(args, stack):
                                              args.ss_min)
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size, "total_updates": total_updates,
-               "ss_constants": list(ss_constants)}
+               "ss_constants": list(ss_constants), "machine": utils.describe_machine(device)}
     decoder.sample_location = args.sample_location
     captioner = models.Captioner(encoder, decoder, word_map, config)
     stack.enter_context(utils.locked(datasets.lock_path(latest_path), latest_path))
@@ -623,7 +623,7 @@ def train_epoch(args, config, captioner, step, history, stop, save):
     # without dropout in self-critical training: captions are sampled without, and must be trained on as they were likely
     captioner.decoder.train(not args.scst)
     epoch, seconds_before, began = len(history), step.seconds, time.time()
-    batches = datasets.training_batches(len(step.data), args.batch_size, args.seed, epoch)
+    batches = datasets.training_batches(step.data, args.batch_size, args.seed, epoch)
     done, words_before = step.update - epoch * len(batches), step.words
     rates = functools.partial(learning_rate_factor, config, history=history)
     sample = functools.partial(models.scheduled_sampling_epsilon, args.scheduled_sampling)
@@ -669,7 +669,7 @@ def set_learning_rate(group, value):
 
 def print_header(args, captioner, train_data, val_data):
     """What runs, on what, with which options: enough to run it again."""
-    print(utils.describe_machine(captioner.device))
+    print(captioner.config["machine"])
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in
               (("encoder", captioner.encoder), ("decoder", captioner.decoder))}
     print(f"{args.encoder} {counts['encoder'] / 1e6:.1f} M parameters, {args.attention} attention + {args.decoder} "

@@ -386,7 +386,7 @@ began = time.time()
 sys.path.insert(0, sys.argv[1])
 import torch, datasets, utils
 data = datasets.CaptionDataset(sys.argv[2])
-for batch in datasets.training_batches(len(data), 16, seed=0, epoch=0)[:100]:
+for batch in datasets.training_batches(data, 16, seed=0, epoch=0)[:100]:
     data.images(batch), datasets.caption_rows(data, batch)
 print(f"{time.time() - began:.1f} s for imports, opening and 100 batches, peak memory "
       f"{utils.peak_memory_gb(torch.device('cpu'))} GB")

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import h5py
 import numpy as np
@@ -459,7 +460,8 @@ def test_scenes_are_told_truly():
         for caption in record.captions:
             words = caption.split()
             relation = True if len(record.scene["objects"]) > 1 else None
-            assert datasets.judge_caption(record.scene, words) == {"objects": True, "relation": relation}, caption
+            assert datasets.judge_caption(record.scene, words) == {
+                "count": True, "shapes": True, "objects": True, "relation": relation}, caption
         boxes = np.array([thing["box"] for thing in record.scene["objects"]])
         assert (boxes >= 0).all() and (boxes <= 1).all()
 
@@ -467,18 +469,20 @@ def test_scenes_are_told_truly():
 def test_judge_sees_wrong_objects_and_wrong_relations():
     scene = {"objects": [{"color": "red", "shape": "circle", "box": [0.1, 0.1, 0.3, 0.3]},
                          {"color": "blue", "shape": "star", "box": [0.6, 0.12, 0.8, 0.32]}]}
-    for caption, objects, relation in (
-        ("a red circle to the left of a large blue star", True, True),
-        ("a blue star left of a red circle", True, False),
-        ("a blue star below a red circle", True, False),  # by less than 5 % of the picture
-        ("a red circle and a blue star", True, None),
-        ("a red circle on the left", False, None),
-        ("a red star left of a blue circle", False, False),
-        ("a red circle left of a blue star and a red circle", False, True),
-        ("a circle left of a blue star", False, False),
-        ("", False, None),
+    for caption, count, shapes, objects, relation in (
+        ("a red circle to the left of a large blue star", True, True, True, True),
+        ("a blue star left of a red circle", True, True, True, False),
+        ("a blue star below a red circle", True, True, True, False),  # by less than 5 % of the picture
+        ("a red circle and a blue star", True, True, True, None),
+        ("a red circle on the left", False, False, False, None),
+        ("a red star left of a blue circle", True, True, False, False),
+        ("a red circle left of a blue star and a red circle", False, False, False, True),
+        ("a red circle and a blue circle", True, False, False, None),
+        ("a circle left of a blue star", True, True, False, False),
+        ("", False, False, False, None),
     ):
-        assert datasets.judge_caption(scene, caption.split()) == {"objects": objects, "relation": relation}, caption
+        assert datasets.judge_caption(scene, caption.split()) == {
+            "count": count, "shapes": shapes, "objects": objects, "relation": relation}, caption
 
 
 def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets():
@@ -804,3 +808,24 @@ def test_reading_data_does_not_import_what_is_slow():
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(datasets.__file__).parent, capture_output=True,
                             text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_batches_hold_every_picture_once_among_captions_of_similar_length():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 40, 5 * 403)
+    data = MagicMock(caption_lengths=lengths, caption_offsets=np.arange(0, len(lengths) + 1, 5), __len__=lambda _: 403)
+    longest = lengths.reshape(-1, 5).max(1)
+    batches = datasets.training_batches(data, 8, seed=0, epoch=3)
+    assert sorted(np.concatenate(batches)) == list(range(403))
+    assert sorted(map(len, batches)) == [3, *[8] * 50]
+    steps = [longest[batch].max() for batch in batches]
+    shuffled = rng.permutation(403)
+    assert np.mean(steps) < 0.97 * np.mean([longest[shuffled[i:i + 8]].max() for i in range(0, 403, 8)])
+    assert abs(np.corrcoef(steps, np.arange(len(steps)))[0, 1]) < 0.4  # no curriculum from short to long
+    again, later, other = (datasets.training_batches(data, 8, *which) for which in ((0, 3), (0, 4), (1, 3)))
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+    for different in (later, other):
+        assert not all(np.array_equal(a, b) for a, b in zip(batches, different))

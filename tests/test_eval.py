@@ -133,6 +133,22 @@ def test_no_file_is_written_where_a_checkpoint_says(name, best_checkpoint, train
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth.tar"]
 
 
+def test_variety_is_counted_by_hand():
+    references = [[["a", "red", "dog"], ["two", "dogs"]], [["a", "cat"]], [["a", "blue", "cat"]], [["it"]]]
+    captions = [caption.split() for caption in ("a red dog and three blue dogs", "a cat", "a cat", "a cat and a cat and a")]
+    assert evaluation.score_variety(references, captions) == {
+        "words per caption": 4.5, "words used": 8, "distinct captions": 75, "commonest caption": 50, "repeats itself": 25,
+        "colours agreed": 50, "numbers agreed": 0}
+    silent = evaluation.score_variety(references, [[]] * 4)
+    assert silent["words used"] == 0 and silent["colours agreed"] is None and silent["repeats itself"] == 0
+
+
+@pytest.mark.parametrize("caption, repeats", [("a dog and a dog", False), ("a dog dog", True), ("", False), ("a b c a b c", True),
+                                              ("a b a b", False), ("a b a b a", True)])
+def test_what_counts_as_repeating(caption, repeats):
+    assert evaluation.repeats_itself(caption.split()) is repeats
+
+
 def test_scenes_are_counted_by_hand():
     scene = {"objects": [{"shape": "circle", "color": "red", "box": [0.0, 0.0, 0.4, 0.4]},
                          {"shape": "star", "color": "blue", "box": [0.6, 0.0, 1.0, 0.4]}],
@@ -141,7 +157,7 @@ def test_scenes_are_counted_by_hand():
     captions = [caption.split() for caption in captions]
     left_top = torch.tensor([[0.7, 0.1, 0.1, 0.1]])  # a grid of 2 by 2, whose cells' centres lie at 1/4 and 3/4
     result = evaluation.score_scenes([scene] * 4, captions, [left_top.expand(len(words), -1) for words in captions])
-    assert result["objects"] == 50 and result["relation"] == 50
+    assert result["count"] == result["shapes"] == result["objects"] == 50 and result["relation"] == 50
     # named: red circle blue star twice, red star, blue star; what names the circle is looked at, what names the star is not
     assert result["pointing"] == pytest.approx(100 * 5 / 12) and result["by chance"] == pytest.approx(25)
     nothing = evaluation.score_scenes([scene], [[]], [torch.zeros(0, 4)])
