@@ -493,8 +493,8 @@ class Update:
         if self.features is None:
             inputs = torch.from_numpy(self.data.images(pictures))
         else:
-            inputs = torch.from_numpy(pictures)
-            inputs = inputs if self.features.is_cuda else self.features[inputs]
+            # copied by numpy: torch would start a second team of OpenMP threads here, which fight the first for the cores
+            inputs = torch.from_numpy(pictures if self.features.is_cuda else self.features.numpy().take(pictures, axis=0))
         return pictures, datasets.caption_rows(self.data, pictures), self.pin(inputs), num_words
 
     def pin(self, tensor):
