@@ -290,7 +290,7 @@ class SharedEnergy:
         return _Apply.apply(self, decoder_att, self.anchor)
 
     def pieces(self, decoder_att):
-        """Slices of the rows, and of each slice relu(encoder_att + decoder_att), (rows, R, num_pixels, attention_dim).
+        """Slices of the rows, and of each slice encoder_att + decoder_att, (rows, R, num_pixels, attention_dim).
 
         What is handed out is good until the next piece: all share one buffer, since fresh memory is slow.
         """
@@ -307,11 +307,11 @@ class SharedEnergy:
             else:
                 torch.index_select(self.encoder_att, 0, self.pictures[piece], out=hidden.squeeze(1))
                 hidden += decoder_att[piece].unsqueeze(2)
-            yield piece, hidden.relu_()
+            yield piece, hidden
 
     def forward(self, ctx, decoder_att):
         ctx.save_for_backward(decoder_att)
-        return torch.cat([(hidden @ self.weight.T).squeeze(-1) for _, hidden in self.pieces(decoder_att)])
+        return torch.cat([(hidden.relu_() @ self.weight.T).squeeze(-1) for _, hidden in self.pieces(decoder_att)])
 
     def backward(self, gradient, decoder_att):
         if self.att_gradient is None:
@@ -319,9 +319,7 @@ class SharedEnergy:
             self.weight_gradient = torch.zeros_like(self.weight, dtype=torch.float32)
         decoder_gradient = torch.empty_like(decoder_att)
         for piece, hidden in self.pieces(decoder_att):
-            by_place = gradient[piece]  # (rows, R, num_pixels)
-            self.weight_gradient += by_place.flatten().unsqueeze(0) @ hidden.flatten(0, 2)
-            positive = hidden.sign_()  # the derivative of relu; the weight's share is multiplied in once, at the end
+            by_place, positive = gradient[piece], hidden.gt_(0)  # (rows, R, num_pixels); the derivative of relu
             decoder_gradient[piece] = (by_place.unsqueeze(2) @ positive).squeeze(2)
             positive *= by_place.unsqueeze(-1)
             # summing over a single row is a slow copy
@@ -330,10 +328,13 @@ class SharedEnergy:
                 self.att_gradient[piece] += positive
             else:
                 self.att_gradient.index_add_(0, self.pictures[piece], positive)
+        # both gradients lack the weight's own share as yet, and relu(x) is x times its derivative
+        self.weight_gradient += (decoder_att.float() * decoder_gradient).sum((0, 1))
         return decoder_gradient * self.weight
 
     def gather(self):
-        return self.att_gradient.mul_(self.weight).to(self.encoder_att.dtype), self.weight_gradient.to(self.weight.dtype)
+        weight_gradient = self.weight_gradient + (self.encoder_att * self.att_gradient).sum((0, 1))
+        return self.att_gradient.mul_(self.weight).to(self.encoder_att.dtype), weight_gradient.to(self.weight.dtype)
 
 
 class _Apply(torch.autograd.Function):

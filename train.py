@@ -239,7 +239,7 @@ def train(args, stack):
 
 def find_checkpoint(args, latest_path, best_path, word_map):
     """The checkpoint to go on from or to start from, checked against the flags; None starts anew."""
-    path = args.init_from
+    path, checkpoint = args.init_from, None
     found = [p for p in (latest_path, best_path) if p.exists()]
     if found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts repeats the command
         args.resume, args.init_from = args.resume or "auto", None
@@ -247,7 +247,7 @@ def find_checkpoint(args, latest_path, best_path, word_map):
         if not found:
             print(f"nothing to resume at {latest_path}: starting anew")
             return None
-        path = first_readable(found)
+        path, checkpoint = first_readable(found)
     elif args.resume:
         path = Path(args.resume)
     elif found:
@@ -255,7 +255,7 @@ def find_checkpoint(args, latest_path, best_path, word_map):
                         "--output_folder")
     if path is None:
         return None
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = checkpoint or utils.load_checkpoint(path)
     models.check_checkpoint(checkpoint, path)
     if checkpoint["word_map"] != word_map:
         raise UserError(f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name "
@@ -276,15 +276,16 @@ def find_checkpoint(args, latest_path, best_path, word_map):
 
 
 def first_readable(paths):
-    """The first path, or if its file is damaged, the next: of a run, its last checkpoint and then its best one."""
+    """The first checkpoint, or if its file is damaged, the next: of a run, its last one and then its best one.
+
+    :return: (path, checkpoint)
+    """
     for path, other in zip(paths, paths[1:]):
         try:
-            utils.load_checkpoint(path)
+            return path, utils.load_checkpoint(path)
         except UserError as error:
             print(f"{error}; going on from {other} instead")
-        else:
-            return path
-    return paths[-1]
+    return paths[-1], utils.load_checkpoint(paths[-1])
 
 
 def check_sizes(train_data, val_data, checkpoint):

@@ -318,6 +318,43 @@ def captioner_encode(encoder, images, device):
         return encoder(images)
 
 
+def section_encoders(device, args):
+    """What each encoder costs at 256×256: parameters and operations of the part that is used, speed, memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    count = 256 if device.type == "cuda" else 16
+    images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
+    print(f"{'':<20}{'parameters':>12}{'grid':>9}{'dim':>6}{'GFLOP':>8}{'float32':>10}{'bfloat16':>10} pictures/s"
+          f"{'fine-tuning':>13} pictures/s, MB per picture")
+    for name in ("resnet18", "resnet50", "resnet101", "vgg16", "efficientnet_lite0", "efficientnet_lite2"):
+        encoder = models.Encoder(name, "none").to(device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            side = math.isqrt(encoder(images[:1]).shape[1])
+        rates = []
+        for dtype in (torch.float32, torch.bfloat16):
+            captioner = SimpleNamespace(encoder=encoder, device=device)
+            rates.append(count / clock(device, lambda: models.Captioner.encode(captioner, images, dtype)))
+        encoder.fine_tune()
+
+        def kept(number):
+            """Bytes that the backward pass needs of so many pictures, and of the weights."""
+            storages = {}
+            with torch.autocast(device.type, torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: storages.setdefault(t.data_ptr(), t), lambda t: t):
+                encoder(images[:number])
+            return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+        def update():
+            with torch.autocast(device.type, torch.bfloat16):
+                encoder(images).float().square().mean().backward()
+
+        tuning = count / clock(device, update, 1)
+        parameters = sum(p.numel() for p in encoder.parameters())
+        print(f"{name:<20}{parameters / 1e6:>10.1f} M{f'{side}×{side}':>9}{encoder.encoder_dim:>6}"
+              f"{counter.get_total_flops() / 1e9:>8.2f}{rates[0]:>10.1f}{rates[1]:>10.1f}{tuning:>24.1f}"
+              f"{(kept(4) - kept(2)) / 2e6:>24.1f}", flush=True)
+
+
 def section_flickr8k(device, args):
     """Epochs of 6,000 pictures × 5 captions with ResNet-101-size features, LSTM 512, as train.py runs them."""
     data = FakeDataset(6000)
