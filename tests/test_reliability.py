@@ -55,10 +55,10 @@ longest = float(sys.argv[4])
 while True:
     child = os.fork()
     if child == 0:
-        os.setsid()
         for script, flags in ((create_input_files, sys.argv[5].split("|")), (train, sys.argv[6].split("|"))):
             script.main(script.get_args_parser().parse_args(flags))
         os._exit(0)
+    os.setpgid(child, child)  # by the parent, which must not kill before it is done
     wait, end = rng.uniform(0, longest), time.time()
     end += wait
     while time.time() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
