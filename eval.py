@@ -92,10 +92,13 @@ def evaluate(args, device):
                 rows[beam_size]["pointing"] = None
     if not utils.is_main():
         return
+    # the yardstick: what people say of a picture first, held against what others say of it
+    described = [captions for captions in data.references if len(captions) > 1]
+    people = score_variety([others for _, *others in described], [first for first, *_ in described]) if described else {}
     path = datasets.metrics_path(folder, label, args.split)
     utils.write_json(path, {"models": [str(m) for m in args.model], "data": name, "split": args.split, "scale": "0-100",
-                            "length_penalty": args.length_penalty, "beam_sizes": rows})
-    print_table(rows, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
+                            "length_penalty": args.length_penalty, "beam_sizes": rows, "people": people})
+    print_table({**rows, "people": people}, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
     print(f"written: {path} and the captions beside it")
 
 
@@ -163,13 +166,14 @@ def percentage(values):
     return 100 * sum(values) / len(values) if values else None
 
 
-def print_table(rows, title):
-    """A column for each beam size, a row for each figure."""
-    print(f"\n{title}\n{'beam size':>18}" + "".join(f"{beam_size:>9}" for beam_size in rows))
-    for name in next(iter(rows.values())):
-        values = (row[name] for row in rows.values())
-        print(f"{name:>18}" + "".join(f"{'-':>9}" if value is None else f"{value:>9.2f}" for value in values))
-    if next(iter(rows.values()))["METEOR"] is None:
+def print_table(columns, title):
+    """A column for each beam size and one for people, a row for each figure."""
+    print(f"\n{title}\n{'beam size':>18}" + "".join(f"{column:>9}" for column in columns))
+    for name in next(iter(columns.values())):
+        values = (column.get(name) for column in columns.values())
+        shown = ("-" if value is None else value if isinstance(value, int) else f"{value:.2f}" for value in values)
+        print(f"{name:>18}" + "".join(f"{value:>9}" for value in shown))
+    if next(iter(columns.values()))["METEOR"] is None:
         print("METEOR left out: it needs Java, which is not installed here")
     print()
 

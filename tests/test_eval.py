@@ -53,8 +53,10 @@ def test_every_picture_is_captioned_once_and_scored(split, best_checkpoint, trai
                                            for scene, c in zip(data.scenes, captions)) / len(data)
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if "beam size" in line)
-    assert header.split()[-2:] == ["1", "3"] and "scale 0-100" in out
-    assert any(line.split()[:1] == ["BLEU-4"] and len(line.split()) == 3 for line in out.splitlines())
+    assert header.split()[-3:] == ["1", "3", "people"] and "scale 0-100" in out
+    assert any(line.split()[:1] == ["BLEU-4"] and line.split()[3:] == ["-"] for line in out.splitlines())
+    assert metrics["people"] == pytest.approx(evaluation.score_variety([r[1:] for r in data.references],
+                                                                       [r[0] for r in data.references]))
     assert "METEOR" in out and "Java" in out
     assert len(list(tmp_path.iterdir())) == 3
 
