@@ -31,7 +31,7 @@ MAY_CHANGE_ON_RESUME = ("data_folder", "output_folder", "resume", "device", "wor
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {"data_name": datasets.base_name("shapes", 5, 5), "encoder": "efficientnet_lite0",
                "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256, "attention_dim": 256,
-               "embed_dim": 128, "epochs": 9, "batch_size": 16, "learning_rate": 5e-3, "warmup": 50, "alpha_c": 0.0,
+               "embed_dim": 128, "epochs": 12, "batch_size": 16, "learning_rate": 3e-3, "warmup": 50, "alpha_c": 0.0,
                "label_smoothing": 0.0, "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1,
                "amp": True},
 }
@@ -628,25 +628,24 @@ def train_epoch(args, config, captioner, step, history, stop, save):
     done, words_before = step.update - epoch * len(batches), step.words
     rates = functools.partial(learning_rate_factor, config, history=history)
     sample = functools.partial(models.scheduled_sampling_epsilon, args.scheduled_sampling)
-    bar = utils.progress(total=len(batches), initial=done, desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch",
-                         leave=False)
-    for loaded in datasets.read_ahead(step.load, batches[done:], args.workers):
-        with stop.held():
-            for group in step.optimizer.param_groups:
-                set_learning_rate(group, group["peak_lr"] * rates(step.update))
-            step(*loaded, sample(step.update, *config["ss_constants"], args.ss_min))
-            step.seconds = seconds_before + time.time() - began
-            if args.checkpoint_every and step.update % args.checkpoint_every == 0:
-                save()
-        stop.check()
-        bar.update()
-        if step.device.type == "cpu" or step.update % 25 == 0:
-            step.check()
-        if step.update % 25 == 0:
-            loss, _, count = step.total.tolist()
-            rate = (step.words - words_before) / (time.time() - began)
-            bar.set_postfix_str(f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s")
-    bar.close()
+    with utils.progress(total=len(batches), initial=done, desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch",
+                        leave=False) as bar:
+        for loaded in datasets.read_ahead(step.load, batches[done:], args.workers):
+            with stop.held():
+                for group in step.optimizer.param_groups:
+                    set_learning_rate(group, group["peak_lr"] * rates(step.update))
+                step(*loaded, sample(step.update, *config["ss_constants"], args.ss_min))
+                step.seconds = seconds_before + time.time() - began
+                if args.checkpoint_every and step.update % args.checkpoint_every == 0:
+                    save()
+            stop.check()
+            bar.update()
+            if step.device.type == "cpu" or step.update % 25 == 0:
+                step.check()
+            if step.update % 25 == 0:
+                loss, _, count = step.total.tolist()
+                rate = (step.words - words_before) / (time.time() - began)
+                bar.set_postfix_str(f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s")
     step.check()
     loss, nll, count = utils.summed(step.total.clone()).tolist()
     captioner.decoder.eval()
