@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                                   # a few minutes on two CPU cores
     python tests/benchmark.py --sections decoder beam           # some of it
-    python tests/benchmark.py --device cuda --workers 16 --sections ceiling extraction decoder training flickr8k finetune beam caption
+    python tests/benchmark.py --device cuda --workers 16 --sections ceiling encoders extraction decoder training flickr8k finetune beam caption
 
 The textbook encodes a picture for each of its captions, projects the picture anew at every word and searches one picture
 at a time. It has the suite's parameters and gives the same numbers, which is checked before anything is timed. Features
