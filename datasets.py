@@ -1306,6 +1306,11 @@ def _write_features(path, dataset, encode, batch_size, workers):
     gathered(None)  # and the file has its name
 
 
+def caption_pictures(dataset):
+    """The picture of each caption, int64 (number of captions,)."""
+    return np.repeat(np.arange(len(dataset)), np.diff(dataset.caption_offsets))
+
+
 def training_batches(dataset, batch_size, seed, epoch):
     """Pictures of each update of an epoch, as a list of index arrays: every picture once, in an order of its own.
 
@@ -1317,8 +1322,7 @@ def training_batches(dataset, batch_size, seed, epoch):
     """
     rng = np.random.default_rng([seed, epoch])
     longest = np.zeros(len(dataset), np.int64)
-    captions = np.repeat(np.arange(len(dataset)), np.diff(dataset.caption_offsets))
-    np.maximum.at(longest, captions, dataset.caption_lengths)
+    np.maximum.at(longest, caption_pictures(dataset), dataset.caption_lengths)
     order, batches = rng.permutation(len(dataset)), []
     for i in range(0, len(order), 16 * batch_size):
         group = order[i:i + 16 * batch_size]
@@ -1326,6 +1330,17 @@ def training_batches(dataset, batch_size, seed, epoch):
         batches += [group[j:j + batch_size] for j in range(0, len(group), batch_size)]
     rng.shuffle(batches)
     return batches
+
+
+def may_be_mirrored(dataset, word_map):
+    """Which pictures are still described truly when left and right change places: those whose captions name neither.
+
+    :return: bool array (N,)
+    """
+    sides = [word_map[word] for word in ("left", "right") if word in word_map]
+    may = np.ones(len(dataset), bool)
+    may[caption_pictures(dataset)[np.isin(dataset.captions, sides).any(axis=1)]] = False
+    return may
 
 
 class CaptionRows(NamedTuple):

@@ -3,6 +3,7 @@
     python eval.py --model checkpoints/BEST_checkpoint_flickr8k_5_cap_per_img_5_min_word_freq.pth.tar
     python eval.py --model checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
     python eval.py --model seed0/BEST_checkpoint_*.pth.tar seed1/BEST_checkpoint_*.pth.tar   # an ensemble
+    python eval.py --model before/BEST_checkpoint_*.pth.tar after/BEST_checkpoint_*.pth.tar --average mean.pth.tar
 """
 
 import argparse
@@ -25,6 +26,10 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description="Score a captioner.")
     parser.add_argument("--model", type=Path, nargs="+", required=True, metavar="CHECKPOINT",
                         help="checkpoint written by train.py; several of one word map decode together, as an ensemble")
+    parser.add_argument("--average", type=Path, metavar="FILE",
+                        help="instead of decoding together: give one model the mean of the models' weights, and save it "
+                             "as this checkpoint; for models of which one was trained from another (--init_from), or "
+                             "all from one (default: no averaging)")
     parser.add_argument("--word_map", type=Path,
                         help="word map, checked against the checkpoint's own (default: not needed, except for a "
                              "checkpoint of the PyTorch captioning tutorial, which keeps none)")
@@ -55,12 +60,14 @@ def evaluate(args, device):
         if captioner.word_map != first.word_map:
             raise UserError(f"{path} has another word map than {args.model[0]}; an ensemble needs one word map")
         captioner.decoder.sample_location = args.sample_location
+    if args.average:
+        captioners = [average(args, captioners)]
     name = args.data_name or first.config["data_name"]
     if not name:
         raise UserError(f"{args.model[0]} does not say on what it was trained: name the data with --data_name")
     datasets.check_name(name)
     label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
-    folder = args.output_folder or args.model[0].parent
+    folder = args.output_folder or (args.average or args.model[0]).parent
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))
     if any(captioner.image_size != data.image_size for captioner in captioners):
         raise UserError(f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
@@ -100,6 +107,23 @@ def evaluate(args, device):
                             "length_penalty": args.length_penalty, "beam_sizes": rows, "people": people})
     print_table({**rows, "people": people}, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
     print(f"written: {path} and the captions beside it")
+
+
+def average(args, captioners):
+    """The captioner with the mean weights, saved as ``--average`` asks.
+
+    :raises UserError: if the file exists, or the weights have no mean
+    """
+    if args.average.exists():
+        raise UserError(f"--average {args.average} exists: choose another name, or remove it")
+    captioner = models.average_weights(captioners)
+    captioner.config["init_from"] = " ".join(map(str, args.model))
+    if utils.is_main():
+        args.average.parent.mkdir(parents=True, exist_ok=True)
+        utils.save_checkpoint(args.average, {
+            "config": captioner.config, "word_map": captioner.word_map, "encoder": captioner.encoder.state_dict(),
+            "decoder": captioner.decoder.state_dict(), "history": []})
+    return captioner
 
 
 def features_of(data, captioner, args, name, dtype):

@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         else:
             blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
             self.encoder_dim = model.num_features
-            self.frozen_blocks = 3  # stem and the first of seven stages
+            self.frozen_blocks = 5  # stem and the first three of seven stages: a fiftieth of the weights, half of the cost
         self.cnn = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
         self.fine_tune(False)
 
@@ -941,6 +941,29 @@ class Captioner:
     def text(self, hypothesis):
         """A hypothesis as a list of words."""
         return [self.words[word] for word in hypothesis.words]
+
+
+def average_weights(captioners):
+    """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups"; Rame et al. 2023, "Rewarded
+    soups").
+
+    Weights can be averaged if the trainings started from one checkpoint, for example before and after self-critical
+    training: they then lie in one valley of the loss. The mean of strangers is noise.
+
+    :param captioners: list of ``Captioner`` with one word map; the first one's tensors are overwritten
+    :return: ``Captioner``, the first one
+    :raises UserError: if they are not of one architecture
+    """
+    first = captioners[0]
+    for name in ("encoder", "decoder"):
+        states = [getattr(captioner, name).state_dict() for captioner in captioners]
+        shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
+        if any(shape != shapes[0] for shape in shapes):
+            raise UserError(f"the {name}s are not of one architecture: their weights have no mean")
+        for key, tensor in states[0].items():
+            if tensor.is_floating_point():  # in float64, so that the mean of equals is exact
+                tensor.copy_(torch.stack([state[key] for state in states]).double().mean(0))
+    return first
 
 
 def caption_split(captioners, features, dtype=torch.float32, batch_size=None, **options):

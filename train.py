@@ -91,6 +91,9 @@ def get_args_parser():
     group.add_argument("--fine_tune_encoder", action="store_true",
                        help="train the CNN too, from its second block on; its features are then not cached")
     group.add_argument("--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak")
+    group.add_argument("--mirror", action="store_true",
+                       help="with --fine_tune_encoder: show pictures mirrored every other time, except those whose "
+                            "captions say left or right")
     group.add_argument("--scst", action="store_true",
                        help="self-critical training: five captions are sampled for each picture, and those with a "
                             "higher CIDEr-D than the others made likelier (Rennie et al. 2017, Luo 2020); without "
@@ -139,6 +142,9 @@ def check_args(args):
         raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
     if args.scst and not (args.init_from or args.resume):
         raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
+    if args.mirror and not args.fine_tune_encoder:
+        raise UserError("--mirror shows the CNN mirrored pictures, but a frozen CNN's features are made once: add "
+                        "--fine_tune_encoder or leave --mirror out")
     if args.scst and args.scheduled_sampling != "none":
         raise UserError("--scst feeds the model's own words already: leave out --scheduled_sampling")
     if args.scheduled_sampling == "exponential" and args.ss_k is not None and args.ss_k > 1:
@@ -164,6 +170,9 @@ def train(args, stack):
     device = stack.enter_context(utils.processes(args.device))
     stop = stack.enter_context(utils.StopSignals())
     dtype = torch.bfloat16 if args.amp else torch.float32
+    # oneDNN compiles kernels for each shape it meets, and no two batches have the same: a thousand kept ones, its default,
+    # hold and scatter a gigabyte of memory and are no faster
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "train", args.data_name))
     val_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "val", args.data_name))
@@ -460,6 +469,7 @@ class Update:
         self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
         self.reward = utils.CiderD(data.references) if args.scst else None
         self.banned = torch.tensor(models.never_uttered(captioner.word_map), device=self.device) if args.scst else None
+        self.may_mirror = args.mirror and torch.from_numpy(datasets.may_be_mirrored(data, captioner.word_map))
         if self.use_graphs:
             self.epsilon = torch.ones((), device=self.device)
             self.stream = torch.cuda.Stream(self.device)
@@ -507,6 +517,9 @@ class Update:
         :param epsilon: probability of feeding the true word
         """
         utils.set_seed(self.args.seed, self.update, utils.rank())
+        if self.args.mirror:
+            mirrored = self.may_mirror[pictures] & (torch.rand(len(pictures)) < 0.5)
+            inputs[mirrored] = inputs[mirrored].flip(3)
         advantages, reward = np.zeros(len(rows.captions), np.float32), 0.0
         if self.reward:
             if len(pictures):

@@ -77,6 +77,31 @@ def test_different_models_decode_together(best_checkpoint, training_data, tmp_pa
     assert metrics["models"] == [str(best_checkpoint), str(other)] and 0 <= metrics["beam_sizes"]["2"]["BLEU-1"] <= 100
 
 
+def test_the_mean_of_two_trainings_is_a_model_of_its_own(best_checkpoint, training_data, tmp_path, no_java, monkeypatch,
+                                                         fails):
+    monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
+    train.main(train_args(training_data, tmp_path / "on", "--init_from", best_checkpoint, "--epochs", 1))
+    after = datasets.checkpoint_path(tmp_path / "on", training_data[1])
+    mean = tmp_path / "mean" / "mean.pth.tar"
+    metrics = evaluate(training_data, tmp_path / "a", "--model", best_checkpoint, after, "--average", mean)
+    states = [utils.load_checkpoint(path) for path in (best_checkpoint, after, mean)]
+    weights = [state["decoder"]["fc.weight"] for state in states]
+    assert not torch.equal(weights[0], weights[1])
+    torch.testing.assert_close(weights[2], (weights[0] + weights[1]) / 2)
+    assert all(torch.equal(tensor, states[0]["encoder"][key]) for key, tensor in states[2]["encoder"].items())
+    again = evaluate(training_data, tmp_path / "b", "--model", mean)
+    for rows in (metrics["beam_sizes"], again["beam_sizes"]):
+        rows["5"].pop("ms per picture")
+    assert again["beam_sizes"] == metrics["beam_sizes"]
+    train.main(train_args(training_data, tmp_path / "from_mean", "--init_from", mean, "--epochs", 1))
+    with fails("--average .*mean.pth.tar exists"):
+        evaluate(training_data, tmp_path, "--model", best_checkpoint, after, "--average", mean)
+    train.main(train_args(training_data, tmp_path / "gru", "--decoder", "gru", "--epochs", 1))
+    with fails("decoders are not of one architecture"):
+        evaluate(training_data, tmp_path, "--model", mean, datasets.checkpoint_path(tmp_path / "gru", training_data[1]),
+                 "--average", tmp_path / "none.pth.tar")
+
+
 def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, training_data, tmp_path, monkeypatch, no_java):
     def encoder_runs(*_):
         raise AssertionError("the encoder ran again")

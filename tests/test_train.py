@@ -110,7 +110,7 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(training
     pytest.param(["--attention", "hard"], marks=pytest.mark.slow),
     ["--scheduled_sampling", "linear", "--ss_min", "0.3"],
     ["--scheduled_sampling", "inverse_sigmoid", "--decoder", "gru"],
-    pytest.param(["--fine_tune_encoder", "--batch_size", "12"], marks=pytest.mark.slow),
+    pytest.param(["--fine_tune_encoder", "--mirror", "--batch_size", "12"], marks=pytest.mark.slow),
 ], ids=" ".join)
 def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_path, monkeypatch):
     whole = run(training_data, tmp_path / "whole", *flags)
@@ -204,6 +204,31 @@ def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained,
     assert after["history"][0]["nll"] < utils.load_checkpoint(paths(trained, training_data)[0])["history"][0]["nll"]
     flags[-1] = "2"
     assert len(run(training_data, tmp_path, "--resume", *flags)["history"]) == 2
+
+
+def test_mirror_shows_some_pictures_mirrored_but_none_whose_captions_say_left_or_right(training_data, trained, tmp_path,
+                                                                                       monkeypatch, fails):
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "train", training_data[1]))
+    sided = {i for i, captions in enumerate(data.references) if {"left", "right"} & {word for c in captions for word in c}}
+    assert 0 < len(sided) < len(data)
+    pictures = {image.tobytes(): i for i, image in enumerate(data.images(slice(None)))}
+    pictures |= {image[:, :, ::-1].tobytes(): -1 - i for i, image in enumerate(data.images(slice(None)))}
+    shown, forward = [], models.Encoder.forward
+
+    def record(encoder, images):
+        if torch.is_grad_enabled():
+            shown.append([pictures[image.numpy().tobytes()] for image in images])
+        return forward(encoder, images)
+
+    monkeypatch.setattr(models.Encoder, "forward", record)
+    start = paths(trained, training_data)[1]
+    run(training_data, tmp_path, "--init_from", start, "--fine_tune_encoder", "--mirror", "--batch_size", 12, "--epochs", 4)
+    shown = np.concatenate(shown)
+    mirrored = {-1 - i for i in shown if i < 0}
+    assert len(shown) == 4 * len(data) and mirrored and not mirrored & sided
+    assert mirrored & {i for i in shown if i >= 0}  # the same picture once so, once so
+    with fails("--mirror.*--fine_tune_encoder"):
+        run(training_data, tmp_path / "frozen", "--mirror")
 
 
 def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, fails):
