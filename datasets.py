@@ -207,7 +207,7 @@ MAX_PICTURE_BYTES = 2**28
 PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .gif .bmp .webp .tif .tiff .ppm .pgm".split())
 
 
-def read_image(source, size=None, name=None):
+def open_image(source, size=None, name=None):
     """Read a picture as a person would see it: colours of every mode as RGB, rotated as its EXIF says.
 
     Transparent pixels lie over white; 16-bit and floating-point values are scaled, not clipped; of an animation, the
@@ -217,7 +217,7 @@ def read_image(source, size=None, name=None):
     :param size: if the picture will be made no larger than ``size`` pixels, a big JPEG can be decoded at a fraction of
         the cost: the result then has at least twice as many pixels along each side
     :param name: what error messages call the picture; default: its path
-    :return: uint8 (height, width, 3)
+    :return: ``PIL.Image.Image`` of mode RGB
     :raises UserError: if it cannot be read: missing, empty, truncated, no picture, or of more than 89 million pixels
     """
     name = name or (source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture"))
@@ -231,7 +231,7 @@ def read_image(source, size=None, name=None):
             image.load()
             with contextlib.suppress(Exception):  # a damaged EXIF block must not cost us a sound picture
                 ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_to_rgb(image))
+            return _to_rgb(image)
     except FileNotFoundError as error:
         raise UserError(f"cannot read {name}: there is no such file") from error
     except Exception as error:
@@ -242,6 +242,11 @@ def read_image(source, size=None, name=None):
                 clean_caption(str(error)) or type(error).__name__)
             reason += "; expected a whole JPEG, PNG, GIF, BMP, WebP or TIFF file: get it again, or save it anew"
         raise UserError(f"cannot read {name} as a picture: {reason}") from error
+
+
+def read_image(source, size=None, name=None):
+    """The picture that :func:`open_image` opens, as uint8 (height, width, 3)."""
+    return np.array(open_image(source, size, name))
 
 
 def _to_rgb(image):
@@ -270,11 +275,12 @@ def _scale_to_bytes(values, mode):
 def resize_image(image, size):
     """Squash a whole picture into a square, so that an attention map covers all of it.
 
-    :param image: uint8 (height, width, 3)
+    :param image: uint8 (height, width, 3), or a ``PIL.Image.Image`` of mode RGB
     :param size: side in pixels
     :return: uint8 (3, size, size), antialiased
     """
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
@@ -284,8 +290,8 @@ def resize_image(image, size):
 class Record(NamedTuple):
     """One captioned picture.
 
-    ``image(size)`` gives it as uint8 (height, width, 3) or raises :class:`UserError`; ``size`` is the hint of
-    :func:`read_image`. ``scene`` says what a generated picture shows, see :func:`shapes_records`.
+    ``image(size)`` gives it as :func:`resize_image` takes it or raises :class:`UserError`; ``size`` is the hint of
+    :func:`open_image`. ``scene`` says what a generated picture shows, see :func:`shapes_records`.
     """
 
     name: str
@@ -596,11 +602,11 @@ def _list_folder(root):
 def _read_file(path, size):
     if not path.is_file():  # a named pipe would be waited for, for ever
         raise UserError(f"cannot read {path} as a picture: it is no regular file")
-    return read_image(path, size)
+    return open_image(path, size)
 
 
 def _read_archived(archive, info, lock, size):
-    return read_image(_read_member(archive, info, lock), size, name=f"{archive.filename}/{info.filename}")
+    return open_image(_read_member(archive, info, lock), size, name=f"{archive.filename}/{info.filename}")
 
 
 def _open_zip(path):

@@ -405,7 +405,7 @@ def section_prepare(device, args):
                 for image in pool.map(square, paths):
                     file.write(np.ascontiguousarray(image))
 
-        records = [datasets.Record(path.name, "train", ["a word"], functools.partial(datasets.read_image, path))
+        records = [datasets.Record(path.name, "train", ["a word"], functools.partial(datasets.open_image, path))
                    for path in paths]
 
         def ours():

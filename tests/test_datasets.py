@@ -256,7 +256,7 @@ def make_flickr8k(folder, pictures=10, line_end="\n"):
 
 
 def contents(records):
-    return [(r.name, r.split, r.captions, r.image(32).tobytes()) for r in records]
+    return [(r.name, r.split, r.captions, np.array(r.image(32)).tobytes()) for r in records]
 
 
 def test_flickr8k_is_the_same_packed_and_unpacked(tmp_path):
@@ -305,7 +305,7 @@ def test_archives_that_climb_out_are_read_in_place(name, tmp_path):
     with zipfile.ZipFile(tmp_path / "in" / "pictures.zip", "w") as archive:
         archive.writestr(name, encoded(Image.new("RGB", (9, 9), "red"), "PNG"))
     pictures = datasets._Pictures(tmp_path / "in" / "pictures.zip")
-    assert pictures.find(name)(32).shape == (9, 9, 3)
+    assert pictures.find(name)(32).size == (9, 9)
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "pictures.zip"]
 
 
@@ -354,7 +354,7 @@ def test_karpathys_files(tmp_path, own_data, fails):
     records, notes = datasets.karpathy_records(path, folder)
     assert [(r.name, r.split, r.captions) for r in records] == [
         ("00.jpg", "train", ["A dog."]), ("01.jpg", "train", ["a cat"]), ("03.jpg", "val", ["It runs."])]
-    assert (records[1].image(32) == read_image(folder / "val2014" / "01.jpg")).all()
+    assert (np.array(records[1].image(32)) == read_image(folder / "val2014" / "01.jpg")).all()
     assert ["no sentences" in note for note in notes] == [True]
     for value in ([], {"images": []}, {"images": 5}):
         path.write_text(json.dumps(value))
@@ -509,7 +509,7 @@ def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets(
 def test_boxes_are_where_the_colours_are():
     records, _ = datasets.shapes_records(40, 0, 0, seed=5, size=96)
     for record in records:
-        image = record.image(96).astype(int)
+        image = np.array(record.image(96)).astype(int)
         for thing in record.scene["objects"][-1:]:  # the last is drawn over the others
             near = np.abs(image - datasets.COLORS[thing["color"]]).max(2) <= 10
             if sum(other["color"] == thing["color"] for other in record.scene["objects"]) == 1:

@@ -117,7 +117,7 @@ def read_archive(path):
     use(records)
     for record in records:
         try:
-            assert record.image(32).shape[2] == 3
+            assert np.array(record.image(32)).shape[2] == 3
         except utils.UserError as error:
             check_message(error)
 
