@@ -1052,7 +1052,7 @@ def _write_images(file, split, records, size, workers):
                 raise UserError(f"{len(unreadable)} of the first {i + 1:,} of {len(records):,} pictures cannot be read, "
                                 f"too many to go on; the last: {image}") from image
             continue
-        images[len(readable)] = image
+        images.id.write_direct_chunk((len(readable), 0, 0, 0), image)  # a chunk is a picture: nothing to select or filter
         digest.update(image)
         readable.append(i)
     images.resize(len(readable), axis=0)
