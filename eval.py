@@ -114,7 +114,7 @@ def average(args, captioners):
 
     :raises UserError: if the file exists, or the weights have no mean
     """
-    if args.average.exists():
+    if utils.from_main(args.average.exists()):
         raise UserError(f"--average {args.average} exists: choose another name, or remove it")
     captioner = models.average_weights(captioners)
     captioner.config["init_from"] = " ".join(map(str, args.model))

@@ -234,6 +234,7 @@ def train(args, stack):
                 save()
                 write_reports(args, config, history)
                 print_epoch(record, args, is_best, val_data, hypotheses)
+            utils.give_back_memory()
     except utils.Stopped as signal:
         save()
         signal.args = (f"{signal} after update {step.update}; saved. The same command with --resume goes on",)

@@ -1,6 +1,7 @@
 """Files, checkpoints, ranges, metrics and messages."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -367,3 +369,15 @@ def test_reward_is_the_published_cider():
     with_end = utils.CiderD(REFERENCES)
     assert with_end(0, REFERENCES[0][0]) > with_end(0, REFERENCES[0][0][:-1]) > with_end(0, HYPOTHESES[2]) >= 0
     assert with_end(0, []) >= 0 and json.dumps(rewards)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim"), reason="glibc only")
+def test_memory_between_used_pieces_goes_back_to_the_system():
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [np.ones(2000) for _ in range(10000)]  # 160 MB
+    kept, before = pieces[::50], held()
+    del pieces
+    utils.give_back_memory()
+    assert len(kept) == 200 and before - held() > 100e6
