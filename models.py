@@ -87,9 +87,9 @@ class Encoder(nn.Module):
         return self.cnn(images).permute(0, 2, 3, 1).flatten(1, 2)
 
     def fine_tune(self, fine_tune=True):
-        """Let the second convolutional block and all later ones learn, or freeze everything.
+        """Let all but the first ``frozen_blocks`` learn, or freeze everything.
 
-        The first block's edges and colours serve any photograph, and its large maps cost the most to train.
+        Their edges and colours serve any photograph, and their large maps cost the most to train.
         """
         self.requires_grad_(False)
         if fine_tune:

@@ -89,7 +89,8 @@ def get_args_parser():
     group.add_argument("--alpha_c", type=float, default=0.1,
                        help="weight of the doubly stochastic penalty, which makes attention visit every place")
     group.add_argument("--fine_tune_encoder", action="store_true",
-                       help="train the CNN too, from its second block on; its features are then not cached")
+                       help="train the CNN too, all but its first block (EfficientNet: but its first three stages); its "
+                            "features are then not cached")
     group.add_argument("--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak")
     group.add_argument("--mirror", action="store_true",
                        help="with --fine_tune_encoder: show pictures mirrored every other time, except those whose "

@@ -7,6 +7,7 @@ A run is called as its folder; folders that differ in "-seed0", "-seed1" alone a
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(HERE.parent))  # run as a script, from anywhere
 
 import models
 import train
+import utils
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SCHEDULES = ("none", "linear", "exponential", "inverse_sigmoid")
@@ -38,13 +40,14 @@ def read_run(folder):
     for path in Path(folder).glob("log_*.jsonl"):
         config, *epochs = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         config = config["config"]
-        defaults = vars(train.get_args_parser().parse_args([]))
+        defaults = vars(train.get_args_parser().parse_args([])) | train.PRESETS.get(config["preset"], {})
         with torch.device("meta"):
             words = len(json.loads(Path(config["data_folder"], f"WORDMAP_{config['data_name']}.json").read_text()))
             decoder = models.build_decoder(config, words)
-        run |= {"machine": config["machine"], "updates": config["total_updates"], "ss_constants": config["ss_constants"],
+        run |= {"machine": config.get("machine", "not recorded"), "updates": config["total_updates"],
+                "ss_constants": config["ss_constants"],
                 "options": {key: config[key] for key, default in defaults.items()
-                            if key not in NOT_OPTIONS and config[key] != default},
+                            if key not in NOT_OPTIONS and config.get(key, default) != default} | start_of(config),
                 "parameters": sum(p.numel() for p in decoder.parameters()),
                 "epochs": list(map(rounded, epochs))}
     for path in sorted(Path(folder).glob("metrics_*.json")):
@@ -55,6 +58,12 @@ def read_run(folder):
     if not run:
         raise SystemExit(f"{folder}: expected log_*.jsonl or metrics_*.json")
     return run
+
+
+def start_of(config):
+    """The option ``--init_from``, where it was given, from the folder where the commands of the report are typed."""
+    start = Path(config["init_from"] or "")
+    return {"init_from": f"{start.parent.name}/{start.name}"} if start.name else {}
 
 
 def rounded(values):
@@ -145,6 +154,39 @@ def failures_table(runs):
     return table(["model", "beam", *FAILURES], rows)
 
 
+STAGES = {"cross-entropy": "xe", "then the CNN fine-tuned": "fine", "then self-critical": "fine-scst",
+          "mean weights of the last two": "mean", "ensemble of both seeds' means": "ensemble"}
+
+
+ON_PHOTOGRAPHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
+
+
+def models_table(runs, names):
+    """Both splits, beam 5.
+
+    :param names: dict of labels and the names of runs
+    """
+    rows = [[label, {"val": "validation"}.get(split, split), len(group), *scores(group, "5", METRICS, split)]
+            for split in ("val", "test") for label, group in ((label, seeds(runs, name)) for label, name in names.items())]
+    return table(["", "split", "seeds", *METRICS], rows)
+
+
+ON_SHAPES = ("BLEU-4", "CIDEr", "count", "shapes", "objects", "relation", "pointing", "by chance")
+
+
+def shapes_table(runs, names):
+    """
+    :param names: dict of labels and the names of runs on the shapes
+    """
+    rows = [[label, len(group), *scores(group, "5", ON_SHAPES), cell([run["epochs"][-1]["seconds"] for run in group], 0)]
+            for label, group in ((label, seeds(runs, name)) for label, name in names.items())]
+    return table(["", "seeds", *ON_SHAPES, "seconds"], rows)
+
+
+ATTENTIONS = {"soft": "shapes", "hard": "shapes-hard", "mean": "shapes-mean"}
+FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}
+
+
 def commands_table(runs):
     rows = []
     for name, run in sorted(runs.items()):
@@ -156,7 +198,10 @@ def commands_table(runs):
 
 
 TABLES = {"decoders": decoders_table, "costs": costs_table, "scheduled sampling": scheduled_sampling_table,
-          "beams": beam_table, "failures": failures_table, "commands": commands_table}
+          "beams": beam_table, "failures": failures_table, "stages": functools.partial(models_table, names=STAGES),
+          "encoders": functools.partial(models_table, names=ON_PHOTOGRAPHS),
+          "attention": functools.partial(shapes_table, names=ATTENTIONS),
+          "from scratch": functools.partial(shapes_table, names=FROM_SCRATCH), "commands": commands_table}
 
 
 def write_tables(runs, path):
@@ -167,7 +212,8 @@ def write_tables(runs, path):
         if not pattern.search(text):
             raise SystemExit(f"{path} has no place for the table of {name}: <!-- {name} --> and <!-- end -->")
         text = pattern.sub(lambda found: f"{found[1]}{function(runs)}\n{found[2]}", text)
-    path.write_text(text, encoding="utf-8")
+    with utils.atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------- the plots
@@ -252,8 +298,9 @@ def main():
     path = args.folder / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs |= {folder.resolve().name: read_run(folder) for folder in args.add}
-    path.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items())) + "\n}\n",
-                    encoding="utf-8")
+    with utils.atomic_path(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
+                             + "\n}\n", encoding="utf-8")
     write_tables(runs, args.folder / "results.md")
     for name, draw in PLOTS.items():
         draw(runs).savefig(args.folder / f"{name}.png", dpi=100)

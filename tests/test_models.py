@@ -88,12 +88,12 @@ def test_a_frozen_encoder_never_changes(resnet18):
     assert not resnet18(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).requires_grad
 
 
-@pytest.mark.parametrize("name, first_block", [
+@pytest.mark.parametrize("name, first_blocks", [
     ("resnet18", ("conv1.", "bn1.", "layer1.")), ("resnet50", ("conv1.", "bn1.", "layer1.")),
     ("vgg11", ("features.0.",)), ("vgg16", ("features.0.", "features.2.")),
     ("vgg16_bn", ("features.0.", "features.1.", "features.3.", "features.4.")),
-    ("efficientnet_lite0", ("conv_stem.", "bn1.", "blocks.0.")), ("efficientnet_lite2", ("conv_stem.", "bn1.", "blocks.0."))])
-def test_fine_tuning_frees_the_second_block_and_all_later_ones(name, first_block):
+    *((name, ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.", "blocks.2.")) for name in models.EFFICIENTNETS)])
+def test_fine_tuning_frees_all_but_the_first_blocks(name, first_blocks):
     with torch.device("meta"):
         encoder = models.Encoder(name, "none")
         whole = (timm.create_model(f"tf_{name}") if name in models.EFFICIENTNETS else torchvision.models.get_model(name))
@@ -102,7 +102,7 @@ def test_fine_tuning_frees_the_second_block_and_all_later_ones(name, first_block
     names = [n for n, _ in whole.named_parameters() if not n.startswith(("fc.", "classifier."))]
     free = [p.requires_grad for p in encoder.parameters()]
     assert len(free) == len(names)
-    assert free == [not n.startswith(first_block) for n in names]
+    assert free == [not n.startswith(first_blocks) for n in names]
 
 
 def test_digest_tells_weights_apart(resnet18):
