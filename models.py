@@ -948,18 +948,20 @@ def average_weights(captioners):
     soups").
 
     Weights can be averaged if the trainings started from one checkpoint, for example before and after self-critical
-    training: they then lie in one valley of the loss. The mean of strangers is noise.
+    training: they then tend to lie in one valley of the loss. The mean of strangers is noise.
 
     :param captioners: list of ``Captioner`` with one word map; the first one's tensors are overwritten
     :return: ``Captioner``, the first one
     :raises UserError: if they are not of one architecture
     """
     first = captioners[0]
+    kinds = [[captioner.config[key] for key in ("encoder", "decoder", "attention", "encoded_image_size", "deep_output",
+                                                "position_encoding")] for captioner in captioners]
     for name in ("encoder", "decoder"):
         states = [getattr(captioner, name).state_dict() for captioner in captioners]
         shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
-        if any(shape != shapes[0] for shape in shapes):
-            raise UserError(f"the {name}s are not of one architecture: their weights have no mean")
+        if any(kind != kinds[0] for kind in kinds) or any(shape != shapes[0] for shape in shapes):
+            raise UserError("the models are not of one architecture: their weights have no mean")
         for key, tensor in states[0].items():
             if tensor.is_floating_point():  # in float64, so that the mean of equals is exact
                 tensor.copy_(torch.stack([state[key] for state in states]).double().mean(0))

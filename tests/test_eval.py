@@ -96,10 +96,12 @@ def test_the_mean_of_two_trainings_is_a_model_of_its_own(best_checkpoint, traini
     train.main(train_args(training_data, tmp_path / "from_mean", "--init_from", mean, "--epochs", 1))
     with fails("--average .*mean.pth.tar exists"):
         evaluate(training_data, tmp_path, "--model", best_checkpoint, after, "--average", mean)
-    train.main(train_args(training_data, tmp_path / "gru", "--decoder", "gru", "--epochs", 1))
-    with fails("decoders are not of one architecture"):
-        evaluate(training_data, tmp_path, "--model", mean, datasets.checkpoint_path(tmp_path / "gru", training_data[1]),
-                 "--average", tmp_path / "none.pth.tar")
+    for flags in (["--decoder", "gru"], ["--position_encoding"]):  # other weights, and others of the same shape
+        other = tmp_path / flags[-1].strip("-")
+        train.main(train_args(training_data, other, *flags, "--epochs", 1))
+        with fails("not of one architecture"):
+            evaluate(training_data, tmp_path, "--model", mean, datasets.checkpoint_path(other, training_data[1]),
+                     "--average", tmp_path / "none.pth.tar")
 
 
 def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, training_data, tmp_path, monkeypatch, no_java):
