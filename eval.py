@@ -119,7 +119,6 @@ def average(args, captioners):
     captioner = models.average_weights(captioners)
     captioner.config["init_from"] = " ".join(map(str, args.model))
     if utils.is_main():
-        args.average.parent.mkdir(parents=True, exist_ok=True)
         utils.save_checkpoint(args.average, {
             "config": captioner.config, "word_map": captioner.word_map, "encoder": captioner.encoder.state_dict(),
             "decoder": captioner.decoder.state_dict(), "history": []})

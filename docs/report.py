@@ -175,8 +175,9 @@ ON_SHAPES = ("BLEU-4", "CIDEr", "count", "shapes", "objects", "relation", "point
 
 
 def shapes_table(runs, names):
-    """
-    :param names: dict of labels and the names of runs on the shapes
+    """Test split of the shapes, beam 5, and how long the training took.
+
+    :param names: dict of labels and the names of runs
     """
     rows = [[label, len(group), *scores(group, "5", ON_SHAPES), cell([run["epochs"][-1]["seconds"] for run in group], 0)]
             for label, group in ((label, seeds(runs, name)) for label, name in names.items())]
