@@ -102,11 +102,13 @@ class StopSignals:
     def __enter__(self):
         self._holding, self._received, self._since, self._before = 0, 0, None, {}
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._handle)
+            self._before = {number: signal.signal(number, self._handle) for number in self.numbers()}
         return self
+
+    @staticmethod
+    def numbers():
+        """The signals' numbers, of those that this system has."""
+        return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
@@ -703,10 +705,9 @@ def score_captions(references, hypotheses, meteor=False):
     weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
     bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
     scores = {f"BLEU-{n}": 100 * bleu[n - 1] for n in range(1, 5)}
-    gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
-    res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
     if meteor:
-        scores["METEOR"] = _meteor(gts, res)
+        scores["METEOR"] = _meteor(references, hypotheses)
+    gts, res = _as_texts(references, hypotheses)
     scores["ROUGE-L"] = 100 * float(Rouge().compute_score(gts, res)[0])
     scores["CIDEr"] = 100 * float(Cider().compute_score(gts, res)[0])
     return scores
@@ -761,14 +762,53 @@ class CiderD:
         return 10 * total / 4 / len(self.references[picture])
 
 
-def _meteor(gts, res):
-    """METEOR 1.5 through Java, or None where there is none."""
+def _as_texts(references, hypotheses):
+    """The two dicts that pycocoevalcap's scorers take."""
+    return ({i: [" ".join(words) for words in captions] for i, captions in enumerate(references)},
+            {i: [" ".join(words)] for i, words in enumerate(hypotheses)})
+
+
+class Meteor:
+    """METEOR 1.5 (Denkowski and Lavie 2014) by pycocoevalcap, in a Java process that lives as long as this object."""
+
+    def __init__(self):
+        from pycocoevalcap.meteor.meteor import Meteor as Scorer
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-C reaches every process of the terminal, but a training that saves itself still needs its scorer;
+            # what is ignored here stays ignored in the new process
+            for number in StopSignals.numbers():
+                before[number] = signal.signal(number, signal.SIG_IGN)
+        try:
+            self.scorer = Scorer()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __call__(self, references, hypotheses):
+        """Score captions.
+
+        :param references: list of lists (captions) of lists of words
+        :param hypotheses: list of lists of words, as many
+        :return: (METEOR of all together, list of each one's own), from 0 to 1
+        :raises UserError: if Java fails
+        """
+        try:
+            return self.scorer.compute_score(*_as_texts(references, hypotheses))
+        except (OSError, ValueError) as error:  # Java is there but does not run the scorer
+            self.scorer.lock.release()  # else its destructor waits for ever, or complains
+            with contextlib.suppress(OSError):
+                self.scorer.meteor_p.stdin.close()
+            raise UserError(f"METEOR failed in Java ({error}): see whether java -version works") from error
+
+
+def _meteor(references, hypotheses):
+    """METEOR, or None where Java is missing or fails."""
     if not shutil.which("java"):
         return None
-    from pycocoevalcap.meteor.meteor import Meteor
-
     try:
-        return 100 * float(Meteor().compute_score(gts, res)[0])
-    except (OSError, ValueError) as error:  # Java is there but does not run the scorer
-        print(f"METEOR left out: Java failed ({error})", file=sys.stderr)
+        return 100 * Meteor()(references, hypotheses)[0]
+    except UserError as error:
+        print(f"METEOR left out: {error}", file=sys.stderr)
         return None

@@ -346,6 +346,37 @@ def test_without_java_there_is_no_meteor(monkeypatch):
     assert utils.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] is None
 
 
+@pytest.fixture
+def fake_java(tmp_path, monkeypatch):
+    """``fake_java("exit 1")``: from now on java is this line of shell."""
+    def install(line):
+        (tmp_path / "java").write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "java").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return install
+
+
+def test_java_that_fails_costs_meteor_alone(fake_java, fails, capsys):
+    fake_java("exit 1")
+    assert utils.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] is None
+    err = capsys.readouterr().err
+    assert "java -version" in err and "Traceback" not in err
+    with fails("METEOR"):
+        utils.Meteor()(REFERENCES, HYPOTHESES)
+
+
+def test_ctrl_c_leaves_the_scorer_alive(fake_java):
+    fake_java("exec sleep 60")
+    meteor = utils.Meteor()
+    java = meteor.scorer.meteor_p
+    for number in utils.StopSignals.numbers():
+        java.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        java.wait(0.3)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("hypotheses", [[[]] * 4, [["zebra"]] * 4, [["a"]] * 4, [["zebra"] * 9] * 4])
 def test_poor_captions_score_low_and_quietly(hypotheses, recwarn):
     scores = utils.score_captions(REFERENCES, hypotheses)
