@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -98,8 +99,11 @@ def get_args_parser():
     group.add_argument("--scst", action="store_true",
                        help="self-critical training: five captions are sampled for each picture, and those with a "
                             "higher CIDEr-D than the others made likelier (Rennie et al. 2017, Luo 2020); without "
-                            "dropout; the loss is minus their mean CIDEr-D; needs --init_from and a small "
+                            "dropout; the loss is minus their mean reward x 100; needs --init_from and a small "
                             "--learning_rate, 1e-4 for example")
+    group.add_argument("--scst_meteor", type=float, default=0.0,
+                       help="with --scst: reward captions by CIDEr-D + this x METEOR, 5 for example, which makes them "
+                            "longer; needs Java")
     group.add_argument("--seed", type=int, default=0, help="of weights, dropout, sampling and the order of pictures")
 
     group = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)")
@@ -137,12 +141,17 @@ def check_args(args):
                        decoder_dim=(1, 65536), epochs=(1, 100000), batch_size=(1, 65536), learning_rate=(0, 10),
                        encoder_learning_rate=(0, 10), warmup=(0, 10 ** 9), weight_decay=(0, 10), grad_clip=(1e-6, 1e6),
                        dropout=(0, 0.99), embed_dropout=(0, 0.99), feature_dropout=(0, 0.99), label_smoothing=(0, 0.99),
-                       alpha_c=(0, 1000), seed=(0, 2 ** 63 - 1), ss_k=(1e-6, 1e9), ss_slope=(0, 1), ss_min=(0, 1),
-                       patience=(1, 100000), checkpoint_every=(0, 10 ** 9))
+                       alpha_c=(0, 1000), scst_meteor=(0, 1000), seed=(0, 2 ** 63 - 1), ss_k=(1e-6, 1e9), ss_slope=(0, 1),
+                       ss_min=(0, 1), patience=(1, 100000), checkpoint_every=(0, 10 ** 9))
     if args.resume and args.init_from:
         raise UserError("--resume goes on with a run, --init_from starts a new one: give one of them")
     if args.scst and not (args.init_from or args.resume):
         raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
+    if args.scst_meteor and not args.scst:
+        raise UserError("--scst_meteor is a part of the reward of self-critical training: add --scst or leave it out")
+    if args.scst_meteor and not shutil.which("java"):
+        raise UserError("--scst_meteor: METEOR needs Java, and there is no program java here: install a Java runtime, or "
+                        "leave the flag out")
     if args.mirror and not args.fine_tune_encoder:
         raise UserError("--mirror shows the CNN mirrored pictures, but a frozen CNN's features are made once: add "
                         "--fine_tune_encoder or leave --mirror out")
@@ -279,7 +288,7 @@ def find_checkpoint(args, latest_path, best_path, word_map):
     if args.init_from:
         return checkpoint
     changed = [f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
-               if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key)]
+               if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key, defaults[key])]
     if changed:
         raise UserError(f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; give the "
                         "same flags, or start a new run from its weights with --init_from")
@@ -470,6 +479,7 @@ class Update:
         self.graphs = {}
         self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
         self.reward = utils.CiderD(data.references) if args.scst else None
+        self.meteor = utils.Meteor() if args.scst_meteor else None
         self.banned = torch.tensor(models.never_uttered(captioner.word_map), device=self.device) if args.scst else None
         self.may_mirror = args.mirror and torch.from_numpy(datasets.may_be_mirrored(data, captioner.word_map))
         if self.use_graphs:
@@ -551,8 +561,12 @@ class Update:
         captions = models.sample_captions(self.captioner.decoder, self.model.encoded(inputs), self.captioner.word_map,
                                           samples, self.args.max_decode_steps, self.dtype).flatten(0, 1).cpu().numpy()
         numbers = np.repeat(np.arange(len(pictures)), samples)
-        rewards = np.array([self.reward(pictures[i], datasets.decode_caption(caption, words), end in caption)
-                            for i, caption in zip(numbers, captions)], np.float32)
+        texts = [datasets.decode_caption(caption, words) for caption in captions]
+        rewards = np.array([self.reward(pictures[i], text, end in caption)
+                            for i, text, caption in zip(numbers, texts, captions)], np.float32)
+        if self.meteor:
+            _, scores = self.meteor([self.data.references[pictures[i]] for i in numbers], texts)
+            rewards += self.args.scst_meteor * np.array(scores, np.float32)
         means = rewards.reshape(-1, samples).mean(1).repeat(samples)
         advantages = (rewards - means) * samples / (samples - 1)  # from the mean of the others
         lengths = (captions != 0).sum(1)

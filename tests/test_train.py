@@ -371,6 +371,29 @@ def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained
         run(training_data, tmp_path / "both", "--scst", "--init_from", start, "--scheduled_sampling", "linear")
 
 
+def test_meteor_joins_the_reward(training_data, trained, tmp_path, fails, monkeypatch):
+    flags = ["--scst", "--init_from", paths(trained, training_data)[1], "--epochs", "1", "--learning_rate", "0"]
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "train", training_data[1]))
+    seen = []
+
+    class Meteor:
+        def __call__(self, references, hypotheses):
+            seen.extend(references)
+            return 0, [1.0] * len(hypotheses)
+
+    monkeypatch.setattr(utils, "Meteor", Meteor)
+    monkeypatch.setattr(train.shutil, "which", lambda name: name)
+    without = run(training_data, tmp_path / "without", *flags)["history"][0]["loss"]
+    with_meteor = run(training_data, tmp_path / "with", *flags, "--scst_meteor", "2.5")["history"][0]["loss"]
+    assert with_meteor == pytest.approx(without - 250, rel=1e-5)
+    assert sorted(seen) == sorted(5 * data.references)  # five samples of each picture
+    with fails("--scst"):
+        run(training_data, tmp_path / "alone", "--scst_meteor", "1")
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    with fails("Java"):
+        run(training_data, tmp_path / "no_java", *flags, "--scst_meteor", "1")
+
+
 def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(training_data, tmp_path, fails):
     run(training_data, tmp_path / "hard", "--attention", "hard", "--epochs", 1)
     with fails("--attention hard"):
