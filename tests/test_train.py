@@ -181,6 +181,14 @@ def test_resuming_with_other_flags_is_refused_and_names_them(flags, training_dat
         run(training_data, trained, "--resume", *flags)
 
 
+def test_a_run_of_a_revision_that_did_not_know_a_flag_can_be_resumed(training_data, trained, tmp_path):
+    for path in paths(trained, training_data):
+        checkpoint = utils.load_checkpoint(path)
+        del checkpoint["config"]["mirror"]
+        utils.save_checkpoint(tmp_path / path.name, checkpoint)
+    assert len(run(training_data, tmp_path, "--resume", "--epochs", 3)["history"]) == 3
+
+
 def test_another_word_map_is_refused(trained, training_data, tmp_path, fails):
     records, _ = datasets.shapes_records(4, 2, 2, seed=3, size=64)
     datasets.write_dataset(tmp_path, records, dataset="shapes", source="generated", min_word_freq=1, max_len=20, image_size=64)
