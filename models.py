@@ -773,7 +773,7 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, d
     memory, state = decoder.begin(encoder_out, dtype)
     state = tuple(s.expand(-1, samples, -1) for s in state)
     words = torch.full((len(encoder_out), samples), word_map["<start>"], device=encoder_out.device)
-    banned = never_uttered(word_map)
+    banned = torch.tensor(never_uttered(word_map), device=encoder_out.device)
     ended, captions = torch.zeros_like(words, dtype=torch.bool), []
     for step in range(max_decode_steps):
         scores, _, state = decoder.step(words, state, memory)

@@ -391,10 +391,9 @@ def build_optimizer(args, encoder, decoder):
         groups.append({"params": [p for p in encoder.parameters() if p.requires_grad],
                        "peak_lr": args.encoder_learning_rate})
     device = groups[0]["params"][0].device
-    on_gpu = device.type == "cuda"
-    # a CUDA graph reads the learning rate from a tensor
-    return torch.optim.AdamW(groups, lr=torch.tensor(0.0, device=device) if on_gpu else 0.0, capturable=on_gpu,
-                             weight_decay=args.weight_decay, fused=True)
+    for group in groups:  # a tensor, which CUDA graphs read, and one for each group
+        group["lr"] = torch.tensor(0.0, device=device)
+    return torch.optim.AdamW(groups, capturable=device.type == "cuda", weight_decay=args.weight_decay, fused=True)
 
 
 # --------------------------------------------------------------------------------------------------- the training
@@ -498,7 +497,10 @@ class Update:
                                  "seconds": self.seconds}}
 
     def load_state_dict(self, state):
+        own = [{key: group[key] for key in ("lr", "capturable")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, kept in zip(self.optimizer.param_groups, own):
+            group.update(kept)  # what belongs to the device, which may be another one now
         self.update, so_far = int(state["update"]), state["epoch_so_far"]
         self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it
         self.skipped.copy_(so_far["skipped"])
@@ -662,7 +664,7 @@ def train_epoch(args, config, captioner, step, history, stop, save):
         for loaded in datasets.read_ahead(step.load, batches[done:], args.workers):
             with stop.held():
                 for group in step.optimizer.param_groups:
-                    set_learning_rate(group, group["peak_lr"] * rates(step.update))
+                    group["lr"].fill_(group["peak_lr"] * rates(step.update))
                 step(*loaded, sample(step.update, *config["ss_constants"], args.ss_min))
                 step.seconds = seconds_before + time.time() - began
                 if args.checkpoint_every and step.update % args.checkpoint_every == 0:
@@ -675,7 +677,8 @@ def train_epoch(args, config, captioner, step, history, stop, save):
                 loss, _, count = step.total.tolist()
                 rate = (step.words - words_before) / (time.time() - began)
                 bar.set_postfix_str(f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s")
-    step.check()
+    step.check()  # waits for the device
+    step.seconds = seconds_before + time.time() - began
     loss, nll, count = utils.summed(step.total.clone()).tolist()
     captioner.decoder.eval()
     return {"epoch": epoch + 1, "update": step.update, "loss": loss / max(count, 1), "nll": nll / max(count, 1),
@@ -683,14 +686,6 @@ def train_epoch(args, config, captioner, step, history, stop, save):
             "epsilon": sample(step.update - 1, *config["ss_constants"], args.ss_min),
             "train_seconds": round(step.seconds, 1), "words_per_second": round(step.words / step.seconds),
             "peak_memory_gb": utils.peak_memory_gb(step.device)}
-
-
-def set_learning_rate(group, value):
-    """In place where it is a tensor, which a CUDA graph reads."""
-    if torch.is_tensor(group["lr"]):
-        group["lr"].fill_(value)
-    else:
-        group["lr"] = value
 
 
 # ---------------------------------------------------------------------------------------------------- the reports

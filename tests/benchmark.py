@@ -10,6 +10,7 @@ and captions are random; captions have the lengths of Flickr8k's.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -172,6 +173,18 @@ def section_ceiling(device, args):
     print(f"{'copy (read and write)':<46}{8 * x.numel() / clock(device, lambda: y.copy_(x), 5) / 1e9:>10.0f} GB/s")
 
 
+def allow_tf32(allowed):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def exact_products():
+    """Float32 is float32 inside: two formulations are compared, not timed."""
+    allow_tf32(False)
+    yield
+    allow_tf32(True)
+
+
 def section_decoder(device, args):
     """One training step of the decoder on given features, 8×8×2048 seen as 14×14: forward and backward."""
     ours, textbook = decoder_pair(device)
@@ -189,7 +202,8 @@ def section_decoder(device, args):
         loss, _ = models.caption_loss(ours(features, captions, lengths, pictures, dtype=dtype), alpha_c=0)
         loss.backward()
 
-    step_textbook(), step_ours()
+    with exact_products():
+        step_textbook(), step_ours()
     theirs = dict(textbook.named_parameters())
     for name, a in ours.named_parameters():
         b = theirs[name]
@@ -263,10 +277,11 @@ def section_beam(device, args):
     count, batch = (64, 64) if device.type == "cpu" else (1024, 512)
     features = torch.randn(count, 64, 2048, device=device).relu()
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
-    for i, (found, *_) in enumerate(models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)):
-        score, _ = textbook.search(pooled(features[i:i + 1]), 5)
-        if found.log_prob < score - 1e-3:
-            raise SystemExit(f"picture {i}: the suite's caption ({found.log_prob}) is worse than the textbook's ({score})")
+    with exact_products():
+        for i, (found, *_) in enumerate(models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)):
+            score, _ = textbook.search(pooled(features[i:i + 1]), 5)
+            if found.log_prob < score - 1e-3:
+                raise SystemExit(f"picture {i}: the suite's caption ({found.log_prob}) is worse than the textbook's ({score})")
 
     def textbook_pictures(encode):
         for i in range(4):
@@ -362,6 +377,8 @@ def section_flickr8k(device, args):
     features = torch.randn(6000, 64, 2048, device=device, dtype=torch.float16).relu_() if device.type == "cuda" else (
         torch.randn(6000, 64, 2048).half().relu_())
     for grid in (0, 14):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         options = train.get_args_parser().parse_args(["--amp", "--encoded_image_size", str(grid), "--epochs", str(epochs)])
         torch.manual_seed(0)
         synchronize(device)
@@ -463,8 +480,8 @@ def section_caption(device, args):
         utils.save_checkpoint(folder / "m.pth.tar", {
             "config": config, "word_map": WORD_MAP, "encoder": models.Encoder("resnet101", "none").state_dict(),
             "decoder": decoder.state_dict(), "history": []})
-        floor = ("import torch, torchvision; m = torchvision.models.resnet101().eval()\n"
-                 "with torch.no_grad(): m(torch.rand(1, 3, 256, 256))")
+        floor = (f"import torch, torchvision; m = torchvision.models.resnet101().eval().to('{device}')\n"
+                 f"with torch.no_grad(): m(torch.rand(1, 3, 256, 256, device='{device}')).cpu()")
 
         def process(*command):
             return clock(torch.device("cpu"), lambda: subprocess.run(
@@ -541,7 +558,7 @@ def main():
     parser.add_argument("--workers", type=int, default=4, help="threads that read pictures (default: 4)")
     args = parser.parse_args()
     device = utils.pick_device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    allow_tf32(True)
     print(utils.describe_machine(device))
     print(f"{'':<46}{'textbook':>10}{'suite':>11}")
     for section in args.sections:

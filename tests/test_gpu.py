@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_decoder
 from test_reliability import poisoned
-from test_train import no_curves, paths, run  # noqa: F401 (no_curves is used by its name)
+from test_train import no_curves, optimizers, paths, run  # noqa: F401 (fixtures are used by their names)
 
 import datasets
 import models
@@ -40,7 +40,8 @@ def test_scores_and_gradients_are_those_of_a_cpu_in_float64(options, dtype, tole
         models.caption_loss(output)[0].backward()
         results.append([output.scores, output.alphas, *(p.grad for p in decoder.parameters() if p.grad is not None)])
     for ours, exact in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(ours.cpu().double(), exact.double(), rtol=tolerance, atol=tolerance * max(1, exact.abs().max()))
+        exact = exact.detach().double()
+        torch.testing.assert_close(ours.detach().cpu().double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item() + 1e-7)
 
 
 def test_beam_search_says_the_same(training_data, trained):
@@ -49,7 +50,7 @@ def test_beam_search_says_the_same(training_data, trained):
     found = []
     for device in ("cpu", "cuda"):
         captioner = models.load_captioner(paths(trained, training_data)[1], device)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found.append(captioner.caption(images, beam_size=5, max_decode_steps=12))
     for (on_cpu, *_), (on_gpu, *_) in zip(*found):
         assert on_gpu.words == on_cpu.words
@@ -79,7 +80,7 @@ def test_self_critical_training_runs(training_data, trained, tmp_path):
     assert len(checkpoint["history"]) == 2
 
 
-def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch, optimizers):
     flags = [*WITHOUT_DROPOUT, "--device", "cuda", "--epochs", 4, "--checkpoint_every", 1]
     whole = run(training_data, tmp_path / "whole", *flags)
     call = train.Update.__call__
@@ -95,6 +96,19 @@ def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch
     parts = run(training_data, tmp_path / "parts", *flags, "--resume")
     for a, b in zip(whole["history"], parts["history"], strict=True):
         assert b["nll"] == pytest.approx(a["nll"], rel=1e-2) and a["update"] == b["update"]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    assert all(rate.is_cuda for rate in rates) and rates[0] == rates[-1]  # graphs read them, so they must be there
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids=str)
+def test_a_run_goes_on_on_another_device(devices, training_data, tmp_path, optimizers):
+    flags = [*WITHOUT_DROPOUT, "--lr_schedule", "constant"]  # whose rates do not depend on the number of epochs
+    whole = run(training_data, tmp_path / "whole", *flags, "--device", "cpu", "--epochs", 4)
+    for epochs, device in zip((2, 4), devices):
+        moved = run(training_data, tmp_path / "moved", *flags, "--device", device, "--epochs", epochs, "--resume")
+    for a, b in zip(whole["history"], moved["history"], strict=True):
+        assert b["nll"] == pytest.approx(a["nll"], rel=0.03)
+    assert optimizers[-1].param_groups[0]["lr"].device.type == devices[1]
 
 
 def test_memory_does_not_grow(training_data, tmp_path, monkeypatch):

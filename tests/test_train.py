@@ -130,6 +130,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_pat
     assert same(best[0]["decoder"], best[1]["decoder"])
 
 
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The optimizers of the runs to come, in order."""
+    made, build = [], train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", lambda *args: made.append(build(*args)) or made[-1])
+    return made
+
+
+def test_encoder_and_decoder_learn_at_their_own_rates(training_data, tmp_path, optimizers):
+    run(training_data, tmp_path, "--fine_tune_encoder", "--learning_rate", 4e-4, "--encoder_learning_rate", 1e-4,
+        "--lr_schedule", "constant", "--epochs", 1, "--batch_size", 12)
+    decoder, encoder = (float(group["lr"]) for group in optimizers[0].param_groups)
+    assert decoder == pytest.approx(4 * encoder) and encoder > 0
+
+
+def test_a_run_of_another_device_goes_on_with_this_ones_optimizer(training_data, tmp_path, optimizers):
+    run(training_data, tmp_path / "whole", "--lr_schedule", "constant", "--epochs", 3)
+    checkpoint = run(training_data, tmp_path / "parts", "--lr_schedule", "constant")
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group |= {"lr": 7.0, "capturable": True}
+    utils.save_checkpoint(paths(tmp_path / "parts", training_data)[0], checkpoint)
+    run(training_data, tmp_path / "parts", "--lr_schedule", "constant", "--epochs", 3, "--resume")
+    whole, resumed = optimizers[0].param_groups, optimizers[-1].param_groups
+    assert [group["lr"] for group in resumed] == [group["lr"] for group in whole] and not resumed[0]["capturable"]
+    both = [utils.load_checkpoint(paths(tmp_path / name, training_data)[0]) for name in ("whole", "parts")]
+    assert same(both[0]["decoder"], both[1]["decoder"])
+
+
 def test_killed_between_best_and_latest_the_epoch_is_repeated(training_data, tmp_path, monkeypatch, trained):
     save, saved = utils.save_checkpoint, []
 
