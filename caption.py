@@ -8,6 +8,7 @@
 import argparse
 import glob
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -56,6 +57,8 @@ def main(args):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is said in our own words
     utils.check_shared_flags(args)
     utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
+    if args.json and args.json.is_dir():
+        raise UserError(f"--json {args.json} is a folder; expected a file, {args.json / 'captions.json'} for example")
     if args.no_plot and (args.gif or args.show):
         raise UserError("--no_plot draws nothing, so --gif and --show cannot be had with it")
     paths = find_pictures(args.img)
@@ -65,13 +68,13 @@ def main(args):
     captioner.decoder.sample_location = args.sample_location
     dtype = torch.bfloat16 if args.amp else torch.float32
 
-    def load(chunk):
-        return [read_picture(path, captioner.image_size) for path in chunk]
+    def load(path):
+        return read_picture(path, captioner.image_size, not args.no_plot)
 
-    chunks = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
     results, unreadable, names = [], 0, set()
-    with utils.progress(total=len(paths), unit="picture", disable=len(chunks) == 1) as bar:
-        for loaded in datasets.read_ahead(load, chunks, args.workers):
+    with utils.progress(total=len(paths), unit="picture", disable=len(paths) <= args.batch_size) as bar:
+        waiting = datasets.read_ahead(load, paths, args.workers, ahead=args.batch_size)
+        while loaded := list(itertools.islice(waiting, args.batch_size)):
             pictures = [picture for picture in loaded if not isinstance(picture[1], UserError)]
             for path, error in (picture[:2] for picture in loaded if isinstance(picture[1], UserError)):
                 bar.write(f"left out: {error}", file=sys.stderr)
@@ -119,19 +122,18 @@ def find_pictures(patterns):
     return list(paths)
 
 
-def read_picture(path, image_size):
-    """A picture as it is drawn and as the model sees it, or why it cannot be read.
+def read_picture(path, image_size, drawn=True):
+    """A picture as it is drawn, if it is, and as the model sees it, or why it cannot be read.
 
-    :return: (path, uint8 (height, width, 3), uint8 (3, image_size, image_size)) or (path, UserError)
+    :return: (path, PIL image or None, uint8 (3, image_size, image_size)) or (path, UserError)
     """
     try:
-        picture = datasets.read_image(path, size=image_size)
+        picture = datasets.open_image(path, size=image_size)
     except UserError as error:
         return path, error
     square = datasets.resize_image(picture, image_size)
-    shown = Image.fromarray(picture)
-    shown.thumbnail((1024, 1024))  # many pictures wait in memory, and none is drawn larger
-    return path, np.asarray(shown), square
+    picture.thumbnail((1024, 1024))  # many pictures wait in memory, and none is drawn larger
+    return path, picture if drawn else None, square
 
 
 def report(path, hypotheses, captioner, bar):
@@ -219,15 +221,15 @@ def wrap_text(canvas, text, width, face):
 def attention_sheet(picture, words, alphas):
     """One panel per word, the picture lit where the model looked as it said the word.
 
-    :param picture: uint8 (height, width, 3)
+    :param picture: PIL image
     :param words: list of words
     :param alphas: float tensor (num_words, num_pixels)
     :return: PIL image
     """
-    height, width = picture.shape[:2]
+    width, height = picture.size
     scale = math.sqrt(230 * 230 / (height * width))
     panel = max(90, round(width * scale)), max(60, round(height * scale))
-    small = Image.fromarray(picture).resize(panel, Image.Resampling.LANCZOS)
+    small = picture.resize(panel, Image.Resampling.LANCZOS)
     panels = [("", small)] + [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
     gap, band, margin = 12, 30, 20
     # as many columns as bring the sheet near the shape of a screen
@@ -258,10 +260,9 @@ def attention_frames(picture, words, alphas):
 
     :return: list of uint8 (height, width, 3)
     """
-    height, width = picture.shape[:2]
+    width, height = picture.size
     scale = 480 / max(height, width)
-    large = Image.fromarray(picture).resize((max(160, round(width * scale)), max(60, round(height * scale))),
-                                            Image.Resampling.LANCZOS)
+    large = picture.resize((max(160, round(width * scale)), max(60, round(height * scale))), Image.Resampling.LANCZOS)
     face = font(18)
     lines = wrap_text(ImageDraw.Draw(large), " ".join(words), large.width - 24, face)
     frames = []

@@ -62,7 +62,7 @@ def get_args_parser():
     group.add_argument("--image_size", type=int, default=256, help="side of the stored pictures, in pixels")
     group.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn by lot")
     group.add_argument("--force", action="store_true", help="make the files again if they are there")
-    group.add_argument("--workers", type=int, default=datasets.available_cores(),
+    group.add_argument("--workers", type=int, default=utils.available_cores(),
                        help="threads that decode pictures; the default is the number of cores")
     return parser
 
@@ -135,7 +135,23 @@ def is_prepared(args, name):
             if dataset.attributes[key] != getattr(args, key):
                 raise UserError(f"{path} was made with --{key} {dataset.attributes[key]}, not {getattr(args, key)}; "
                                 "give --force to make it again, or another --data_folder")
+        listed = args.captions or args.karpathy_json
+        if listed and dataset.attributes["source"] != name_of(listed):
+            raise UserError(f"{path} was made from {dataset.attributes['source']}, not {name_of(listed)}; give --force to "
+                            "make it again, or another --dataset name")
     return True
+
+
+def name_of(path):
+    """A file's name, and something that changes with what is in it.
+
+    :raises UserError: if it cannot be read
+    """
+    try:
+        with open(path, "rb") as file:
+            return f"{path.name} (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def find_records(args):
@@ -143,9 +159,9 @@ def find_records(args):
     if args.dataset == "shapes":
         return *datasets.shapes_records(seed=args.seed, size=args.image_size), "generated"
     if args.karpathy_json:
-        return *datasets.karpathy_records(args.karpathy_json, args.images), args.karpathy_json.name
+        return *datasets.karpathy_records(args.karpathy_json, args.images), name_of(args.karpathy_json)
     if args.captions:
-        return *datasets.custom_records(args.images, args.captions, args.seed), args.captions.name
+        return *datasets.custom_records(args.images, args.captions, args.seed), name_of(args.captions)
     folder = args.source or args.data_folder
     missing = datasets.missing_flickr8k_archives(folder)
     if missing and args.source:

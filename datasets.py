@@ -34,7 +34,7 @@ import numpy as np
 import regex
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
-from utils import UserError, atomic_path, from_main, gathered, is_main, locked, progress, read_json, share
+from utils import UserError, atomic_path, available_cores, from_main, gathered, is_main, locked, progress, read_json, share
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 SPLITS = ("train", "val", "test")
@@ -1081,11 +1081,6 @@ def _is_scene(scene):
                     for numbers in names.values()))
 
 
-def available_cores():
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class CaptionDataset:
     """One split's file, read-only, for any number of processes: each opens it for itself when it first needs pictures.
 
@@ -1222,14 +1217,17 @@ class CaptionDataset:
 # ------------------------------------------------------------------------------------------- features and batches
 
 
-def read_ahead(function, items, workers):
-    """``map(function, items)`` in order, with a few results prepared in threads while the caller works."""
+def read_ahead(function, items, workers, ahead=0):
+    """``map(function, items)`` in order, with some results prepared in threads while the caller works.
+
+    :param ahead: how many, but at least two for each worker
+    """
     with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         pending = collections.deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) > 2 * max(1, workers):
+                if len(pending) > max(ahead, 2 * workers, 2):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -1260,10 +1258,12 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     """
     if path is None:
         parts = _encoded(dataset, encode, np.arange(len(dataset))[rows or slice(None)], batch_size, workers)
-        return np.concatenate([out for _, out in parts])
-    with locked(lock_path(path), path, wait=True):  # two runs on one data set: the second waits for the first's features
-        if not from_main(path.exists()):
-            _write_features(path, dataset, encode, batch_size, workers)
+        none = np.empty((0, 1, 1), np.float16)  # fewer pictures than processes
+        return np.concatenate([out for _, out in parts] or [none])
+    if not from_main(path.exists()):  # what is there can be read from a folder that may not be written
+        with locked(lock_path(path), path, wait=True):  # two runs on one data set: the second waits for the first's features
+            if not from_main(path.exists()):
+                _write_features(path, dataset, encode, batch_size, workers)
     try:
         features = np.load(path, mmap_mode="c")  # copy on write: torch wants arrays that it could write to
         if features.dtype != np.float16 or features.ndim != 3 or not features.flags.c_contiguous:
@@ -1393,9 +1393,11 @@ def load_embeddings(path, word_map, embed_dim):
                 word, *values = line.rstrip().split(" ")
                 if number == 1 and len(values) == 1:
                     continue  # word2vec's text format begins with two counts
+                if number > 1 and len(values) > embed_dim:
+                    continue  # a few of GloVe's words have spaces in them; no caption's have
                 if len(values) != embed_dim:
                     raise UserError(f"{path}, line {number}: {len(values)} values, expected {embed_dim}; "
-                                    f"set --embed_dim {len(values)}")
+                                    "is the file whole, and --embed_dim the length of its vectors?")
                 if word in word_map:
                     vectors[word_map[word]], found[word_map[word]] = np.array(values, np.float32), True
                     if not np.isfinite(vectors[word_map[word]]).all():

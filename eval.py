@@ -3,11 +3,12 @@
     python eval.py --model checkpoints/BEST_checkpoint_flickr8k_5_cap_per_img_5_min_word_freq.pth.tar
     python eval.py --model checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
     python eval.py --model seed0/BEST_checkpoint_*.pth.tar seed1/BEST_checkpoint_*.pth.tar   # an ensemble
-    python eval.py --model before/BEST_checkpoint_*.pth.tar after/BEST_checkpoint_*.pth.tar --average mean.pth.tar
+    python eval.py --model before/BEST_checkpoint_*.pth.tar after/BEST_checkpoint_*.pth.tar --average mean/BEST.pth.tar
 """
 
 import argparse
 import collections
+import shutil
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def get_args_parser():
     parser.add_argument("--split", choices=datasets.SPLITS, default="test",
                         help="which pictures; choose models on val, report on test (default: %(default)s)")
     parser.add_argument("--output_folder", type=Path,
-                        help="folder for captions and metrics, as JSON (default: the first checkpoint's)")
+                        help="folder for captions and metrics, as JSON (default: the first checkpoint's, or --average's)")
     utils.add_search_flags(parser, beam_sizes="+")
     utils.add_device_flags(parser)
     return parser
@@ -61,7 +62,9 @@ def evaluate(args, device):
             raise UserError(f"{path} has another word map than {args.model[0]}; an ensemble needs one word map")
         captioner.decoder.sample_location = args.sample_location
     if args.average:
-        captioners = [average(args, captioners)]
+        if utils.from_main(args.average.exists()):
+            raise UserError(f"--average {args.average} exists: choose another name, or remove it")
+        captioners = [models.average_weights(captioners)]
     name = args.data_name or first.config["data_name"]
     if not name:
         raise UserError(f"{args.model[0]} does not say on what it was trained: name the data with --data_name")
@@ -72,6 +75,13 @@ def evaluate(args, device):
     if any(captioner.image_size != data.image_size for captioner in captioners):
         raise UserError(f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
                         f"{', '.join(str(c.image_size) for c in captioners)}; prepare the data with that --image_size")
+    path = datasets.metrics_path(folder, label, args.split)
+    made_by = {"models": [str(model.absolute()) for model in ([args.average] if args.average else args.model)]}
+    if utils.from_main(path.exists() and utils.read_json(path).get("models") != made_by["models"]):
+        raise UserError(f"{path} holds the scores of another model: choose another --output_folder, or remove it")
+    if args.average:
+        made_by["mean of"] = [str(m) for m in args.model]
+        save_average(args, first)
     print(utils.describe_machine(device))
     features = [features_of(data, captioner, args, name, dtype) for captioner in captioners]
     rows = {}
@@ -102,27 +112,20 @@ def evaluate(args, device):
     # the yardstick: what people say of a picture first, held against what others say of it
     described = [captions for captions in data.references if len(captions) > 1]
     people = score_variety([others for _, *others in described], [first for first, *_ in described]) if described else {}
-    path = datasets.metrics_path(folder, label, args.split)
-    utils.write_json(path, {"models": [str(m) for m in args.model], "data": name, "split": args.split, "scale": "0-100",
-                            "length_penalty": args.length_penalty, "beam_sizes": rows, "people": people})
+    utils.write_json(path, {**made_by, "data": name, "split": args.split, "scale": "0-100", "amp": args.amp,
+                            "length_penalty": args.length_penalty, "max_decode_steps": args.max_decode_steps,
+                            "sample_location": args.sample_location, "beam_sizes": rows, "people": people})
     print_table({**rows, "people": people}, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
     print(f"written: {path} and the captions beside it")
 
 
-def average(args, captioners):
-    """The captioner with the mean weights, saved as ``--average`` asks.
-
-    :raises UserError: if the file exists, or the weights have no mean
-    """
-    if utils.from_main(args.average.exists()):
-        raise UserError(f"--average {args.average} exists: choose another name, or remove it")
-    captioner = models.average_weights(captioners)
+def save_average(args, captioner):
+    """Save the captioner with the mean weights as ``--average`` asks."""
     captioner.config["init_from"] = " ".join(map(str, args.model))
     if utils.is_main():
         utils.save_checkpoint(args.average, {
             "config": captioner.config, "word_map": captioner.word_map, "encoder": captioner.encoder.state_dict(),
             "decoder": captioner.decoder.state_dict(), "history": []})
-    return captioner
 
 
 def features_of(data, captioner, args, name, dtype):
@@ -197,7 +200,8 @@ def print_table(columns, title):
         shown = ("-" if value is None else value if isinstance(value, int) else f"{value:.2f}" for value in values)
         print(f"{name:>18}" + "".join(f"{value:>9}" for value in shown))
     if next(iter(columns.values()))["METEOR"] is None:
-        print("METEOR left out: it needs Java, which is not installed here")
+        print("METEOR left out: it needs a Java that works" if shutil.which("java") else
+              "METEOR left out: it needs Java, which is not installed here")
     print()
 
 

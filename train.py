@@ -500,6 +500,7 @@ class Update:
         own = [{key: group[key] for key in ("lr", "capturable")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, kept in zip(self.optimizer.param_groups, own):
+            kept["lr"].fill_(float(group["lr"]))
             group.update(kept)  # what belongs to the device, which may be another one now
         self.update, so_far = int(state["update"]), state["epoch_so_far"]
         self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it

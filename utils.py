@@ -553,6 +553,11 @@ def load_modules(path):
 # ------------------------------------------------------------------------------------------------ device and seeds
 
 
+def available_cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def add_device_flags(parser):
     """Flags of every script that runs a network."""
     group = parser.add_argument_group("machine")
@@ -560,9 +565,9 @@ def add_device_flags(parser):
                        help="cpu, cuda, cuda:1, mps, …; auto: the first GPU if there is one (default: %(default)s)")
     group.add_argument("--amp", action="store_true",
                        help="do matrix products in bfloat16: faster on recent GPUs and CPUs (default: float32)")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
-                       help="processes or threads that read pictures; raise it if the device waits for data "
-                            "(default: the machine's cores, at most 8: %(default)s)")
+    group.add_argument("--workers", type=int, default=min(8, available_cores()),
+                       help="threads that read pictures; raise it if the device waits for data "
+                            "(default: the cores that are free to use, at most 8: %(default)s)")
 
 
 def add_search_flags(parser, beam_sizes=None):

@@ -154,8 +154,13 @@ def failures_table(runs):
     return table(["model", "beam", *FAILURES], rows)
 
 
-STAGES = {"cross-entropy": "xe", "then the CNN fine-tuned": "fine", "then self-critical": "fine-scst",
-          "mean weights of the last two": "mean", "ensemble of both seeds' means": "ensemble"}
+STAGES = {"cross-entropy": "xe", "then the CNN fine-tuned": "fine", "then self-critical, CIDEr-D": "fine-scst",
+          "mean weights of the last two": "mean", "instead self-critical, CIDEr-D + 5 METEOR": "scst-meteor",
+          "mean weights of it and the fine-tuned": "mean-meteor"}
+LENGTHS = {"CIDEr-D, one model": "mean", "the same, length penalty 1": "mean-lp1",
+           "CIDEr-D + 5 METEOR, one model": "mean-meteor", "the same, 0.85": "mean-meteor-lp085", "the same, 1": "mean-meteor-lp1",
+           "CIDEr-D, ensemble of both seeds": "ensemble", "CIDEr-D + 5 METEOR, ensemble": "ensemble-meteor",
+           "the same ensemble, 0.85": "ensemble-meteor-lp085", "the same ensemble, 1": "ensemble-meteor-lp1"}
 
 
 ON_PHOTOGRAPHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
@@ -200,6 +205,7 @@ def commands_table(runs):
 
 TABLES = {"decoders": decoders_table, "costs": costs_table, "scheduled sampling": scheduled_sampling_table,
           "beams": beam_table, "failures": failures_table, "stages": functools.partial(models_table, names=STAGES),
+          "lengths": functools.partial(models_table, names=LENGTHS),
           "encoders": functools.partial(models_table, names=ON_PHOTOGRAPHS),
           "attention": functools.partial(shapes_table, names=ATTENTIONS),
           "from scratch": functools.partial(shapes_table, names=FROM_SCRATCH), "commands": commands_table}
@@ -299,10 +305,14 @@ def main():
     path = args.folder / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs |= {folder.resolve().name: read_run(folder) for folder in args.add}
+    try:
+        write_tables(runs, args.folder / "results.md")
+    except KeyError as error:
+        raise SystemExit(f"a table lacks {error} of a run; nothing was taken in. Score each run as its row's others, for "
+                         "example by eval.py --beam_size 1 3 5 --amp") from error
     with utils.atomic_path(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
                              + "\n}\n", encoding="utf-8")
-    write_tables(runs, args.folder / "results.md")
     for name, draw in PLOTS.items():
         draw(runs).savefig(args.folder / f"{name}.png", dpi=100)
 

@@ -398,7 +398,7 @@ def section_prepare(device, args):
     import h5py
     from PIL import Image
 
-    count, cores = 400, datasets.available_cores()
+    count, cores = 400, utils.available_cores()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

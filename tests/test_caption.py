@@ -47,6 +47,12 @@ def written():
     return {path.name for path in Path("out").iterdir()} - {"captions.json"}
 
 
+def test_a_folder_for_json_is_refused_before_the_work(describe, fails):
+    Path("pictures").mkdir()
+    with fails("--json pictures is a folder; expected a file"):
+        describe("--img", save("pictures/photo.png"), "--json", "pictures")
+
+
 def test_a_picture_is_captioned_and_drawn(describe, best_checkpoint, tmp_path):
     path = save("pictures/photo.png")
     printed, (result,) = describe("--img", path)
@@ -185,7 +191,7 @@ def test_batches_change_nothing(describe):
 
 
 def test_the_gif_moves_word_by_word(describe):
-    frames = caption.attention_frames(np.asarray(Image.open(save("pictures/photo.png"))), ["a", "dog"], torch.eye(2, 4))
+    frames = caption.attention_frames(Image.open(save("pictures/photo.png")), ["a", "dog"], torch.eye(2, 4))
     assert len(frames) == 4 and len({frame.tobytes() for frame in frames}) == 4
     assert len({frame.shape for frame in frames}) == 1 and frames[0].shape[1] >= 160
     describe("--img", "pictures/photo.png", "--gif")
@@ -242,7 +248,7 @@ WORDS = st.lists(st.sampled_from(["a", "dog", "running", "skateboarders", "æ¼¢å­
 def test_the_sheet_has_a_panel_for_every_word(size, words, side):
     width, height = size
     alphas = torch.rand(len(words), side * side).softmax(1)
-    sheet = caption.attention_sheet(make_picture(1, width, height), words, alphas)
+    sheet = caption.attention_sheet(Image.fromarray(make_picture(1, width, height)), words, alphas)
     pixels = np.asarray(sheet)
     assert pixels.shape[2] == 3 and 100 < sheet.width < 12000 and 80 < sheet.height < 12000
     # nothing is cut at the margins
@@ -251,7 +257,7 @@ def test_the_sheet_has_a_panel_for_every_word(size, words, side):
 
 @pytest.mark.parametrize("number", [1, 2, 5, 10, 20, 30])
 def test_the_sheet_is_near_a_screens_shape_and_grows_with_the_words(number):
-    sheet = caption.attention_sheet(make_picture(1, 300, 200), ["dog"] * number, torch.full((number, 49), 1 / 49))
+    sheet = caption.attention_sheet(Image.fromarray(make_picture(1, 300, 200)), ["dog"] * number, torch.full((number, 49), 1 / 49))
     assert 1 < sheet.width / sheet.height < 3
     assert sheet.width * sheet.height > (number + 1) * 150 * 150
 
@@ -270,7 +276,7 @@ def test_panels_are_lit_where_the_model_looked():
 @settings(max_examples=15, deadline=None)
 @given(SIZES, WORDS)
 def test_frames_are_of_one_size_and_one_per_word(size, words):
-    frames = caption.attention_frames(make_picture(1, *size), words, torch.rand(len(words), 4).softmax(1))
+    frames = caption.attention_frames(Image.fromarray(make_picture(1, *size)), words, torch.rand(len(words), 4).softmax(1))
     assert len(frames) == len(words) + 2
     assert len({frame.shape for frame in frames}) == 1
     height, width, _ = frames[0].shape

@@ -47,7 +47,8 @@ def test_own_data_from_flags_to_files(own_data, tmp_path, capsys):
         f"CONTACT_SHEET_{name}.png"}
     train = datasets.CaptionDataset(datasets.split_path(out, "train", name))
     assert len(train) == 17 and "05.jpg" not in train.image_names
-    assert (train.attributes["source"], train.attributes["image_size"], train.scenes) == ("captions.csv", 32, None)
+    assert train.attributes["source"].startswith("captions.csv (SHA-256 ")
+    assert (train.attributes["image_size"], train.scenes) == (32, None)
     assert "05.jpg" in printed and "Vocabulary:" in printed and f"CONTACT_SHEET_{name}.png" in printed
     sheet = np.asarray(Image.open(datasets.contact_sheet_path(out, name)).convert("RGB"))
     assert sheet.std() > 20 and min(sheet.shape[:2]) > 500
@@ -117,6 +118,11 @@ def test_second_run_stops_and_force_gives_the_same_bytes(own_data, tmp_path, cap
     assert "already" in capsys.readouterr().out and state(tmp_path / "out") == before
     with fails("was made with --image_size 32, not 48; give --force"):
         prepare(*flags, size=48)
+    original = own_data[1].read_bytes()
+    own_data[1].write_bytes(original + b"\n")
+    with fails("was made from .*SHA-256.*give --force"):
+        prepare(*flags)
+    own_data[1].write_bytes(original)
     prepare(*flags, "--force", "--workers", 7)
     after = state(tmp_path / "out")
     assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}

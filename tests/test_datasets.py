@@ -16,6 +16,7 @@ from unittest.mock import MagicMock
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import make_picture
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -829,3 +830,33 @@ def test_batches_hold_every_picture_once_among_captions_of_similar_length():
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
     for different in (later, other):
         assert not all(np.array_equal(a, b) for a, b in zip(batches, different))
+
+
+# -------------------------------------------------------------------------------------------- features and embeddings
+
+
+def test_a_finished_feature_store_needs_no_right_to_write(tmp_path, shapes_train, monkeypatch):
+    encode = lambda images: torch.ones(len(images), 4, 3)
+    made = datasets.encode_split(shapes_train, encode, tmp_path / "f.npy")
+
+    def refuse(*_, **__):
+        raise UserError("cannot write")
+
+    monkeypatch.setattr(datasets, "locked", refuse)
+    assert (datasets.encode_split(shapes_train, None, tmp_path / "f.npy") == made).all()
+
+
+def test_no_share_has_no_features(shapes_train):
+    assert len(datasets.encode_split(shapes_train, None, rows=slice(0, 0))) == 0
+
+
+def test_words_with_spaces_among_embeddings_are_passed_over(tmp_path, fails):
+    path = tmp_path / "glove.txt"
+    path.write_text("dog 1 2 3\n. . . 4 5 6\nat name@domain.com 7 8 9\ncat 0 1 2\n")
+    vectors, found = datasets.load_embeddings(path, {"<pad>": 0, "cat": 1, "dog": 2, "at": 3}, 3)
+    assert found.tolist() == [False, True, True, False] and vectors[2].tolist() == [1, 2, 3]
+    with fails("line 1: 3 values, expected 4"):
+        datasets.load_embeddings(path, {"cat": 0}, 4)
+    path.write_text("dog 1 2 3\ncat 1 2\n")
+    with fails("line 2: 2 values, expected 3"):
+        datasets.load_embeddings(path, {"cat": 0}, 3)

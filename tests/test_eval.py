@@ -83,7 +83,10 @@ def test_the_mean_of_two_trainings_is_a_model_of_its_own(best_checkpoint, traini
     train.main(train_args(training_data, tmp_path / "on", "--init_from", best_checkpoint, "--epochs", 1))
     after = datasets.checkpoint_path(tmp_path / "on", training_data[1])
     mean = tmp_path / "mean" / "mean.pth.tar"
+    with fails("there is no"):
+        evaluate((tmp_path / "typo", training_data[1]), tmp_path / "a", "--model", best_checkpoint, after, "--average", mean)
     metrics = evaluate(training_data, tmp_path / "a", "--model", best_checkpoint, after, "--average", mean)
+    assert metrics["models"] == [str(mean)] and metrics["mean of"] == [str(best_checkpoint), str(after)]
     states = [utils.load_checkpoint(path) for path in (best_checkpoint, after, mean)]
     weights = [state["decoder"]["fc.weight"] for state in states]
     assert not torch.equal(weights[0], weights[1])
@@ -102,6 +105,15 @@ def test_the_mean_of_two_trainings_is_a_model_of_its_own(best_checkpoint, traini
         with fails("not of one architecture"):
             evaluate(training_data, tmp_path, "--model", mean, datasets.checkpoint_path(other, training_data[1]),
                      "--average", tmp_path / "none.pth.tar")
+
+
+def test_scores_of_another_model_are_not_overwritten(trained, training_data, tmp_path, no_java, fails):
+    best, last = (datasets.checkpoint_path(trained, training_data[1], best=best) for best in (True, False))
+    before = evaluate(training_data, tmp_path, "--model", best)
+    with fails("scores of another model: choose another --output_folder"):
+        evaluate(training_data, tmp_path, "--model", last)
+    again = evaluate(training_data, tmp_path, "--model", best, "--length_penalty", 1)
+    assert again["models"] == before["models"] and again["length_penalty"] == 1
 
 
 def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, training_data, tmp_path, monkeypatch, no_java):

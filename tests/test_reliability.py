@@ -271,10 +271,10 @@ def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
     """The second waits for the first's and then reads them."""
     path, made = tmp_path / "features.npy", []
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
-    script = f"import sys, time, utils\nwith utils.locked({str(datasets.lock_path(path))!r}, 'it'): print(flush=True); time.sleep(2)"
+    script = (f"import time, numpy, utils\nwith utils.locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
+              f" time.sleep(2)\n numpy.save({str(path)!r}, numpy.ones(({len(data)}, 4, 3), 'float16'))")
     other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
     other.stdout.readline()
-    np.save(path, np.ones((len(data), 4, 3), np.float16))  # what the other run makes meanwhile
     began = time.time()
     found = datasets.encode_split(data, lambda images: made.append(1), path)
     assert time.time() - began > 1 and not made and (found == 1).all()

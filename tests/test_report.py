@@ -5,6 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 import datasets
 import eval as evaluation
 import models
@@ -49,6 +51,16 @@ def test_a_run_is_taken_in_with_its_options_and_scores(trained, best_checkpoint,
     assert run["test"]["beams"]["2"]["CIDEr"] == round(metrics["beam_sizes"]["2"]["CIDEr"], 4)
     assert "`python train.py --encoder resnet18 " in (tmp_path / "results.md").read_text()
     assert report.seeds({"a-seed0": 1, "a-seed1": 2, "a-b-seed0": 3}, "a") == [1, 2]
+
+
+def test_a_run_that_tables_cannot_show_changes_nothing(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "gru-seed2")  # joins the GRU's rows, but was not scored
+    for name in ("runs.json", "results.md"):
+        shutil.copy(DOCS / name, tmp_path)
+    with pytest.raises(SystemExit, match="nothing was taken in"):
+        run_report(tmp_path, monkeypatch, "--add", tmp_path / "gru-seed2")
+    for name in ("runs.json", "results.md"):
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text()
 
 
 def test_spread_over_seeds_is_half_of_the_range():
