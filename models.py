@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 
     Input scaling belongs to the encoder, so that nobody can scale twice. BatchNorm always runs on its stored
     statistics and they never change: frozen means frozen, and fine-tuning on a few dozen pictures per update would
-    spoil them. VGG's grid is taken before its last max-pool, as in the paper (section 3.1.1).
+    spoil them. VGG's grid is taken before its last max-pool, as in the paper (section 4.3).
 
     :param name: one of ``ENCODERS``
     :param weights: ``imagenet``, ``none`` (random) or the path of a state dict file of the whole classifier
