@@ -128,6 +128,8 @@ def is_prepared(args, name):
         word_map = datasets.load_word_map(word_map)
     except UserError as error:
         raise UserError(f"{error}; --force makes it again") from error
+    listed = args.captions or args.karpathy_json
+    source = listed and name_of(listed)
     for path in paths:
         dataset = datasets.CaptionDataset(path)
         dataset.check_word_map(word_map)
@@ -135,10 +137,9 @@ def is_prepared(args, name):
             if dataset.attributes[key] != getattr(args, key):
                 raise UserError(f"{path} was made with --{key} {dataset.attributes[key]}, not {getattr(args, key)}; "
                                 "give --force to make it again, or another --data_folder")
-        listed = args.captions or args.karpathy_json
-        if listed and dataset.attributes["source"] != name_of(listed):
-            raise UserError(f"{path} was made from {dataset.attributes['source']}, not {name_of(listed)}; give --force to "
-                            "make it again, or another --dataset name")
+        if source and dataset.attributes["source"] != source:
+            raise UserError(f"{path} was made from {dataset.attributes['source']}, not {source}; give --force to make it "
+                            "again, or another --dataset name")
     return True
 
 

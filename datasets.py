@@ -244,11 +244,6 @@ def open_image(source, size=None, name=None):
         raise UserError(f"cannot read {name} as a picture: {reason}") from error
 
 
-def read_image(source, size=None, name=None):
-    """The picture that :func:`open_image` opens, as uint8 (height, width, 3)."""
-    return np.array(open_image(source, size, name))
-
-
 def _to_rgb(image):
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_scale_to_bytes(np.asarray(image), image.mode)).convert("RGB")

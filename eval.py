@@ -76,11 +76,12 @@ def evaluate(args, device):
         raise UserError(f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
                         f"{', '.join(str(c.image_size) for c in captioners)}; prepare the data with that --image_size")
     path = datasets.metrics_path(folder, label, args.split)
-    made_by = {"models": [str(model.absolute()) for model in ([args.average] if args.average else args.model)]}
+    made_by = {"models": [str(model.absolute()) for model in args.model]}
+    if args.average:
+        made_by = {"models": [str(args.average.absolute())], "mean of": made_by["models"]}
     if utils.from_main(path.exists() and utils.read_json(path).get("models") != made_by["models"]):
         raise UserError(f"{path} holds the scores of another model: choose another --output_folder, or remove it")
     if args.average:
-        made_by["mean of"] = [str(m) for m in args.model]
         save_average(args, first)
     print(utils.describe_machine(device))
     features = [features_of(data, captioner, args, name, dtype) for captioner in captioners]

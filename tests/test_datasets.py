@@ -23,10 +23,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
-from datasets import END, PAD, START, UNK, CaptionDataset, Record, read_image
+from datasets import END, PAD, START, UNK, CaptionDataset, Record
 from utils import UserError
 
 REAL_FLICKR8K = Path(__file__).parents[2] / "shared" / "flickr8k"
+
+
+def read_image(*args, **options):
+    """The picture that ``datasets.open_image`` opens, as uint8 (height, width, 3)."""
+    return np.array(datasets.open_image(*args, **options))
 
 
 # --------------------------------------------------------------------------------------------------------------- words

@@ -83,7 +83,7 @@ def mutate_member(data, rng):
 
 
 def read_picture(path):
-    square = datasets.resize_image(datasets.read_image(path, size=32), 32)
+    square = datasets.resize_image(datasets.open_image(path, size=32), 32)
     assert square.shape == (3, 32, 32) and square.dtype == np.uint8
 
 
