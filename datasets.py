@@ -1333,15 +1333,39 @@ def training_batches(dataset, batch_size, seed, epoch):
     return batches
 
 
-def may_be_mirrored(dataset, word_map):
-    """Which pictures are still described truly when left and right change places: those whose captions name neither.
+class WithMirrored:
+    """The pictures of a split, and after them the same pictures mirrored: number N + i is picture i, left and right changed.
+
+    It has what :func:`encode_split` asks of a ``CaptionDataset``.
+
+    :param dataset: ``CaptionDataset``
+    """
+
+    def __init__(self, dataset):
+        self.dataset, self.split = dataset, dataset.split
+        self.images_digest = f"{dataset.images_digest} and mirrored"
+
+    def __len__(self):
+        return 2 * len(self.dataset)
+
+    def images(self, numbers):
+        """Pictures by number, uint8 (B, 3, S, S)."""
+        images = self.dataset.images(numbers % len(self.dataset))
+        mirrored = numbers >= len(self.dataset)
+        images[mirrored] = images[mirrored, ..., ::-1]
+        return images
+
+
+def mirrored_pictures(dataset, word_map, seed, epoch):
+    """Which pictures an epoch shows mirrored: half of those of which no caption says left or right, and which are thus
+    still described truly when the two change places. Like the batches they depend on seed and epoch alone.
 
     :return: bool array (N,)
     """
     sides = [word_map[word] for word in ("left", "right") if word in word_map]
-    may = np.ones(len(dataset), bool)
-    may[caption_pictures(dataset)[np.isin(dataset.captions, sides).any(axis=1)]] = False
-    return may
+    mirrored = np.random.default_rng([seed, epoch, 1]).random(len(dataset)) < 0.5
+    mirrored[caption_pictures(dataset)[np.isin(dataset.captions, sides).any(axis=1)]] = False
+    return mirrored
 
 
 class CaptionRows(NamedTuple):

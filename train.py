@@ -94,8 +94,8 @@ def get_args_parser():
                             "features are then not cached")
     group.add_argument("--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak")
     group.add_argument("--mirror", action="store_true",
-                       help="with --fine_tune_encoder: show pictures mirrored every other time, except those whose "
-                            "captions say left or right")
+                       help="show pictures mirrored every other time, except those whose captions say left or right; a "
+                            "frozen CNN's feature store then holds both and takes twice the time and disk (default: off)")
     group.add_argument("--scst", action="store_true",
                        help="self-critical training: five captions are sampled for each picture, and those with a "
                             "higher CIDEr-D than the others made likelier (Rennie et al. 2017, Luo 2020); without "
@@ -152,9 +152,6 @@ def check_args(args):
     if args.scst_meteor and not shutil.which("java"):
         raise UserError("--scst_meteor: METEOR needs Java, and there is no program java here: install a Java runtime, or "
                         "leave the flag out")
-    if args.mirror and not args.fine_tune_encoder:
-        raise UserError("--mirror shows the CNN mirrored pictures, but a frozen CNN's features are made once: add "
-                        "--fine_tune_encoder or leave --mirror out")
     if args.scst and args.scheduled_sampling != "none":
         raise UserError("--scst feeds the model's own words already: leave out --scheduled_sampling")
     if args.scheduled_sampling == "exponential" and args.ss_k is not None and args.ss_k > 1:
@@ -211,7 +208,8 @@ def train(args, stack):
     stack.enter_context(utils.locked(datasets.lock_path(latest_path), latest_path))
     print_header(args, captioner, train_data, val_data)
 
-    train_features = None if args.fine_tune_encoder else features_of(train_data, captioner, args, dtype)
+    shown = datasets.WithMirrored(train_data) if args.mirror else train_data
+    train_features = None if args.fine_tune_encoder else features_of(shown, captioner, args, dtype)
     val_features = None if args.fine_tune_encoder else features_of(val_data, captioner, args, dtype)
     step = Update(args, captioner, build_optimizer(args, encoder, decoder), train_data, train_features, dtype)
     history, seconds_before = [], 0.0
@@ -458,7 +456,8 @@ class Update:
 
     Nothing is drawn that does not follow from seed, update and process, so that a run can go on where it was stopped.
 
-    :param features: float16 tensor (N, n, encoder_dim), or None to encode and fine-tune
+    :param features: float16 tensor (N, n, encoder_dim), with --mirror of ``datasets.WithMirrored``; or None to encode
+        and fine-tune
     """
 
     def __init__(self, args, captioner, optimizer, data, features, dtype):
@@ -480,7 +479,6 @@ class Update:
         self.reward = utils.CiderD(data.references) if args.scst else None
         self.meteor = utils.Meteor() if args.scst_meteor else None
         self.banned = torch.tensor(models.never_uttered(captioner.word_map), device=self.device) if args.scst else None
-        self.may_mirror = args.mirror and torch.from_numpy(datasets.may_be_mirrored(data, captioner.word_map))
         if self.use_graphs:
             self.epsilon = torch.ones((), device=self.device)
             self.stream = torch.cuda.Stream(self.device)
@@ -507,20 +505,24 @@ class Update:
         self.skipped.copy_(so_far["skipped"])
         self.words, self.seconds = so_far["words"], so_far["seconds"]
 
-    def load(self, pictures):
+    def load(self, pictures, mirrored=None):
         """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
 
         :param pictures: int array of picture indices
+        :param mirrored: bool array (N,), which of all pictures to show mirrored; or None
         :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, if those are on the GPU, numbers,
             words of the whole batch): of this process's share of the pictures
         """
         num_words = datasets.count_words(self.data, pictures)
         pictures = pictures[utils.rank()::utils.world_size()]
+        source, numbers = self.data, pictures
+        if mirrored is not None:
+            source, numbers = datasets.WithMirrored(self.data), pictures + len(self.data) * mirrored[pictures]
         if self.features is None:
-            inputs = torch.from_numpy(self.data.images(pictures))
+            inputs = torch.from_numpy(source.images(numbers))
         else:
             # copied by numpy: torch would start a second team of OpenMP threads here, which fight the first for the cores
-            inputs = torch.from_numpy(pictures if self.features.is_cuda else self.features.numpy().take(pictures, axis=0))
+            inputs = torch.from_numpy(numbers if self.features.is_cuda else self.features.numpy().take(numbers, axis=0))
         return pictures, datasets.caption_rows(self.data, pictures), self.pin(inputs), num_words
 
     def pin(self, tensor):
@@ -532,9 +534,6 @@ class Update:
         :param epsilon: probability of feeding the true word
         """
         utils.set_seed(self.args.seed, self.update, utils.rank())
-        if self.args.mirror:
-            mirrored = self.may_mirror[pictures] & (torch.rand(len(pictures)) < 0.5)
-            inputs[mirrored] = inputs[mirrored].flip(3)
         advantages, reward = np.zeros(len(rows.captions), np.float32), 0.0
         if self.reward:
             if len(pictures):
@@ -657,12 +656,14 @@ def train_epoch(args, config, captioner, step, history, stop, save):
     captioner.decoder.train(not args.scst)
     epoch, seconds_before, began = len(history), step.seconds, time.time()
     batches = datasets.training_batches(step.data, args.batch_size, args.seed, epoch)
+    mirrored = datasets.mirrored_pictures(step.data, captioner.word_map, args.seed, epoch) if args.mirror else None
+    load = functools.partial(step.load, mirrored=mirrored)
     done, words_before = step.update - epoch * len(batches), step.words
     rates = functools.partial(learning_rate_factor, config, history=history)
     sample = functools.partial(models.scheduled_sampling_epsilon, args.scheduled_sampling)
     with utils.progress(total=len(batches), initial=done, desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch",
                         leave=False) as bar:
-        for loaded in datasets.read_ahead(step.load, batches[done:], args.workers):
+        for loaded in datasets.read_ahead(load, batches[done:], args.workers):
             with stop.held():
                 for group in step.optimizer.param_groups:
                     group["lr"].fill_(group["peak_lr"] * rates(step.update))
