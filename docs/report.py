@@ -156,11 +156,16 @@ def failures_table(runs):
 
 STAGES = {"cross-entropy": "xe", "then the CNN fine-tuned": "fine", "then self-critical, CIDEr-D": "fine-scst",
           "mean weights of the last two": "mean", "instead self-critical, CIDEr-D + 5 METEOR": "scst-meteor",
-          "mean weights of it and the fine-tuned": "mean-meteor"}
+          "mean weights of it and the fine-tuned": "mean-meteor",
+          "instead CIDEr-D + 5 METEOR with --mirror, six epochs": "scst-mirror",
+          "mean weights of that one and the fine-tuned": "mean-mirror"}
 LENGTHS = {"CIDEr-D, one model": "mean", "the same, length penalty 1": "mean-lp1",
            "CIDEr-D + 5 METEOR, one model": "mean-meteor", "the same, 0.85": "mean-meteor-lp085", "the same, 1": "mean-meteor-lp1",
            "CIDEr-D, ensemble of both seeds": "ensemble", "CIDEr-D + 5 METEOR, ensemble": "ensemble-meteor",
-           "the same ensemble, 0.85": "ensemble-meteor-lp085", "the same ensemble, 1": "ensemble-meteor-lp1"}
+           "the same ensemble, 0.85": "ensemble-meteor-lp085", "the same ensemble, 1": "ensemble-meteor-lp1",
+           "with --mirror, one model": "mean-mirror", "with --mirror, 0.85": "mean-mirror-lp085",
+           "with --mirror, ensemble": "ensemble-mirror", "with --mirror, ensemble, 0.85": "ensemble-mirror-lp085",
+           "the recipe, one model, 1": "mean-three", "the recipe, ensemble, 1": "ensemble-three"}
 
 
 ON_PHOTOGRAPHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
