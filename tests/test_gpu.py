@@ -67,7 +67,8 @@ def test_updates_in_graphs_learn_what_a_cpu_learns(flags, training_data, tmp_pat
 
 
 @pytest.mark.parametrize("flags", [
-    "--attention hard", "--attention mean --mirror", "--scheduled_sampling linear --ss_min 0.3", "--decoder gru --deep_output --amp",
+    "--attention hard", "--attention mean --mirror", "--scheduled_sampling linear --ss_min 0.3",
+    "--decoder gru --deep_output --amp",
     "--scheduled_sampling inverse_sigmoid --ss_argmax --position_encoding", "--fine_tune_encoder --mirror --batch_size 12"])
 def test_every_variant_trains(flags, training_data, tmp_path):
     history = run(training_data, tmp_path, *flags.split(), "--device", "cuda", "--epochs", 3)["history"]
