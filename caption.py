@@ -36,6 +36,8 @@ def get_args_parser():
     parser.add_argument("--word_map", type=Path,
                         help="word map, checked against the checkpoint's own (default: not needed, except for a "
                              "checkpoint of the PyTorch captioning tutorial, which keeps none)")
+    parser.add_argument("--data_folder", type=Path, default=Path("data"),
+                        help="with --consensus: folder with the data that the model was trained on (default: %(default)s)")
     parser.add_argument("--n_best", type=int, default=1,
                         help="captions printed per picture, at most beam_size (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32,
@@ -49,6 +51,7 @@ def get_args_parser():
     parser.add_argument("--show", action="store_true", help="also open a window, where there is a screen")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all captions to this file")
     utils.add_search_flags(parser)
+    utils.add_consensus_flag(parser)
     utils.add_device_flags(parser)
     return parser
 
@@ -56,7 +59,7 @@ def get_args_parser():
 def main(args):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is said in our own words
     utils.check_shared_flags(args)
-    utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
+    utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536), consensus=(0, 1000))
     if args.json and args.json.is_dir():
         raise UserError(f"--json {args.json} is a folder; expected a file, {args.json / 'captions.json'} for example")
     if args.no_plot and (args.gif or args.show):
@@ -67,6 +70,13 @@ def main(args):
     captioner = models.load_captioner(args.model, device, word_map)
     captioner.decoder.sample_location = args.sample_location
     dtype = torch.bfloat16 if args.amp else torch.float32
+    consensus = None
+    if args.consensus:
+        name = captioner.config["data_name"]
+        if not name:
+            raise UserError(f"{args.model} does not say on what it was trained, so --consensus cannot be had with it")
+        known = datasets.described_pictures([captioner], args.data_folder, name, dtype, args.workers)
+        consensus = models.Consensus([captioner], *known, args.consensus)
 
     def load(path):
         return read_picture(path, captioner.image_size, not args.no_plot)
@@ -83,7 +93,7 @@ def main(args):
                 images = torch.from_numpy(np.stack([square for _, _, square in pictures]))
                 found = captioner.caption(images, dtype, beam_size=args.beam_size, n_best=args.n_best,
                                           length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
-                                          with_alphas=not args.no_plot)
+                                          with_alphas=not args.no_plot, consensus=consensus)
                 for (path, picture, _), hypotheses in zip(pictures, found):
                     results.append(report(path, hypotheses, captioner, bar))
                     if not args.no_plot:

@@ -1274,6 +1274,39 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     return features
 
 
+def described_pictures(captioners, folder, name, dtype, workers=2):
+    """What ``models.Consensus`` knows: the training pictures' captions and mean features.
+
+    :param captioners: list of ``models.Captioner``
+    :param folder: data folder with the pictures that they were trained on; mean features are kept there, too
+    :return: (references, list of float32 arrays (N, encoder_dim))
+    :raises UserError: if the data is missing, or was prepared in another size
+    """
+    data = CaptionDataset(split_path(folder, "train", name))
+    means = []
+    for captioner in captioners:
+        if captioner.image_size != data.image_size:
+            raise UserError(f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
+                            f"{captioner.image_size}; --consensus needs the training pictures in that size")
+        means.append(mean_features(data, captioner, folder, name, dtype, workers))
+    return data.references, means
+
+
+def mean_features(dataset, captioner, folder, name, dtype, workers):
+    """The mean feature of each picture: from the feature store if there is one, else computed once and kept.
+
+    :return: float32 array (N, encoder_dim)
+    """
+    key = feature_key(captioner.encoder.digest(), dataset.images_digest, dtype)
+    path = features_path(folder, name, dataset.split, key)
+    encode = lambda images: captioner.encode(images, dtype)
+    if not from_main(path.exists()):
+        path = path.with_name(f"MEAN_{path.name}")
+        encode = lambda images: captioner.encode(images, dtype).float().mean(1, keepdim=True)
+    features = encode_split(dataset, encode, path, workers=workers)
+    return np.concatenate([features[i:i + 512].mean(1, dtype=np.float32) for i in range(0, len(features), 512)])
+
+
 def _encoded(dataset, encode, pictures, batch_size, workers):
     """Yield (pictures, float16 features) batch by batch."""
     import torch

@@ -42,12 +42,16 @@ def get_args_parser():
     parser.add_argument("--output_folder", type=Path,
                         help="folder for captions and metrics, as JSON (default: the first checkpoint's, or --average's)")
     utils.add_search_flags(parser, beam_sizes="+")
+    utils.add_consensus_flag(parser)
     utils.add_device_flags(parser)
     return parser
 
 
 def main(args):
     utils.check_shared_flags(args)
+    utils.check_ranges(args, consensus=(0, 1000))
+    if args.consensus and args.split == "train":
+        raise UserError("--consensus asks what people said of training pictures, so --split train cannot be scored with it")
     with utils.processes(args.device) as device:
         evaluate(args, device)
 
@@ -85,13 +89,17 @@ def evaluate(args, device):
         save_average(args, first)
     print(utils.describe_machine(device))
     features = [features_of(data, captioner, args, name, dtype) for captioner in captioners]
+    consensus = None
+    if args.consensus:
+        known = datasets.described_pictures(captioners, args.data_folder, name, dtype, args.workers)
+        consensus = models.Consensus(captioners, *known, args.consensus)
     rows = {}
     for beam_size in args.beam_size:
         utils.set_seed(0)  # of sampled locations
         began = time.time()
         found = models.caption_split(captioners, features, dtype, beam_size=beam_size,
                                      length_penalty=args.length_penalty, max_decode_steps=args.max_decode_steps,
-                                     with_alphas=data.scenes is not None)
+                                     with_alphas=data.scenes is not None, consensus=consensus)
         found = sum(utils.gathered(found), [])
         seconds = time.time() - began
         if not utils.is_main():
@@ -114,7 +122,7 @@ def evaluate(args, device):
     described = [captions for captions in data.references if len(captions) > 1]
     people = score_variety([others for _, *others in described], [first for first, *_ in described]) if described else {}
     utils.write_json(path, {**made_by, "data": name, "split": args.split, "scale": "0-100", "amp": args.amp,
-                            "length_penalty": args.length_penalty, "max_decode_steps": args.max_decode_steps,
+                            "length_penalty": args.length_penalty, "max_decode_steps": args.max_decode_steps, "consensus": args.consensus,
                             "sample_location": args.sample_location, "beam_sizes": rows, "people": people})
     print_table({**rows, "people": people}, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
     print(f"written: {path} and the captions beside it")

@@ -154,3 +154,16 @@ def trained(training_data, tmp_path_factory):
 def best_checkpoint(trained, training_data):
     """Path of the tiny run's best checkpoint."""
     return datasets.checkpoint_path(trained, training_data[1], best=True)
+
+
+@pytest.fixture
+def talkative(best_checkpoint, tmp_path):
+    """Path of a checkpoint like the tiny run's, whose decoder says many different things."""
+    checkpoint = utils.load_checkpoint(best_checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    for weights in checkpoint["decoder"].values():
+        weights.copy_(torch.rand(weights.shape, generator=generator) - 0.5)
+    path = tmp_path / "talkative" / best_checkpoint.name
+    path.parent.mkdir()
+    utils.save_checkpoint(path, checkpoint)
+    return path

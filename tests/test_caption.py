@@ -70,6 +70,24 @@ def test_a_picture_is_captioned_and_drawn(describe, best_checkpoint, tmp_path):
     assert said["log_prob"] == pytest.approx(expected.log_prob, rel=1e-4)
 
 
+def test_the_consensus_of_the_training_data_can_be_asked(describe, talkative, training_data, fails):
+    path = save("pictures/photo.png")
+    flags = ["--model", talkative, "--img", path, "--length_penalty", 1, "--n_best", 5]
+    _, (plain,) = describe(*flags)
+    _, (chosen,) = describe(*flags, "--consensus", 3, "--data_folder", training_data[0])
+    scores = [{said["caption"]: said["score"] for said in result["captions"]} for result in (plain, chosen)]
+    assert set(scores[0]) == set(scores[1]) and list(scores[1].values()) == sorted(scores[1].values(), reverse=True)
+    captioner = models.load_captioner(talkative)
+    known = datasets.described_pictures([captioner], *training_data, torch.float32)
+    consensus = models.Consensus([captioner], *known, 3)
+    square = torch.from_numpy(datasets.resize_image(make_picture(0), 64))[None]
+    expected = captioner.caption(square, beam_size=5, n_best=5, length_penalty=1, max_decode_steps=6, consensus=consensus)[0]
+    assert [said["score"] for said in chosen["captions"]] == pytest.approx([h.score for h in expected], rel=1e-4)
+    assert any(scores[1][words] > score for words, score in scores[0].items())
+    with fails("TRAIN_.*hdf5"):
+        describe(*flags, "--consensus", 3)
+
+
 def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
     for i, name in enumerate(("a.png", "b.jpg", "C.JPG", "sub/d.png", "sub/deep/e.png")):
         save(Path("pictures") / name, i)

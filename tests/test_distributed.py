@@ -79,7 +79,8 @@ def test_several_processes_train_and_evaluate_as_one(processes, flags, training_
         path.name for path in (tmp_path / "one").iterdir())
 
     best = paths(tmp_path / "one", training_data)[1]
-    scored = ["--model", best, "--data_folder", training_data[0], "--beam_size", "1", "3", "--device", "cpu"]
+    scored = ["--model", best, "--data_folder", training_data[0], "--beam_size", "1", "3", "--device", "cpu",
+              "--consensus", "1"]
     out = finished(torchrun(processes, "eval", *scored, "--output_folder", tmp_path / "b"))
     assert out.count("written: ") == 1
     args = evaluation.get_args_parser().parse_args([*map(str, scored), "--output_folder", str(tmp_path / "a")])

@@ -124,6 +124,43 @@ def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, tra
     evaluate(training_data, tmp_path, "--model", best_checkpoint, "--split", "val")
 
 
+def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(talkative, training_data, tmp_path, no_java,
+                                                                         monkeypatch, fails):
+    data = shutil.copytree(training_data[0], tmp_path / "data"), training_data[1]
+    flags = ["--model", talkative, "--beam_size", 4, "--length_penalty", 1]
+    plain = evaluate(data, tmp_path / "plain", *flags)
+    chosen = evaluate(data, tmp_path / "chosen", *flags, "--consensus", 5)
+    assert (plain["consensus"], chosen["consensus"]) == (0, 5)
+    assert not list(data[0].glob("MEAN_*"))  # the feature store of the training serves
+
+    for store in data[0].glob("FEATURES_TRAIN_*"):
+        store.unlink()
+    again = evaluate(data, tmp_path / "again", *flags, "--consensus", 5)
+    (mean,) = data[0].glob("MEAN_FEATURES_TRAIN_*")
+    written = mean.stat().st_mtime_ns
+    captions = [utils.read_json(datasets.captions_path(tmp_path / run, data[1], "test", 4))
+                for run in ("plain", "chosen", "again")]
+    assert captions[0] != captions[1] == captions[2]
+    captioner = models.load_captioner(talkative)
+    pictures = torch.from_numpy(datasets.CaptionDataset(datasets.split_path(data[0], "test", data[1])).images(slice(None)))
+    beams = captioner.caption(pictures, beam_size=4, n_best=4, length_penalty=1, max_decode_steps=8)
+    assert all(said["caption"].split() in [captioner.text(h) for h in beam] for said, beam in zip(captions[1], beams))
+
+    def encoder_runs(*_):
+        raise AssertionError("the encoder ran again")
+
+    monkeypatch.setattr(models.Encoder, "forward", encoder_runs)
+    assert again["beam_sizes"]["4"]["CIDEr"] == evaluate(data, tmp_path / "again", *flags, "--consensus", 5)["beam_sizes"]["4"]["CIDEr"]
+    assert mean.stat().st_mtime_ns == written
+    with fails("--split train cannot be scored"):
+        evaluate(data, tmp_path / "train", *flags, "--consensus", 5, "--split", "train")
+    with fails("--consensus -1"):
+        evaluate(data, tmp_path / "negative", *flags, "--consensus", -1)
+    datasets.split_path(data[0], "train", data[1]).unlink()
+    with fails("TRAIN_.*hdf5"):
+        evaluate(data, tmp_path / "missing", *flags, "--consensus", 5)
+
+
 def test_output_lies_beside_the_checkpoint_if_nothing_is_said(best_checkpoint, training_data, tmp_path, no_java):
     shutil.copy(best_checkpoint, tmp_path)
     argv = ["--model", tmp_path / best_checkpoint.name, "--data_folder", training_data[0], "--workers", 1, "--device", "cpu"]
