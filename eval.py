@@ -122,8 +122,9 @@ def evaluate(args, device):
     described = [captions for captions in data.references if len(captions) > 1]
     people = score_variety([others for _, *others in described], [first for first, *_ in described]) if described else {}
     utils.write_json(path, {**made_by, "data": name, "split": args.split, "scale": "0-100", "amp": args.amp,
-                            "length_penalty": args.length_penalty, "max_decode_steps": args.max_decode_steps, "consensus": args.consensus,
-                            "sample_location": args.sample_location, "beam_sizes": rows, "people": people})
+                            "length_penalty": args.length_penalty, "max_decode_steps": args.max_decode_steps,
+                            "consensus": args.consensus, "sample_location": args.sample_location, "beam_sizes": rows,
+                            "people": people})
     print_table({**rows, "people": people}, f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100")
     print(f"written: {path} and the captions beside it")
 

@@ -737,11 +737,11 @@ class CiderD:
     """
 
     def __init__(self, references, end="<end>"):
-        self.end, self.log_pictures = end, math.log(len(references))
-        counts = [[self._count(words, end) for words in captions] for captions in references]
-        frequency = collections.Counter(ngram for captions in counts for ngram in set().union(*captions))
+        self.references, self.end, self.log_pictures = references, end, math.log(len(references))
+        frequency = collections.Counter(ngram for captions in references
+                                        for ngram in set().union(*(self._count(words, end) for words in captions)))
         self.log_frequency = {ngram: math.log(n) for ngram, n in frequency.items()}
-        self.references = [[self._weigh(count) for count in captions] for captions in counts]
+        self.weighed = {}  # by picture, when it is first asked for: a consensus asks for few
 
     def _count(self, words, end):
         words = [*words, end] if end else words
@@ -764,8 +764,10 @@ class CiderD:
         :return: float; 1.0 is CIDEr 100
         """
         vector, norms, length = self._weigh(self._count(words, self.end if ended else None))
+        if picture not in self.weighed:
+            self.weighed[picture] = [self._weigh(self._count(said, self.end)) for said in self.references[picture]]
         total = 0.0
-        for other, other_norms, other_length in self.references[picture]:
+        for other, other_norms, other_length in self.weighed[picture]:
             products = [0.0] * 4
             for ngram, value in vector.items():
                 if ngram in other:

@@ -53,7 +53,8 @@ def read_run(folder):
     for path in sorted(Path(folder).glob("metrics_*.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         beams, people = metrics["beam_sizes"], metrics["people"]
-        run[metrics["split"]] = {"length_penalty": metrics["length_penalty"], "people": rounded(people),
+        run[metrics["split"]] = {"length_penalty": metrics["length_penalty"], "consensus": metrics.get("consensus", 0.0),
+                                 "people": rounded(people),
                                  "beams": {beam: rounded(row) for beam, row in beams.items()}}
     if not run:
         raise SystemExit(f"{folder}: expected log_*.jsonl or metrics_*.json")
@@ -166,17 +167,20 @@ LENGTHS = {"CIDEr-D, one model": "mean", "the same, length penalty 1": "mean-lp1
            "with --mirror, one model": "mean-mirror", "with --mirror, 0.85": "mean-mirror-lp085",
            "with --mirror, ensemble": "ensemble-mirror", "with --mirror, ensemble, 0.85": "ensemble-mirror-lp085",
            "the recipe, one model, 1": "mean-three", "the recipe, ensemble, 1": "ensemble-three"}
-
-
+CONSENSUS = {f"{label}{what}": f"{name}-{how}"
+             for label, name in (("cross-entropy", "xe"), ("then the CNN fine-tuned", "fine"),
+                                 ("its mean with the CIDEr-D model", "mean"), ("the recipe", "mean-three"))
+             for what, how in (("", "beam20"), (", **consensus**", "consensus"))}
+CONSENSUS["the recipe, ensemble, **consensus**"] = "ensemble-three-consensus"
 ON_PHOTOGRAPHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
 
 
-def models_table(runs, names):
-    """Both splits, beam 5.
+def models_table(runs, names, beam="5"):
+    """Both splits.
 
     :param names: dict of labels and the names of runs
     """
-    rows = [[label, {"val": "validation"}.get(split, split), len(group), *scores(group, "5", METRICS, split)]
+    rows = [[label, {"val": "validation"}.get(split, split), len(group), *scores(group, beam, METRICS, split)]
             for split in ("val", "test") for label, group in ((label, seeds(runs, name)) for label, name in names.items())]
     return table(["", "split", "seeds", *METRICS], rows)
 
@@ -211,6 +215,7 @@ def commands_table(runs):
 TABLES = {"decoders": decoders_table, "costs": costs_table, "scheduled sampling": scheduled_sampling_table,
           "beams": beam_table, "failures": failures_table, "stages": functools.partial(models_table, names=STAGES),
           "lengths": functools.partial(models_table, names=LENGTHS),
+          "consensus": functools.partial(models_table, names=CONSENSUS, beam="20"),
           "encoders": functools.partial(models_table, names=ON_PHOTOGRAPHS),
           "attention": functools.partial(shapes_table, names=ATTENTIONS),
           "from scratch": functools.partial(shapes_table, names=FROM_SCRATCH), "commands": commands_table}

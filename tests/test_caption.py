@@ -86,6 +86,14 @@ def test_the_consensus_of_the_training_data_can_be_asked(describe, talkative, tr
     assert any(scores[1][words] > score for words, score in scores[0].items())
     with fails("TRAIN_.*hdf5"):
         describe(*flags, "--consensus", 3)
+    captioner.image_size = 32
+    with fails("pictures of 64 pixels, but the model was trained on 32"):
+        datasets.described_pictures([captioner], *training_data, torch.float32)
+    checkpoint = utils.load_checkpoint(talkative)
+    checkpoint["config"]["data_name"] = ""
+    utils.save_checkpoint(talkative, checkpoint)
+    with fails("does not say on what it was trained"):
+        describe(*flags, "--consensus", 3, "--data_folder", training_data[0])
 
 
 def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
