@@ -44,14 +44,17 @@ def test_scores_and_gradients_are_those_of_a_cpu_in_float64(options, dtype, tole
         torch.testing.assert_close(ours.detach().cpu().double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item() + 1e-7)
 
 
-def test_beam_search_says_the_same(training_data, trained):
+@pytest.mark.parametrize("weight", [0.0, 1.0], ids=["plain", "consensus"])
+def test_beam_search_says_the_same(weight, training_data, trained):
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "test", training_data[1]))
     images = torch.from_numpy(data.images(slice(None)))
     found = []
     for device in ("cpu", "cuda"):
         captioner = models.load_captioner(paths(trained, training_data)[1], device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            found.append(captioner.caption(images, beam_size=5, max_decode_steps=12))
+            known = datasets.described_pictures([captioner], *training_data, torch.float32)
+            consensus = models.Consensus([captioner], *known, weight) if weight else None
+            found.append(captioner.caption(images, beam_size=5, max_decode_steps=12, consensus=consensus))
     for (on_cpu, *_), (on_gpu, *_) in zip(*found):
         assert on_gpu.words == on_cpu.words
         assert on_gpu.log_prob == pytest.approx(on_cpu.log_prob, rel=1e-3)
