@@ -51,7 +51,6 @@ def get_args_parser():
     parser.add_argument("--show", action="store_true", help="also open a window, where there is a screen")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all captions to this file")
     utils.add_search_flags(parser)
-    utils.add_consensus_flag(parser)
     utils.add_device_flags(parser)
     return parser
 

@@ -42,7 +42,6 @@ def get_args_parser():
     parser.add_argument("--output_folder", type=Path,
                         help="folder for captions and metrics, as JSON (default: the first checkpoint's, or --average's)")
     utils.add_search_flags(parser, beam_sizes="+")
-    utils.add_consensus_flag(parser)
     utils.add_device_flags(parser)
     return parser
 

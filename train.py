@@ -130,7 +130,7 @@ def get_args_parser():
                        help="start a new run from a checkpoint's weights and architecture, for example to fine-tune")
     group.add_argument("--checkpoint_every", type=int, default=0,
                        help="save every so many updates too, for long epochs; 0: after each epoch, and when stopped")
-    utils.add_search_flags(parser)
+    utils.add_search_flags(parser, consensus=False)
     utils.add_device_flags(parser)
     return parser
 

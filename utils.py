@@ -570,10 +570,11 @@ def add_device_flags(parser):
                             "(default: the cores that are free to use, at most 8: %(default)s)")
 
 
-def add_search_flags(parser, beam_sizes=None):
+def add_search_flags(parser, beam_sizes=None, consensus=True):
     """Flags of every script that utters captions.
 
     :param beam_sizes: ``nargs`` of --beam_size: None for one, ``+`` for several
+    :param consensus: --consensus too
     """
     group = parser.add_argument_group("beam search")
     group.add_argument("--beam_size", type=int, nargs=beam_sizes, default=[5] if beam_sizes else 5,
@@ -585,14 +586,12 @@ def add_search_flags(parser, beam_sizes=None):
                        help="hard attention: look at a location drawn by its weight (default: at the likeliest)")
     group.add_argument("--max_decode_steps", type=int, default=50,
                        help="longest caption in words (default: %(default)s)")
-
-
-def add_consensus_flag(parser):
-    """Flag of the scripts that caption with a trained model."""
-    parser.add_argument("--consensus", type=float, default=0.0, metavar="WEIGHT",
-                        help="among the captions of the beam prefer what people said of similar training pictures: add this "
-                             "x their CIDEr-D to the score (Mao et al. 2015); 0.8 with --beam_size 20 --length_penalty 1 "
-                             "does well; needs the training data in --data_folder (default: %(default)s, off)")
+    if consensus:
+        group.add_argument("--consensus", type=float, default=0.0, metavar="WEIGHT",
+                           help="among the captions of the beam prefer what people said of similar training pictures: add "
+                                "this x their CIDEr-D to the score (Mao et al. 2015); 0.8 with --beam_size 20 "
+                                "--length_penalty 1 does well; needs the training data in --data_folder "
+                                "(default: %(default)s, off)")
 
 
 def check_ranges(args, **bounds):
