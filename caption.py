@@ -58,7 +58,7 @@ def get_args_parser():
 def main(args):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is said in our own words
     utils.check_shared_flags(args)
-    utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536), consensus=(0, 1000))
+    utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
     if args.json and args.json.is_dir():
         raise UserError(f"--json {args.json} is a folder; expected a file, {args.json / 'captions.json'} for example")
     if args.no_plot and (args.gif or args.show):

@@ -48,7 +48,6 @@ def get_args_parser():
 
 def main(args):
     utils.check_shared_flags(args)
-    utils.check_ranges(args, consensus=(0, 1000))
     if args.consensus and args.split == "train":
         raise UserError("--consensus asks what people said of training pictures, so --split train cannot be scored with it")
     with utils.processes(args.device) as device:

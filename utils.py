@@ -610,6 +610,8 @@ def check_ranges(args, **bounds):
 def check_shared_flags(args):
     """:func:`check_ranges` for the flags that this module adds."""
     check_ranges(args, workers=(1, 256), beam_size=(1, 100), length_penalty=(0, 10), max_decode_steps=(1, 1000))
+    if "consensus" in args:
+        check_ranges(args, consensus=(0, 1000))
 
 
 def pick_device(name):
