@@ -26,17 +26,31 @@ import shutil
 import threading
 import unicodedata
 import zipfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 import regex
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
-from utils import UserError, atomic_path, available_cores, from_main, gathered, is_main, locked, progress, read_json, share
+from utils import (
+    UserError,
+    all_gather,
+    atomic_path,
+    available_cores,
+    barrier,
+    broadcast,
+    is_main,
+    locked,
+    progress,
+    read_json,
+    share,
+)
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
+PAD_ID = 0
 SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------------------------------------------------- file names
@@ -52,9 +66,15 @@ def check_name(name, what="the data's name", longest=120):
 
     :raises UserError: if it holds anything else than letters, digits, dots, dashes and underscores
     """
-    if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > longest:
-        raise UserError(f"{what} {name!r}: expected a name of at most {longest} letters, digits, dots, dashes and "
-                        "underscores, since files are called by it")
+    if (
+        not isinstance(name, str)
+        or not regex.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
+        or len(name) > longest
+    ):
+        raise UserError(
+            f"{what} {name!r}: expected a name of at most {longest} letters, digits, dots, dashes and "
+            "underscores, since files are called by it"
+        )
 
 
 def split_path(folder, split, name):
@@ -148,7 +168,10 @@ def build_word_map(token_lists, min_word_freq):
         ``<unk>``, ``<start>``, ``<end>``
     """
     counts = collections.Counter(itertools.chain.from_iterable(token_lists))
-    words = sorted((word for word, count in counts.items() if count >= min_word_freq), key=lambda w: (-counts[w], w))
+    words = sorted(
+        (word for word, count in counts.items() if count >= min_word_freq),
+        key=lambda w: (-counts[w], w),
+    )
     return {word: i for i, word in enumerate([PAD, *words, UNK, START, END])}
 
 
@@ -163,10 +186,19 @@ def load_word_map(path):
         raise UserError(f"{path} is no word map: expected a JSON object of words and their numbers")
     missing = [token for token in (PAD, UNK, START, END) if token not in word_map]
     if missing:
-        raise UserError(f"{path} is no word map: it lacks {', '.join(missing)}; make it with create_input_files.py")
+        raise UserError(
+            f"{path} is no word map: it lacks {', '.join(missing)}; make it with create_input_files.py"
+        )
     if sorted(word_map.values()) != list(range(len(word_map))) or word_map[PAD] != 0:
-        raise UserError(f"{path} is no word map: expected the numbers from {PAD}'s 0 to {len(word_map) - 1}, each once")
+        raise UserError(
+            f"{path} is no word map: expected the numbers from {PAD}'s 0 to {len(word_map) - 1}, each once"
+        )
     return word_map
+
+
+def special_tokens(word_map):
+    """Numbers of the tokens that no caption may hold."""
+    return [word_map[PAD], word_map[START], word_map[UNK]]
 
 
 def word_map_digest(word_map):
@@ -202,9 +234,13 @@ def decode_caption(ids, words):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-MAX_PIXELS = 89_478_485  # Pillow's own line, beyond which it warns of decompression bombs: 268 MB as RGB
+MAX_PIXELS = (
+    89_478_485  # Pillow's own line, beyond which it warns of decompression bombs: 268 MB as RGB
+)
 MAX_PICTURE_BYTES = 2**28
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .gif .bmp .webp .tif .tiff .ppm .pgm".split())
+PICTURE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"]
+)
 
 
 def open_image(source, size=None, name=None):
@@ -220,7 +256,9 @@ def open_image(source, size=None, name=None):
     :return: ``PIL.Image.Image`` of mode RGB
     :raises UserError: if it cannot be read: missing, empty, truncated, no picture, or of more than 89 million pixels
     """
-    name = name or (source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture"))
+    name = name or (
+        source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
+    )
     # Pillow's decoders raise nearly every type of exception on damaged data, so none can be singled out.
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -229,7 +267,9 @@ def open_image(source, size=None, name=None):
             if size is not None:
                 image.draft(None, (2 * size, 2 * size))
             image.load()
-            with contextlib.suppress(Exception):  # a damaged EXIF block must not cost us a sound picture
+            with contextlib.suppress(
+                Exception
+            ):  # a damaged EXIF block must not cost us a sound picture
                 ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except FileNotFoundError as error:
@@ -238,8 +278,11 @@ def open_image(source, size=None, name=None):
         if isinstance(error, (UserError, Image.DecompressionBombError)):
             reason = f"it has more than {MAX_PIXELS:,} pixels; shrink it"
         else:
-            reason = "not in a known format" if isinstance(error, UnidentifiedImageError) else (
-                clean_caption(str(error)) or type(error).__name__)
+            reason = (
+                "not in a known format"
+                if isinstance(error, UnidentifiedImageError)
+                else (clean_caption(str(error)) or type(error).__name__)
+            )
             reason += "; expected a whole JPEG, PNG, GIF, BMP, WebP or TIFF file: get it again, or save it anew"
         raise UserError(f"cannot read {name} as a picture: {reason}") from error
 
@@ -293,10 +336,12 @@ class Record(NamedTuple):
     split: str
     captions: list
     image: Callable
-    scene: Optional[dict] = None
+    scene: dict | None = None
 
 
-MAX_LOST = 0.03  # a data set that lacks more of its pictures than this is not the one that was asked for
+MAX_LOST = (
+    0.03  # a data set that lacks more of its pictures than this is not the one that was asked for
+)
 
 
 def too_many_lost(lost, total):
@@ -306,7 +351,11 @@ def too_many_lost(lost, total):
 
 FLICKR8K = {  # each archive, and what may stand for it: itself or what it unpacks to
     "Flickr8k_Dataset.zip": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset.zip"),
-    "Flickr8k_text.zip": ("Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "Flickr8k_text.zip"),
+    "Flickr8k_text.zip": (
+        "Flickr8k.token.txt",
+        "Flickr8k_text/Flickr8k.token.txt",
+        "Flickr8k_text.zip",
+    ),
 }
 
 
@@ -326,7 +375,11 @@ def flickr8k_records(folder):
 
     records, missing = [], []
     for split, file in zip(SPLITS, ("trainImages", "devImages", "testImages")):
-        names = [name for name in _flickr8k_text(folder, f"Flickr_8k.{file}.txt").split("\n") if name.strip()]
+        names = [
+            name
+            for name in _flickr8k_text(folder, f"Flickr_8k.{file}.txt").split("\n")
+            if name.strip()
+        ]
         for name in map(str.strip, names):
             image = pictures.find(name)
             if image is None or name not in captions:
@@ -337,13 +390,21 @@ def flickr8k_records(folder):
     notes = _check_missing(missing, len(records) + len(missing), folder)
     counts = [sum(record.split == split for record in records) for split in SPLITS]
     if counts != [6000, 1000, 1000] and not missing:
-        notes.append("not the whole of Flickr8k: {} + {} + {} pictures, officially 6000 + 1000 + 1000".format(*counts))
+        notes.append(
+            "not the whole of Flickr8k: {} + {} + {} pictures, officially 6000 + 1000 + 1000".format(
+                *counts
+            )
+        )
     return records, notes
 
 
 def missing_flickr8k_archives(folder):
     """:return: list of the archives' names that a folder lacks, and lacks unpacked too"""
-    return [archive for archive, names in FLICKR8K.items() if not any((Path(folder) / name).exists() for name in names)]
+    return [
+        archive
+        for archive, names in FLICKR8K.items()
+        if not any((Path(folder) / name).exists() for name in names)
+    ]
 
 
 def _first_existing(folder, *names):
@@ -373,8 +434,14 @@ def karpathy_records(json_path, images):
     :raises UserError: if the file has another layout or the pictures are not there
     """
     content = read_json(json_path)
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
-        raise UserError(f'{json_path} is not one of Karpathy\'s files: expected {{"images": [...], "dataset": ...}}')
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("images"), list)
+        or not content["images"]
+    ):
+        raise UserError(
+            f'{json_path} is not one of Karpathy\'s files: expected {{"images": [...], "dataset": ...}}'
+        )
     pictures = _Pictures(images)
     records, missing, without = [], [], 0
     for number, entry in enumerate(content["images"]):
@@ -382,12 +449,18 @@ def karpathy_records(json_path, images):
             name = entry["filename"]
             split = {"restval": "train"}.get(entry["split"], entry["split"])
             path = f"{entry['filepath']}/{name}" if entry.get("filepath") else name
-            captions = [s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in entry["sentences"]]
-            if split not in SPLITS or not all(isinstance(text, str) for text in (name, path, *captions)):
+            captions = [
+                s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in entry["sentences"]
+            ]
+            if split not in SPLITS or not all(
+                isinstance(text, str) for text in (name, path, *captions)
+            ):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{json_path}: entry {number} of \"images\" is malformed: expected filename, split (train, "
-                            "restval, val or test) and sentences, each with raw or tokens") from error
+            raise UserError(
+                f'{json_path}: entry {number} of "images" is malformed: expected filename, split (train, '
+                "restval, val or test) and sentences, each with raw or tokens"
+            ) from error
         if not any(map(tokenize, captions)):
             without += 1
             continue
@@ -418,10 +491,14 @@ def custom_records(images, captions, seed):
     text = _read_text(captions)
     start = text.lstrip()[:1000]
     if not start:
-        raise UserError(f"{captions} is empty; expected captions as CSV, JSON lines or Flickr's token format")
+        raise UserError(
+            f"{captions} is empty; expected captions as CSV, JSON lines or Flickr's token format"
+        )
     if start.startswith("["):
-        raise UserError(f'{captions}, line 1: a JSON array; expected JSON lines, each as {{"image": "name.jpg", '
-                        '"caption": "..."}')
+        raise UserError(
+            f'{captions}, line 1: a JSON array; expected JSON lines, each as {{"image": "name.jpg", '
+            '"caption": "..."}'
+        )
     if start.startswith("{"):
         rows = _json_rows(text, captions)
     elif regex.match(r"[^\t\n]+#\d+\t", start):
@@ -432,7 +509,9 @@ def custom_records(images, captions, seed):
     gathered, splits, repeated = {}, {}, 0
     for name, caption, (split, line) in rows:
         if split and splits.setdefault(name, split) != split:
-            raise UserError(f"{captions}, line {line}: {name} is in {split} here, but in {splits[name]} above")
+            raise UserError(
+                f"{captions}, line {line}: {name} is in {split} here, but in {splits[name]} above"
+            )
         own = gathered.setdefault(name, [])
         repeated += caption in own
         if caption not in own:
@@ -451,21 +530,32 @@ def custom_records(images, captions, seed):
             records.append(Record(name, splits[name], texts, image))
             used.add(image)
     if len(used) < len(records):
-        raise UserError(f"{captions} names one picture of {images} in two ways (with and without its folder); use one")
+        raise UserError(
+            f"{captions} names one picture of {images} in two ways (with and without its folder); use one"
+        )
     notes = _check_missing(missing, len(gathered), images)
     unused = pictures.count() - len(used)
     if unused > 0:
-        notes.append(f"{unused:,} pictures of {images} have no caption in {captions}; they are left out")
+        notes.append(
+            f"{unused:,} pictures of {images} have no caption in {captions}; they are left out"
+        )
     if repeated:
-        notes.append(f"{repeated:,} rows of {captions} repeat a caption of the same picture; they are left out")
+        notes.append(
+            f"{repeated:,} rows of {captions} repeat a caption of the same picture; they are left out"
+        )
     return records, notes
 
 
 def _deal(names, seed):
     """Split by the order of the names' hashes: whatever the order of the rows, and never an empty part if avoidable."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "replace")).digest())
+    ranked = sorted(
+        names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "replace")).digest()
+    )
     tenth = max(1, round(len(ranked) / 10))
-    return {name: "test" if i < tenth else "val" if i < 2 * tenth else "train" for i, name in enumerate(ranked)}
+    return {
+        name: "test" if i < tenth else "val" if i < 2 * tenth else "train"
+        for i, name in enumerate(ranked)
+    }
 
 
 def _csv_rows(text, path):
@@ -478,15 +568,23 @@ def _csv_rows(text, path):
             if columns is None:
                 columns = [field.strip().lower() for field in fields]
                 if not {"image", "caption"} <= set(columns):
-                    raise UserError(f"{path}, line {reader.line_num}: expected the header image,caption or "
-                                    f"image,caption,split, found {','.join(fields)[:80]!r}")
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: expected the header image,caption or "
+                        f"image,caption,split, found {','.join(fields)[:80]!r}"
+                    )
                 continue
             if len(fields) != len(columns):
-                raise UserError(f"{path}, line {reader.line_num}: {len(fields)} fields, expected {len(columns)} "
-                                f"({','.join(columns)}); put captions that hold a comma in double quotes")
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(fields)} fields, expected {len(columns)} "
+                    f"({','.join(columns)}); put captions that hold a comma in double quotes"
+                )
             row = dict(zip(columns, fields))
             where = f"{path}, line {reader.line_num}"
-            yield _name(row["image"], where), row["caption"], (_split(row.get("split"), where), reader.line_num)
+            yield (
+                _name(row["image"], where),
+                row["caption"],
+                (_split(row.get("split"), where), reader.line_num),
+            )
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
 
@@ -500,10 +598,19 @@ def _json_rows(text, path):
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON: {error}") from error
-        captions = [row["caption"]] if isinstance(row, dict) and "caption" in row else \
-            row.get("captions") if isinstance(row, dict) else None
-        if not isinstance(captions, list) or not all(isinstance(t, str) for t in (row.get("image"), *captions)):
-            raise UserError(f'{where}: expected {{"image": "name.jpg", "caption": "..."}}, found {line.strip()[:80]!r}')
+        captions = (
+            [row["caption"]]
+            if isinstance(row, dict) and "caption" in row
+            else row.get("captions")
+            if isinstance(row, dict)
+            else None
+        )
+        if not isinstance(captions, list) or not all(
+            isinstance(t, str) for t in (row.get("image"), *captions)
+        ):
+            raise UserError(
+                f'{where}: expected {{"image": "name.jpg", "caption": "..."}}, found {line.strip()[:80]!r}'
+            )
         for caption in captions:
             yield _name(row["image"], where), caption, (_split(row.get("split"), where), number)
 
@@ -515,7 +622,9 @@ def _token_rows(text, path):
         key, tab, caption = line.rstrip("\r").partition("\t")
         name, mark, index = key.rpartition("#")
         if not (tab and mark and name.strip() and index.strip().isdigit()):
-            raise UserError(f"{path}, line {number}: expected name.jpg#0<TAB>caption, found {line[:80]!r}")
+            raise UserError(
+                f"{path}, line {number}: expected name.jpg#0<TAB>caption, found {line[:80]!r}"
+            )
         yield name.strip(), caption, (None, number)
 
 
@@ -529,7 +638,9 @@ def _split(split, where):
     if split is None or (isinstance(split, str) and not split.strip()):
         return None
     if not isinstance(split, str) or split.strip().lower() not in SPLITS:
-        raise UserError(f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}, or nothing")
+        raise UserError(
+            f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}, or nothing"
+        )
     return split.strip().lower()
 
 
@@ -537,15 +648,19 @@ def _check_unique(records, where):
     names = collections.Counter(record.name for record in records)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice:
-        raise UserError(f"{where}: {twice} is listed twice; expected each picture once, in one split")
+        raise UserError(
+            f"{where}: {twice} is listed twice; expected each picture once, in one split"
+        )
 
 
 def _check_missing(missing, total, where):
     """Note a few missing pictures; refuse many."""
     if total == len(missing) or too_many_lost(len(missing), total):
         examples = ", ".join(map(repr, missing[:3]))
-        raise UserError(f"{len(missing):,} of {total:,} pictures are missing in {where} (or have no captions), "
-                        f"such as {examples}; is it the right folder, and whole?")
+        raise UserError(
+            f"{len(missing):,} of {total:,} pictures are missing in {where} (or have no captions), "
+            f"such as {examples}; is it the right folder, and whole?"
+        )
     return [f"{name!r} is missing in {where} (or has no caption); left out" for name in missing]
 
 
@@ -558,7 +673,9 @@ class _Pictures:
     def __init__(self, path):
         path = Path(path)
         if path.is_dir():
-            self._readers = {name: functools.partial(_read_file, full) for name, full in _list_folder(path)}
+            self._readers = {
+                name: functools.partial(_read_file, full) for name, full in _list_folder(path)
+            }
         elif path.is_file():
             archive, lock = _open_zip(path), threading.Lock()
             self._readers = {
@@ -576,7 +693,9 @@ class _Pictures:
     def find(self, name):
         """:return: the picture's ``Record.image``, the same object each time, or None"""
         name = name.replace("\\", "/").removeprefix("./") if name not in self._readers else name
-        return self._readers.get(name) or self._readers.get(self._unique.get(PurePosixPath(name).name))
+        return self._readers.get(name) or self._readers.get(
+            self._unique.get(PurePosixPath(name).name)
+        )
 
     def count(self):
         """:return: number of files that are pictures by their names"""
@@ -588,7 +707,9 @@ def _list_folder(root):
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
-        subfolders[:] = [n for n in sorted(subfolders) if os.path.realpath(os.path.join(folder, n)) not in seen]
+        subfolders[:] = [
+            n for n in sorted(subfolders) if os.path.realpath(os.path.join(folder, n)) not in seen
+        ]
         for name in sorted(files):
             path = Path(folder, name)
             yield path.relative_to(root).as_posix(), path
@@ -601,7 +722,9 @@ def _read_file(path, size):
 
 
 def _read_archived(archive, info, lock, size):
-    return open_image(_read_member(archive, info, lock), size, name=f"{archive.filename}/{info.filename}")
+    return open_image(
+        _read_member(archive, info, lock), size, name=f"{archive.filename}/{info.filename}"
+    )
 
 
 def _open_zip(path):
@@ -610,7 +733,9 @@ def _open_zip(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile raises several types on damaged archives
-        raise UserError(f"{path} is not a whole zip archive ({str(error)[:160]}); delete it and download it again") from error
+        raise UserError(
+            f"{path} is not a whole zip archive ({str(error)[:160]}); delete it and download it again"
+        ) from error
 
 
 def _archived_name(info):
@@ -622,7 +747,9 @@ def _archived_name(info):
 def _read_member(archive, info, lock=contextlib.nullcontext()):
     name = f"{archive.filename}/{info.filename}"
     if info.file_size > MAX_PICTURE_BYTES:
-        raise UserError(f"{name} says it has {info.file_size:,} bytes; expected at most {MAX_PICTURE_BYTES:,}")
+        raise UserError(
+            f"{name} says it has {info.file_size:,} bytes; expected at most {MAX_PICTURE_BYTES:,}"
+        )
     try:
         with lock:  # ZipFile counts its open members without one
             member = archive.open(info)
@@ -663,13 +790,26 @@ COLORS = {
     "black": (18, 18, 20),
 }
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
-_TINTS = ((152, 160, 170), (176, 160, 144), (148, 166, 152), (170, 152, 168), (146, 160, 184), (166, 166, 160))
+_TINTS = (
+    (152, 160, 170),
+    (176, 160, 144),
+    (148, 166, 152),
+    (170, 152, 168),
+    (146, 160, 184),
+    (166, 166, 160),
+)
 _INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _PLACES = {
-    (0, 0): "at the top left", (1, 0): "at the top", (2, 0): "at the top right",
-    (0, 1): "on the left", (1, 1): "in the middle", (2, 1): "on the right",
-    (0, 2): "at the bottom left", (1, 2): "at the bottom", (2, 2): "at the bottom right",
+    (0, 0): "at the top left",
+    (1, 0): "at the top",
+    (2, 0): "at the top right",
+    (0, 1): "on the left",
+    (1, 1): "in the middle",
+    (2, 1): "on the right",
+    (0, 2): "at the bottom left",
+    (1, 2): "at the bottom",
+    (2, 2): "at the bottom right",
 }
 _MARGIN = 0.03
 
@@ -694,60 +834,6 @@ def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
     return records, []
 
 
-def judge_caption(scene, words):
-    """Hold a caption against the scene that it should describe.
-
-    :param scene: ``Record.scene`` or an element of ``CaptionDataset.scenes``
-    :param words: list of words
-    :return: dict of verdicts. ``count``: whether as many shapes are mentioned as there are; ``shapes``: whether they are
-        those of the scene, each as often as it is there; ``objects``: the same with the colour just before each;
-        ``relation``: None if the caption puts no mentioned shape left of, right of, above or below the next one; else
-        whether all it says so is true by at least 5 % of the picture (it is not, of a shape that is not there)
-    """
-    mentions = [(i, (words[i - 1] if i and words[i - 1] in COLORS else None, word))
-                for i, word in enumerate(words) if word in SHAPES]
-    objects = {(thing["color"], thing["shape"]): thing["box"] for thing in scene["objects"]}
-    stated = []
-    for (i, subject), (j, other) in itertools.pairwise(mentions):
-        relations = [word for word in words[i + 1:j] if word in _PHRASES]
-        stated += [_is_true(relation, objects.get(subject), objects.get(other)) for relation in relations]
-    shapes = collections.Counter(shape for _, (_, shape) in mentions)
-    return {"count": len(mentions) == len(objects),
-            "shapes": shapes == collections.Counter(shape for _, shape in objects),
-            "objects": collections.Counter(mention for _, mention in mentions) == collections.Counter(list(objects)),
-            "relation": all(stated) if stated else None}
-
-
-def _is_true(relation, box, other):
-    if box is None or other is None:
-        return False
-    axis = 0 if relation in ("left", "right") else 1
-    difference = (box[axis] + box[axis + 2] - other[axis] - other[axis + 2]) / 2
-    return (difference if relation in ("right", "below") else -difference) >= 0.05
-
-
-def pointing(scene, words, alphas, image_grid):
-    """For each word that names an object of the scene: did attention peak on what it names?
-
-    :param scene: ``Record.scene`` or an element of ``CaptionDataset.scenes``
-    :param words: list of words
-    :param alphas: attention weights, float (at least num_words, num_pixels), pixels row by row
-    :param image_grid: (rows, columns) of the attention map
-    :return: list of (hit, chance), one for each such word: whether the centre of the peak's cell lies in a box of
-        what the word names, and the share of all cells whose centre does
-    """
-    rows, columns = image_grid
-    y, x = np.divmod(np.arange(rows * columns), columns)
-    x, y = (x + 0.5) / columns, (y + 0.5) / rows
-    scores = []
-    for word, alpha in zip(words, np.asarray(alphas)):
-        boxes = [scene["objects"][i]["box"] for i in scene["names"].get(word, ())]
-        if boxes:
-            inside = np.any([(x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1) for x0, y0, x1, y1 in boxes], axis=0)
-            scores.append((bool(inside[np.argmax(alpha)]), float(inside.mean())))
-    return scores
-
-
 def _make_scene(rng):
     """Draw by lot what a scene shows: the scene, the outlines of its objects in fractions of the picture, captions."""
     number = rng.choices((1, 2, 3), (30, 60, 10))[0]
@@ -758,11 +844,18 @@ def _make_scene(rng):
     sides = [rng.uniform(*(small if size == "small" else large)) for size in sizes]
     relation = rng.choice(("left", "above"))  # of the first object to the second
     place = (rng.randrange(3), rng.randrange(3))
-    centers = _place_alone(rng, sides[0], place) if number == 1 else _place_pair(rng, sides, relation == "above")
+    centers = (
+        _place_alone(rng, sides[0], place)
+        if number == 1
+        else _place_pair(rng, sides, relation == "above")
+    )
 
     objects, outlines, names = [], [], collections.defaultdict(list)
     for i, ((color, shape), size, side, center) in enumerate(zip(looks, sizes, sides, centers)):
-        outline = [(center[0] + side * x, center[1] + side * y) for x, y in _outline(shape, rng.uniform(-0.2, 0.2))]
+        outline = [
+            (center[0] + side * x, center[1] + side * y)
+            for x, y in _outline(shape, rng.uniform(-0.2, 0.2))
+        ]
         xs, ys = zip(*outline)
         box = [round(value, 5) for value in (min(xs), min(ys), max(xs), max(ys))]
         objects.append({"shape": shape, "color": color, "size": size, "box": box})
@@ -770,13 +863,22 @@ def _make_scene(rng):
         names[shape].append(i)
         names[color].append(i)
     scene = {"objects": objects, "names": dict(names), "background": rng.choice(BACKGROUNDS)}
-    captions = _describe_one(rng, scene, place) if number == 1 else _describe_several(rng, objects, relation)
+    captions = (
+        _describe_one(rng, scene, place)
+        if number == 1
+        else _describe_several(rng, objects, relation)
+    )
     return scene, outlines, captions
 
 
 def _place_alone(rng, side, place):
     reach = 1 - 2 * _MARGIN - side
-    return [tuple(_MARGIN + side / 2 + reach * (0.5 * p + rng.uniform(-0.06, 0.06) * (p == 1)) for p in place)]
+    return [
+        tuple(
+            _MARGIN + side / 2 + reach * (0.5 * p + rng.uniform(-0.06, 0.06) * (p == 1))
+            for p in place
+        )
+    ]
 
 
 def _place_pair(rng, sides, vertical):
@@ -784,20 +886,37 @@ def _place_pair(rng, sides, vertical):
     first, second, *third = sides
     low, high = _MARGIN, 1 - _MARGIN
     while True:
-        nearest = max(0.3, 0.44 * (first + second))  # touching is at 0.5, so that some shapes overlap a little
+        nearest = max(
+            0.3, 0.44 * (first + second)
+        )  # touching is at 0.5, so that some shapes overlap a little
         distance = rng.uniform(nearest, min(0.62, high - low - (first + second) / 2))
         along = rng.uniform(low + first / 2, high - second / 2 - distance)
         across = rng.uniform(low + first / 2, high - first / 2)
-        across_second = min(max(across + rng.uniform(-0.08, 0.08), low + second / 2), high - second / 2)
+        across_second = min(
+            max(across + rng.uniform(-0.08, 0.08), low + second / 2), high - second / 2
+        )
         centers = [(along, across), (along + distance, across_second)]
         if abs(across - across_second) > 0.12:
             continue
         if third:
             side = third[0]
-            spots = ((rng.uniform(low + side / 2, high - side / 2), rng.uniform(low + side / 2, high - side / 2))
-                     for _ in range(20))
-            spot = next((s for s in spots if all(math.dist(s, c) > 0.6 * (side + other)
-                                                 for c, other in zip(centers, sides))), None)
+            spots = (
+                (
+                    rng.uniform(low + side / 2, high - side / 2),
+                    rng.uniform(low + side / 2, high - side / 2),
+                )
+                for _ in range(20)
+            )
+            spot = next(
+                (
+                    s
+                    for s in spots
+                    if all(
+                        math.dist(s, c) > 0.6 * (side + other) for c, other in zip(centers, sides)
+                    )
+                ),
+                None,
+            )
             if spot is None:
                 continue
             centers.append(spot)
@@ -821,12 +940,23 @@ def _outline(shape, angle):
 
 def _describe_one(rng, scene, place):
     thing = scene["objects"][0]
-    short, long = f"{thing['color']} {thing['shape']}", f"{thing['size']} {thing['color']} {thing['shape']}"
+    short, long = (
+        f"{thing['color']} {thing['shape']}",
+        f"{thing['size']} {thing['color']} {thing['shape']}",
+    )
     where, on = _PLACES[place], f"on a {scene['background']} background"
-    return rng.sample([
-        f"a {long} {on}", f"a {long} {where}", f"there is a {long} {where}", f"one {long} {on}",
-        f"a {short} {where} of the picture", f"the picture shows a {long} {where}", f"there is a {short} {on}",
-    ], 5)
+    return rng.sample(
+        [
+            f"a {long} {on}",
+            f"a {long} {where}",
+            f"there is a {long} {where}",
+            f"one {long} {on}",
+            f"a {short} {where} of the picture",
+            f"the picture shows a {long} {where}",
+            f"there is a {short} {on}",
+        ],
+        5,
+    )
 
 
 def _describe_several(rng, objects, relation):
@@ -834,12 +964,13 @@ def _describe_several(rng, objects, relation):
     for i, opening in enumerate(rng.sample(("", "", "", "there is ", "we see "), 5)):
         sized = rng.random() < 0.5
         first, second, *third = [
-            f"a {thing['size'] + ' ' if sized else ''}{thing['color']} {thing['shape']}" for thing in objects
+            f"a {thing['size'] + ' ' if sized else ''}{thing['color']} {thing['shape']}"
+            for thing in objects
         ]
         if i % 2:
-            pair = f"{first} {_PHRASES[relation]} {second}"
+            pair = f"{first} {PHRASES[relation]} {second}"
         else:
-            pair = f"{second} {_PHRASES[_INVERSE[relation]]} {first}"
+            pair = f"{second} {PHRASES[_INVERSE[relation]]} {first}"
         parts = [pair, *third] if rng.random() < 0.7 else [*third, pair]
         captions.append(opening + " and ".join(parts))
     return captions
@@ -852,9 +983,13 @@ def _draw_scene(scene, outlines, key, size, _):
         left, top = (math.floor(value * size) - 8 for value in thing["box"][:2])
         right, bottom = (math.ceil(value * size) + 8 for value in thing["box"][2:])
         mask = Image.new("L", (4 * (right - left), 4 * (bottom - top)))
-        ImageDraw.Draw(mask).polygon([(4 * (x * size - left), 4 * (y * size - top)) for x, y in outline], fill=255)
+        ImageDraw.Draw(mask).polygon(
+            [(4 * (x * size - left), 4 * (y * size - top)) for x, y in outline], fill=255
+        )
         mask = mask.reduce(4)
-        shadow = mask.filter(ImageFilter.GaussianBlur(size / 100)).point(lambda value: value * 2 // 5)
+        shadow = mask.filter(ImageFilter.GaussianBlur(size / 100)).point(
+            lambda value: value * 2 // 5
+        )
         picture.paste((40, 40, 50), (left + size // 100, top + size // 80), shadow)
         light = rng.randint(-8, 8)
         shade = tuple(min(max(channel + light, 0), 255) for channel in COLORS[thing["color"]])
@@ -870,7 +1005,9 @@ def _draw_background(rng, kind, size):
     if kind == "shaded":
         light = 0.84 + 0.34 * (ramp - ramp.min()) / (ramp.max() - ramp.min())
     elif kind == "striped":
-        wave = np.abs(ramp * rng.randint(5, 9) % 1 - 0.5) * 4 - 1  # a triangle wave: the same bytes on any machine
+        wave = (
+            np.abs(ramp * rng.randint(5, 9) % 1 - 0.5) * 4 - 1
+        )  # a triangle wave: the same bytes on any machine
         light = 1 + 0.09 * np.clip(wave * 5, -1, 1)
     elif kind == "speckled":
         grain = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
@@ -888,8 +1025,19 @@ FORMAT = "show-attend-and-tell captions"
 FORMAT_VERSION = 1
 
 
-def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min_word_freq=5, max_len=50,
-                  image_size=256, seed=0, workers=None):
+def write_dataset(
+    folder,
+    records,
+    *,
+    dataset,
+    source,
+    captions_per_image=5,
+    min_word_freq=5,
+    max_len=50,
+    image_size=256,
+    seed=0,
+    workers=None,
+):
     """Write the three splits and the word map; they appear together, once all are whole.
 
     :param folder: where the files go
@@ -910,12 +1058,16 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
     parts = {split: [record for record in records if record.split == split] for split in SPLITS}
     for split, part in parts.items():
         if not part:
-            raise UserError(f"the {split} split of {dataset} has no pictures; each of {', '.join(SPLITS)} needs some")
+            raise UserError(
+                f"the {split} split of {dataset} has no pictures; each of {', '.join(SPLITS)} needs some"
+            )
     token_lists = (tokenize(caption) for record in parts["train"] for caption in record.captions)
     word_map = build_word_map(token_lists, min_word_freq)
     if len(word_map) == 4:
-        raise UserError(f"no word of the training captions occurs {min_word_freq} times; check that they hold words, "
-                        "or lower --min_word_freq")
+        raise UserError(
+            f"no word of the training captions occurs {min_word_freq} times; check that they hold words, "
+            "or lower --min_word_freq"
+        )
 
     summaries = {}
     with contextlib.ExitStack() as finished:
@@ -924,9 +1076,21 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
             temporary = finished.enter_context(atomic_path(split_path(folder, split, name)))
             try:
                 summaries[split] = write_split(
-                    temporary, part, word_map, split=split, captions_per_image=captions_per_image, max_len=max_len,
-                    image_size=image_size, seed=seed, workers=workers,
-                    attributes={"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source},
+                    temporary,
+                    part,
+                    word_map,
+                    split=split,
+                    captions_per_image=captions_per_image,
+                    max_len=max_len,
+                    image_size=image_size,
+                    seed=seed,
+                    workers=workers,
+                    attributes={
+                        "dataset": dataset,
+                        "name": name,
+                        "min_word_freq": min_word_freq,
+                        "source": source,
+                    },
                 )
             except OSError as error:  # h5py's text runs over many lines
                 raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
@@ -935,8 +1099,19 @@ def write_dataset(folder, records, *, dataset, source, captions_per_image=5, min
     return summaries, word_map
 
 
-def write_split(path, records, word_map, *, split, captions_per_image, max_len, image_size, seed, attributes,
-                workers=None):
+def write_split(
+    path,
+    records,
+    word_map,
+    *,
+    split,
+    captions_per_image,
+    max_len,
+    image_size,
+    seed,
+    attributes,
+    workers=None,
+):
     """Write one HDF5 file, in place: give it a path from :func:`utils.atomic_path`.
 
     The same input gives the same bytes. Left out and counted: captions without a word; pictures without a caption (and
@@ -961,21 +1136,30 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
             summary["without_captions"] += 1
             continue
         if len(usable) > captions_per_image:
-            chosen = random.Random(f"{seed}/{_valid_text(record.name)}").sample(range(len(usable)), captions_per_image)
+            chosen = random.Random(f"{seed}/{_valid_text(record.name)}").sample(
+                range(len(usable)), captions_per_image
+            )
             usable = [usable[i] for i in sorted(chosen)]
         kept.append((record, references, usable))
 
     rows = sum(len(usable) for _, _, usable in kept)
-    texts = _pack([(references, _valid_text(record.name), record.scene) for record, references, _ in kept])
-    room = len(kept) * (3 * image_size**2 + 100) + rows * (4 * (max_len + 2) + 8) + len(texts) + 2**20
+    texts = _pack(
+        [(references, _valid_text(record.name), record.scene) for record, references, _ in kept]
+    )
+    room = (
+        len(kept) * (3 * image_size**2 + 100) + rows * (4 * (max_len + 2) + 8) + len(texts) + 2**20
+    )
     _reserve(path, room)
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         _reserve(path, room)
         readable, unreadable, digest = _write_images(
-            file, split, [record for record, _, _ in kept], image_size, workers)
+            file, split, [record for record, _, _ in kept], image_size, workers
+        )
         kept = [kept[i] for i in readable]
         if not kept:
-            raise UserError(f"the {split} split has no picture with a caption; check the captions and --max_len")
+            raise UserError(
+                f"the {split} split has no picture with a caption; check the captions and --max_len"
+            )
 
         encoded = [words for _, _, usable in kept for words in usable]
         captions = np.empty((len(encoded), max_len + 2), np.int32)
@@ -990,9 +1174,17 @@ def write_split(path, records, word_map, *, split, captions_per_image, max_len, 
         if None not in scenes:
             file["scenes"] = _pack(scenes)
         for key, value in {
-            "format": FORMAT, "format_version": FORMAT_VERSION, "split": split, "image_size": image_size,
-            "captions_per_image": captions_per_image, "max_len": max_len, "seed": seed, "tokenizer": TOKENIZER,
-            "word_map_digest": word_map_digest(word_map), "images_digest": digest, **attributes,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "split": split,
+            "image_size": image_size,
+            "captions_per_image": captions_per_image,
+            "max_len": max_len,
+            "seed": seed,
+            "tokenizer": TOKENIZER,
+            "word_map_digest": word_map_digest(word_map),
+            "images_digest": digest,
+            **attributes,
         }.items():
             file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
     h5py.File(path, "r+").close()  # gives back what was reserved and not needed
@@ -1035,19 +1227,30 @@ def _unpack(data):
 
 def _write_images(file, split, records, size, workers):
     """Decode pictures in threads and write them in order; return the readable ones' numbers, messages, a digest."""
-    images = file.create_dataset("images", (len(records), 3, size, size), np.uint8, chunks=(1, 3, size, size),
-                                 maxshape=(None, 3, size, size))
+    images = file.create_dataset(
+        "images",
+        (len(records), 3, size, size),
+        np.uint8,
+        chunks=(1, 3, size, size),
+        maxshape=(None, 3, size, size),
+    )
     workers = workers or available_cores()
     readable, unreadable, digest = [], [], hashlib.sha256()
     squares = read_ahead(functools.partial(_load_square, size=size), records, workers)
-    for i, image in enumerate(progress(squares, total=len(records), desc=f"writing {split}", unit="picture")):
+    for i, image in enumerate(
+        progress(squares, total=len(records), desc=f"writing {split}", unit="picture")
+    ):
         if isinstance(image, UserError):
             unreadable.append(str(image))
             if too_many_lost(len(unreadable), len(records)):
-                raise UserError(f"{len(unreadable)} of the first {i + 1:,} of {len(records):,} pictures cannot be read, "
-                                f"too many to go on; the last: {image}") from image
+                raise UserError(
+                    f"{len(unreadable)} of the first {i + 1:,} of {len(records):,} pictures cannot be read, "
+                    f"too many to go on; the last: {image}"
+                ) from image
             continue
-        images.id.write_direct_chunk((len(readable), 0, 0, 0), image)  # a chunk is a picture: nothing to select or filter
+        images.id.write_direct_chunk(
+            (len(readable), 0, 0, 0), image
+        )  # a chunk is a picture: nothing to select or filter
         digest.update(image)
         readable.append(i)
     images.resize(len(readable), axis=0)
@@ -1069,11 +1272,20 @@ def _is_list_of(value, kind):
 def _is_scene(scene):
     """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
     objects, names = scene["objects"], scene["names"]
-    return (_is_list_of(objects, dict) and isinstance(names, dict)
-            and all(isinstance(thing["color"], str) and isinstance(thing["shape"], str) for thing in objects)
-            and all(_is_list_of(thing["box"], (int, float)) and len(thing["box"]) == 4 for thing in objects)
-            and all(_is_list_of(numbers, int) and all(0 <= i < len(objects) for i in numbers)
-                    for numbers in names.values()))
+    return (
+        _is_list_of(objects, dict)
+        and isinstance(names, dict)
+        and all(
+            isinstance(thing["color"], str) and isinstance(thing["shape"], str) for thing in objects
+        )
+        and all(
+            _is_list_of(thing["box"], (int, float)) and len(thing["box"]) == 4 for thing in objects
+        )
+        and all(
+            _is_list_of(numbers, int) and all(0 <= i < len(objects) for i in numbers)
+            for numbers in names.values()
+        )
+    )
 
 
 class CaptionDataset:
@@ -1097,17 +1309,27 @@ class CaptionDataset:
         if not self.path.is_file():
             raise UserError(f"there is no {path}; create_input_files.py makes it")
         with self._reading(), h5py.File(self.path, "r", locking=False) as file:
-            self.attributes = {key: value.decode() if isinstance(value, bytes) else value.item()
-                               for key, value in file.attrs.items()}
-            if (self.attributes.get("format"), self.attributes.get("format_version")) != (FORMAT, FORMAT_VERSION):
+            self.attributes = {
+                key: value.decode() if isinstance(value, bytes) else value.item()
+                for key, value in file.attrs.items()
+            }
+            if (self.attributes.get("format"), self.attributes.get("format_version")) != (
+                FORMAT,
+                FORMAT_VERSION,
+            ):
                 raise ValueError("it is of another format or version")
-            limit = os.path.getsize(self.path)  # nothing is compressed: a larger claim is damage, not data
+            limit = os.path.getsize(
+                self.path
+            )  # nothing is compressed: a larger claim is damage, not data
             if any(item.nbytes > limit for item in file.values()):
                 raise ValueError("it claims more than it holds")
-            self.split, self.dataset, self.name = (str(self.attributes[key]) for key in ("split", "dataset", "name"))
+            self.split, self.dataset, self.name = (
+                str(self.attributes[key]) for key in ("split", "dataset", "name")
+            )
             self.image_size = int(self.attributes["image_size"])
             self.images_digest, self.word_map_digest = (
-                str(self.attributes[key]) for key in ("images_digest", "word_map_digest"))
+                str(self.attributes[key]) for key in ("images_digest", "word_map_digest")
+            )
             self.captions = file["captions"][:]
             self.caption_lengths = file["caption_lengths"][:]
             self.caption_offsets = file["caption_offsets"][:]
@@ -1125,12 +1347,17 @@ class CaptionDataset:
             ("caption_offsets", np.int64, (pictures + 1,)),
         ):
             if file[name].dtype != dtype or file[name].shape != shape:
-                raise ValueError(f"{name} is {file[name].dtype} {file[name].shape}, expected {np.dtype(dtype)} {shape}")
+                raise ValueError(
+                    f"{name} is {file[name].dtype} {file[name].shape}, expected {np.dtype(dtype)} {shape}"
+                )
         offsets = self.caption_offsets
         if offsets[0] != 0 or offsets[-1] != len(self.captions) or (np.diff(offsets) < 0).any():
             raise ValueError("its captions do not fit its pictures")
-        if len(self.captions) and not (self.captions.min() >= 0 and 3 <= self.caption_lengths.min()
-                                       and self.caption_lengths.max() <= width):
+        if len(self.captions) and not (
+            self.captions.min() >= 0
+            and self.caption_lengths.min() >= 3
+            and self.caption_lengths.max() <= width
+        ):
             raise ValueError("its captions are damaged")
 
     @contextlib.contextmanager
@@ -1141,8 +1368,10 @@ class CaptionDataset:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{self.path} cannot be used ({clean_caption(str(error)) or type(error).__name__}); "
-                            "make it again with create_input_files.py --force") from error
+            raise UserError(
+                f"{self.path} cannot be used ({clean_caption(str(error)) or type(error).__name__}); "
+                "make it again with create_input_files.py --force"
+            ) from error
 
     def __len__(self):
         return len(self.image_names)
@@ -1164,12 +1393,14 @@ class CaptionDataset:
         :return: uint8 (len(indices), 3, image_size, image_size), in the order of ``indices``
         :raises UserError: if the file is damaged
         """
-        indices = np.arange(len(self))[indices if isinstance(indices, slice) else np.asarray(indices, np.int64)]
+        indices = np.arange(len(self))[
+            indices if isinstance(indices, slice) else np.asarray(indices, np.int64)
+        ]
         batch = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
         with self._reading():
             images = self._open()["images"]
             if len(indices) and (np.diff(indices) == 1).all():
-                images.read_direct(batch, np.s_[indices[0]:indices[-1] + 1])
+                images.read_direct(batch, np.s_[indices[0] : indices[-1] + 1])
             else:
                 for row, i in enumerate(indices):
                     images.read_direct(batch, np.s_[i], np.s_[row])
@@ -1180,7 +1411,9 @@ class CaptionDataset:
         """All captions of each picture, as text: list of lists of str."""
         with self._reading():
             references = _unpack(self._open()["references"])
-            if len(references) != len(self) or not all(_is_list_of(texts, str) for texts in references):
+            if len(references) != len(self) or not all(
+                _is_list_of(texts, str) for texts in references
+            ):
                 raise ValueError("its references do not fit its pictures")
         return references
 
@@ -1202,8 +1435,10 @@ class CaptionDataset:
     def check_word_map(self, word_map):
         """:raises UserError: if the captions were encoded with another word map"""
         if word_map_digest(word_map) != self.word_map_digest:
-            raise UserError(f"{self.path} was encoded with another word map; use the one that was written with it, "
-                            f"{word_map_path(self.path.parent, self.name)}")
+            raise UserError(
+                f"{self.path} was encoded with another word map; use the one that was written with it, "
+                f"{word_map_path(self.path.parent, self.name)}"
+            )
         with self._reading():
             if self.captions.size and self.captions.max() >= len(word_map):
                 raise ValueError("its captions are damaged")
@@ -1252,66 +1487,45 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     :raises UserError: if the store is damaged or cannot be written
     """
     if path is None:
-        parts = _encoded(dataset, encode, np.arange(len(dataset))[rows or slice(None)], batch_size, workers)
+        parts = _encoded(
+            dataset, encode, np.arange(len(dataset))[rows or slice(None)], batch_size, workers
+        )
         none = np.empty((0, 1, 1), np.float16)  # fewer pictures than processes
         return np.concatenate([out for _, out in parts] or [none])
-    if not from_main(path.exists()):  # what is there can be read from a folder that may not be written
-        with locked(lock_path(path), path, wait=True):  # two runs on one data set: the second waits for the first's features
-            if not from_main(path.exists()):
+    if not broadcast(
+        path.exists()
+    ):  # what is there can be read from a folder that may not be written
+        with locked(
+            lock_path(path), path, wait=True
+        ):  # two runs on one data set: the second waits for the first's features
+            if not broadcast(path.exists()):
                 _write_features(path, dataset, encode, batch_size, workers)
     try:
-        features = np.load(path, mmap_mode="c")  # copy on write: torch wants arrays that it could write to
+        features = np.load(
+            path, mmap_mode="c"
+        )  # copy on write: torch wants arrays that it could write to
         if features.dtype != np.float16 or features.ndim != 3 or not features.flags.c_contiguous:
             raise ValueError("it is no float16 array of three dimensions")
         if features.offset + features.nbytes != os.path.getsize(path):
             raise ValueError("it has another size than it says")
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
         reason = clean_caption(str(error))[:160] or type(error).__name__
-        raise UserError(f"the feature store {path} is damaged ({reason}); delete it and run again") from error
+        raise UserError(
+            f"the feature store {path} is damaged ({reason}); delete it and run again"
+        ) from error
     if len(features) != len(dataset):
-        raise UserError(f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
-                        "delete it and run again")
+        raise UserError(
+            f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
+            "delete it and run again"
+        )
     return features
-
-
-def described_pictures(captioners, folder, name, dtype, workers=2):
-    """What ``models.Consensus`` knows: the training pictures' captions and mean features.
-
-    :param captioners: list of ``models.Captioner``
-    :param folder: data folder with the pictures that they were trained on; mean features are kept there, too
-    :return: (references, list of float32 arrays (N, encoder_dim))
-    :raises UserError: if the data is missing, or was prepared in another size
-    """
-    data = CaptionDataset(split_path(folder, "train", name))
-    means = []
-    for captioner in captioners:
-        if captioner.image_size != data.image_size:
-            raise UserError(f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
-                            f"{captioner.image_size}; --consensus needs the training pictures in that size")
-        means.append(mean_features(data, captioner, folder, name, dtype, workers))
-    return data.references, means
-
-
-def mean_features(dataset, captioner, folder, name, dtype, workers):
-    """The mean feature of each picture: from the feature store if there is one, else computed once and kept.
-
-    :return: float32 array (N, encoder_dim)
-    """
-    key = feature_key(captioner.encoder.digest(), dataset.images_digest, dtype)
-    path = features_path(folder, name, dataset.split, key)
-    encode = lambda images: captioner.encode(images, dtype)
-    if not from_main(path.exists()):
-        path = path.with_name(f"MEAN_{path.name}")
-        encode = lambda images: captioner.encode(images, dtype).float().mean(1, keepdim=True)
-    features = encode_split(dataset, encode, path, workers=workers)
-    return np.concatenate([features[i:i + 512].mean(1, dtype=np.float32) for i in range(0, len(features), 512)])
 
 
 def _encoded(dataset, encode, pictures, batch_size, workers):
     """Yield (pictures, float16 features) batch by batch."""
     import torch
 
-    batches = [pictures[i:i + batch_size] for i in range(0, len(pictures), batch_size)]
+    batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
     with progress(total=len(pictures), desc=f"encoding {dataset.split}", unit="picture") as bar:
         for batch, images in zip(batches, read_ahead(dataset.images, batches, workers)):
             yield batch, encode(torch.from_numpy(images)).to(torch.float16).cpu().numpy()
@@ -1320,24 +1534,32 @@ def _encoded(dataset, encode, pictures, batch_size, workers):
 
 def _write_features(path, dataset, encode, batch_size, workers):
     """Write a feature store; each process of the run fills in its share."""
-    parts = _encoded(dataset, encode, np.arange(len(dataset))[share(len(dataset))], batch_size, workers)
+    parts = _encoded(
+        dataset, encode, np.arange(len(dataset))[share(len(dataset))], batch_size, workers
+    )
     first = next(parts, None)
-    shape = (len(dataset), *next(s for s in gathered(first and first[1].shape[1:]) if s))
+    shape = (len(dataset), *next(s for s in all_gather(first and first[1].shape[1:]) if s))
     free, size = shutil.disk_usage(path.parent).free, 2 * math.prod(shape)
     if free < size:
-        raise UserError(f"the feature store {path} needs {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
-                        "make room or choose another --data_folder")
+        raise UserError(
+            f"the feature store {path} needs {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
+            "make room or choose another --data_folder"
+        )
     with atomic_path(path) if is_main() else contextlib.nullcontext() as temporary:
         if is_main():
             np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            _reserve(temporary, temporary.stat().st_size)  # a mapped file that finds no space kills the process
-        features = np.lib.format.open_memmap(from_main(temporary), "r+")
+            _reserve(
+                temporary, temporary.stat().st_size
+            )  # a mapped file that finds no space kills the process
+        features = np.lib.format.open_memmap(broadcast(temporary), "r+")
         parts = itertools.chain([first] if first else [], parts)
-        for _ in read_ahead(lambda part: features.__setitem__(*part), parts, workers=1):  # the CNN need not wait for disks
+        for _ in read_ahead(
+            lambda part: features.__setitem__(*part), parts, workers=1
+        ):  # the CNN need not wait for disks
             pass
         features.flush()
-        gathered(None)  # all have written
-    gathered(None)  # and the file has its name
+        barrier()  # all have written
+    barrier()  # and the file has its name
 
 
 def caption_pictures(dataset):
@@ -1359,9 +1581,9 @@ def training_batches(dataset, batch_size, seed, epoch):
     np.maximum.at(longest, caption_pictures(dataset), dataset.caption_lengths)
     order, batches = rng.permutation(len(dataset)), []
     for i in range(0, len(order), 16 * batch_size):
-        group = order[i:i + 16 * batch_size]
+        group = order[i : i + 16 * batch_size]
         group = group[np.argsort(longest[group], kind="stable")]
-        batches += [group[j:j + batch_size] for j in range(0, len(group), batch_size)]
+        batches += [group[j : j + batch_size] for j in range(0, len(group), batch_size)]
     rng.shuffle(batches)
     return batches
 
@@ -1412,7 +1634,9 @@ class CaptionRows(NamedTuple):
 def count_words(dataset, pictures):
     """Words to predict in all captions of the given pictures, <end> included."""
     offsets = dataset.caption_offsets
-    return int(sum((dataset.caption_lengths[offsets[i]:offsets[i + 1]] - 1).sum() for i in pictures))
+    return int(
+        sum((dataset.caption_lengths[offsets[i] : offsets[i + 1]] - 1).sum() for i in pictures)
+    )
 
 
 def caption_rows(dataset, pictures):
@@ -1423,11 +1647,13 @@ def caption_rows(dataset, pictures):
     :return: ``CaptionRows``
     """
     offsets = dataset.caption_offsets
-    rows = np.concatenate([np.arange(0), *(np.arange(offsets[i], offsets[i + 1]) for i in pictures)])
+    rows = np.concatenate(
+        [np.arange(0), *(np.arange(offsets[i], offsets[i + 1]) for i in pictures)]
+    )
     position = np.repeat(np.arange(len(pictures)), offsets[pictures + 1] - offsets[pictures])
     lengths = dataset.caption_lengths[rows]
     order = np.argsort(-lengths, kind="stable")
-    captions = dataset.captions[rows[order], :lengths.max(initial=1)].astype(np.int64)
+    captions = dataset.captions[rows[order], : lengths.max(initial=1)].astype(np.int64)
     return CaptionRows(captions, (lengths[order] - 1).tolist(), position[order])
 
 
@@ -1448,14 +1674,23 @@ def load_embeddings(path, word_map, embed_dim):
                 if number > 1 and len(values) > embed_dim:
                     continue  # a few of GloVe's words have spaces in them; no caption's have
                 if len(values) != embed_dim:
-                    raise UserError(f"{path}, line {number}: {len(values)} values, expected {embed_dim}; "
-                                    "is the file whole, and --embed_dim the length of its vectors?")
+                    raise UserError(
+                        f"{path}, line {number}: {len(values)} values, expected {embed_dim}; "
+                        "is the file whole, and --embed_dim the length of its vectors?"
+                    )
                 if word in word_map:
-                    vectors[word_map[word]], found[word_map[word]] = np.array(values, np.float32), True
+                    vectors[word_map[word]], found[word_map[word]] = (
+                        np.array(values, np.float32),
+                        True,
+                    )
                     if not np.isfinite(vectors[word_map[word]]).all():
                         raise ValueError("not finite")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the embeddings {path}: {error}") from error
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}, line {number}: not a number: {error}")
+        raise (
+            error
+            if isinstance(error, UserError)
+            else UserError(f"{path}, line {number}: not a number: {error}")
+        )
     return vectors, found

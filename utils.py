@@ -8,11 +8,9 @@ import contextlib
 import ctypes
 import glob
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -21,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 
@@ -51,32 +48,48 @@ def run(main, parser):
     try:
         main(args)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):  # of torchrun: the first process likely says the same, and ends this one
+        if int(
+            os.environ.get("RANK", 0)
+        ):  # of torchrun: the first process likely says the same, and ends this one
             time.sleep(3)
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except Stopped as stop:
-        parser.exit(128 + stop.signal, None if int(os.environ.get("RANK", 0)) else f"{parser.prog}: {stop}\n")
+        parser.exit(
+            128 + stop.signal,
+            None if int(os.environ.get("RANK", 0)) else f"{parser.prog}: {stop}\n",
+        )
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped by the user\n")
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        parser.exit(2, f"{parser.prog}: error: out of memory: {str(error).splitlines()[0][:200]} Lower --batch_size or "
-                       "--beam_size, add --amp, or look whether somebody else uses this device\n")
-    except BrokenPipeError:  # the reader of our output (head, less) has left: nothing more to say to it
+        parser.exit(
+            2,
+            f"{parser.prog}: error: out of memory: {str(error).splitlines()[0][:200]} Lower --batch_size or "
+            "--beam_size, add --amp, or look whether somebody else uses this device\n",
+        )
+    except (
+        BrokenPipeError
+    ):  # the reader of our output (head, less) has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if error.filename is None:
             raise
-        parser.exit(2, f"{parser.prog}: error: cannot use {printable(error.filename)}: {error.strerror}; expected a "
-                       "path that you may use\n")
+        parser.exit(
+            2,
+            f"{parser.prog}: error: cannot use {printable(error.filename)}: {error.strerror}; expected a "
+            "path that you may use\n",
+        )
 
 
 def _is_out_of_memory(error):
     """Whether it is Python's, a GPU's (torch.OutOfMemoryError is a RuntimeError) or torch's on a CPU."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "DefaultCPUAllocator" in str(error))
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- stop signals
@@ -102,13 +115,19 @@ class StopSignals:
     def __enter__(self):
         self._holding, self._received, self._since, self._before = 0, 0, None, {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.numbers()}
+            self._before = {
+                number: signal.signal(number, self._handle) for number in self.numbers()
+            }
         return self
 
     @staticmethod
     def numbers():
         """The signals' numbers, of those that this system has."""
-        return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        return [
+            getattr(signal, name)
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+            if hasattr(signal, name)
+        ]
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
@@ -137,7 +156,7 @@ class StopSignals:
 
     def check(self):
         """:raises Stopped: if a signal has arrived since the last time, in any of the run's processes"""
-        number, self._received = largest(self._received), 0
+        number, self._received = all_reduce_max(self._received), 0
         if number:
             raise Stopped(number)
 
@@ -164,16 +183,24 @@ def processes(device_name):
     device, local = pick_device(device_name), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local + 1} of this machine has no GPU of its own: there are "
-                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
+            raise UserError(
+                f"process {local + 1} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; lower --nproc_per_node"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # pictures' names, captions and scores travel between the CPUs, so that nobody waits on a busy GPU
     store, number, size = next(distributed.rendezvous("env://"))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":  # one machine: keep what processes before a restart wrote out of sight
+    if (
+        os.environ["GROUP_WORLD_SIZE"] == "1"
+    ):  # one machine: keep what processes before a restart wrote out of sight
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=number,
-                                   world_size=size)
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=number,
+        world_size=size,
+    )
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     yield device
@@ -183,7 +210,11 @@ def processes(device_name):
 def _distributed():
     """torch.distributed, if several processes have joined; never the first to import it."""
     distributed = sys.modules.get("torch.distributed")
-    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+    return (
+        distributed
+        if distributed and distributed.is_available() and distributed.is_initialized()
+        else None
+    )
 
 
 def rank():
@@ -201,7 +232,7 @@ def is_main():
     return rank() == 0
 
 
-def gathered(value):
+def all_gather(value):
     """List of every process's value, in order, in every process."""
     if not _distributed():
         return [value]
@@ -210,19 +241,19 @@ def gathered(value):
     return values
 
 
-def from_main(value):
+def broadcast(value):
     """The first process's value, in every process."""
-    return gathered(value if is_main() else None)[0]
+    return all_gather(value if is_main() else None)[0]
 
 
-def summed(tensor):
+def all_reduce_sum(tensor):
     """The sum of every process's tensor, in place."""
     if _distributed():
         _distributed().all_reduce(tensor)
     return tensor
 
 
-def largest(number):
+def all_reduce_max(number):
     """The largest of every process's numbers, in every process."""
     if not _distributed():
         return number
@@ -231,6 +262,11 @@ def largest(number):
     tensor = torch.tensor(number)
     _distributed().all_reduce(tensor, op=_distributed().ReduceOp.MAX)
     return tensor.item()
+
+
+def barrier():
+    """Wait until every process has come here."""
+    all_gather(None)
 
 
 def share(count):
@@ -259,10 +295,12 @@ def atomic_path(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(stem)}*.partial{glob.escape(path.suffix)}"):
-            owner = leftover.name[len(stem):].split(".")[0]
+            owner = leftover.name[len(stem) :].split(".")[0]
             if owner.isdigit() and not _is_alive(int(owner)):
                 leftover.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{stem}{os.getpid()}.", suffix=f".partial{path.suffix}", dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f"{stem}{os.getpid()}.", suffix=f".partial{path.suffix}", dir=path.parent
+        )
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -277,8 +315,9 @@ def atomic_path(path):
             finally:
                 os.close(folder)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
-                        ) from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -315,17 +354,21 @@ def locked(path, what, wait=False):
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             if not wait:
-                raise UserError(f"{what} is being written by another run; wait for it, or choose another folder"
-                                ) from error
+                raise UserError(
+                    f"{what} is being written by another run; wait for it, or choose another folder"
+                ) from error
             print(f"waiting for another run, which is making {what}", flush=True)
             lock.acquire()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
-                        ) from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
+        ) from error
     try:
         yield
     finally:
-        Path(path).unlink(missing_ok=True)  # while it is held: who waits for it sees that, and makes a new one
+        Path(path).unlink(
+            missing_ok=True
+        )  # while it is held: who waits for it sees that, and makes a new one
         lock.release()
         if is_new:  # a run that failed at once leaves no empty folder
             with contextlib.suppress(OSError):
@@ -341,7 +384,9 @@ def _umask():
 def write_json(path, value):
     """Write ``value`` as readable JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path):
@@ -352,7 +397,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+        raise UserError(
+            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; expected a JSON file") from error
     except OSError as error:
@@ -361,194 +408,7 @@ def read_json(path):
         raise UserError(f"{path} is not JSON that can be read: {str(error)[:160]}") from error
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
 # torch is imported where it is used: preparing data and printing --help need not wait for it
-
-CHECKPOINT_KEYS = ("config", "word_map", "encoder", "decoder", "history")
-
-
-@contextlib.contextmanager
-def _reading_tensors(path):
-    """Turn whatever goes wrong in reading a file of tensors into one line."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
-        raise UserError(f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
-                        f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}") from error
-
-
-def load_tensors(path):
-    """Read a file of tensors and plain values on the CPU, without executing anything in it.
-
-    :raises UserError: if it is missing, damaged, or would need to run code
-    """
-    import torch
-
-    with _reading_tensors(path):
-        _refuse_inflation(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _refuse_inflation(path):
-    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file.
-
-    :raises ValueError: if the members together say that they are larger
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        claimed, size = sum(member.file_size for member in archive.infolist()), os.path.getsize(path)
-    if claimed > size:
-        raise ValueError(f"its {size:,} bytes would become {claimed:,}; expected tensors as torch.save stores them")
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint (tensors and plain values only), atomically."""
-    import torch
-
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch's writer hides what went wrong with the file
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of this suite on the CPU.
-
-    :return: dict with at least ``CHECKPOINT_KEYS``
-    :raises UserError: if it is missing, damaged, or something else
-    """
-    if holds_modules(path):
-        raise UserError(f"{path} holds pickled modules, as the PyTorch captioning tutorial saves them: caption.py and "
-                        "eval.py can use it, with --word_map; no training can go on from it")
-    checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or not all(
-            isinstance(checkpoint.get(key), list if key == "history" else dict) for key in CHECKPOINT_KEYS):
-        raise UserError(f"{path} is not a checkpoint of this suite; expected a file written by train.py")
-    return checkpoint
-
-
-class StandIn(dict):
-    """What an unpickled value holds in place of every object of a class and every result of a function: nothing is run.
-
-    ``name`` is the class's or function's, with its module; ``args`` and ``state`` are what it was given.
-    """
-
-    name, args, state = "", (), None
-    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
-
-    def __new__(cls, *args, **options):
-        made = super().__new__(cls)
-        made.args = args
-        return made
-
-    def __init__(self, *args, **options):  # dict's would read them
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def append(self, item):  # what a kind of list holds is not asked for
-        pass
-
-
-class _StandInUnpickler(pickle._Unpickler):
-    """Reads a pickle of ``torch.save`` and gives it nothing real to call.
-
-    The one written in Python, as C's allocates whatever a damaged file asks for.
-    """
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages = {}
-
-    def find_class(self, module, name):
-        return type("StandIn", (StandIn,), {"name": f"{module}.{name}"})
-
-    def persistent_load(self, saved):
-        import torch
-
-        if saved[0] == "module":  # files from before torch 1.6 keep (class, file, source) of each module's class
-            return saved[1]
-        _, kind, key, _, _, *view = saved
-        self.storages[key] = torch.serialization.StorageType(kind.name.rpartition(".")[2]).dtype
-        if any(view):
-            raise ValueError("a storage is a part of another one")
-        return key, self.storages[key]
-
-
-def _unpickle(file):
-    """Value of an open file of ``torch.save``, with :class:`StandIn`, and a function that reads a storage's bytes."""
-    if file.read(4) == b"PK\x03\x04":
-        archive = zipfile.ZipFile(file)
-        folder = next(name[:-8] for name in archive.namelist() if name.endswith("/data.pkl"))
-        value = _StandInUnpickler(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
-        return value, lambda key: archive.read(f"{folder}data/{key}")
-    file.seek(0)
-    for _ in range(3):  # before torch 1.6: magic number, version and machine, then the value, then the storages
-        _StandInUnpickler(file).load()
-    unpickler, places = _StandInUnpickler(file), {}
-    value = unpickler.load()
-    for key in _StandInUnpickler(file).load():
-        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].itemsize
-        places[key] = file.tell(), size
-        file.seek(size, os.SEEK_CUR)
-    return value, lambda key: file.seek(places[key][0]) and file.read(places[key][1])
-
-
-def _tensor(value, read):
-    """The tensor that a :class:`StandIn` describes."""
-    import torch
-
-    if value.name.startswith("torch._utils._rebuild_parameter"):
-        value = value.args[0]
-    if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        raise ValueError(f"{value.name} is no tensor")
-    (key, dtype), offset, size, stride = value.args[:4]
-    data = bytearray(read(key))
-    if math.prod(size) * dtype.itemsize > len(data):  # strides of 0 could promise any number of values
-        raise ValueError(f"{len(data)} bytes are too few for the shape {size}")
-    return torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset) if data else torch.empty(size)
-
-
-def _flatten(module, read, prefix=""):
-    """A module's tensors and plain attributes by their dotted names."""
-    flat = {prefix + name: value for name, value in module.state.items() if isinstance(value, (int, tuple))}
-    for name, value in [*module.state["_parameters"].items(), *module.state["_buffers"].items()]:
-        if value is not None:
-            flat[prefix + name] = _tensor(value, read)
-    for name, child in module.state["_modules"].items():
-        flat |= _flatten(child, read, f"{prefix}{name}.")
-    return flat
-
-
-def holds_modules(path):
-    """Whether a file is a checkpoint that pickles a whole encoder and decoder, as the PyTorch captioning tutorial's do.
-
-    :raises UserError: if it is missing or damaged
-    """
-    with _reading_tensors(path), open(path, "rb") as file:
-        value, _ = _unpickle(file)
-        return isinstance(value, dict) and all("_modules" in (getattr(value.get(key), "state", None) or ())
-                                               for key in ("encoder", "decoder"))
-
-
-def load_modules(path):
-    """Tensors and plain attributes of the modules in a file of which :func:`holds_modules` is true; runs nothing.
-
-    :return: {"encoder": flat, "decoder": flat}; flat maps dotted names to tensors, ints and tuples
-    :raises UserError: if it is damaged
-    """
-    with _reading_tensors(path), open(path, "rb") as file:
-        value, read = _unpickle(file)
-        return {key: _flatten(value[key], read) for key in ("encoder", "decoder")}
-
 
 # ------------------------------------------------------------------------------------------------ device and seeds
 
@@ -561,13 +421,23 @@ def available_cores():
 def add_device_flags(parser):
     """Flags of every script that runs a network."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto",
-                       help="cpu, cuda, cuda:1, mps, …; auto: the first GPU if there is one (default: %(default)s)")
-    group.add_argument("--amp", action="store_true",
-                       help="do matrix products in bfloat16: faster on recent GPUs and CPUs (default: float32)")
-    group.add_argument("--workers", type=int, default=min(8, available_cores()),
-                       help="threads that read pictures; raise it if the device waits for data "
-                            "(default: the cores that are free to use, at most 8: %(default)s)")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, …; auto: the first GPU if there is one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--amp",
+        action="store_true",
+        help="do matrix products in bfloat16: faster on recent GPUs and CPUs (default: float32)",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, available_cores()),
+        help="threads that read pictures; raise it if the device waits for data "
+        "(default: the cores that are free to use, at most 8: %(default)s)",
+    )
 
 
 def add_search_flags(parser, beam_sizes=None, consensus=True):
@@ -577,21 +447,42 @@ def add_search_flags(parser, beam_sizes=None, consensus=True):
     :param consensus: --consensus too
     """
     group = parser.add_argument_group("beam search")
-    group.add_argument("--beam_size", type=int, nargs=beam_sizes, default=[5] if beam_sizes else 5,
-                       help="hypotheses kept per picture; 1 is greedy (default: 5)")
-    group.add_argument("--length_penalty", type=float, default=0.7,
-                       help="captions are ranked by log-probability / length^this; raise it if captions are too short, "
-                            "0 is plain beam search (default: %(default)s)")
-    group.add_argument("--sample_location", action="store_true",
-                       help="hard attention: look at a location drawn by its weight (default: at the likeliest)")
-    group.add_argument("--max_decode_steps", type=int, default=50,
-                       help="longest caption in words (default: %(default)s)")
+    group.add_argument(
+        "--beam_size",
+        type=int,
+        nargs=beam_sizes,
+        default=[5] if beam_sizes else 5,
+        help="hypotheses kept per picture; 1 is greedy (default: 5)",
+    )
+    group.add_argument(
+        "--length_penalty",
+        type=float,
+        default=0.7,
+        help="captions are ranked by log-probability / length^this; raise it if captions are too short, "
+        "0 is plain beam search (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sample_location",
+        action="store_true",
+        help="hard attention: look at a location drawn by its weight (default: at the likeliest)",
+    )
+    group.add_argument(
+        "--max_decode_steps",
+        type=int,
+        default=50,
+        help="longest caption in words (default: %(default)s)",
+    )
     if consensus:
-        group.add_argument("--consensus", type=float, default=0.0, metavar="WEIGHT",
-                           help="among the captions of the beam prefer what people said of similar training pictures: add "
-                                "this x their CIDEr-D to the score (Mao et al. 2015); 0.8 with --beam_size 20 "
-                                "--length_penalty 1 does well; needs the training data in --data_folder "
-                                "(default: %(default)s, off)")
+        group.add_argument(
+            "--consensus",
+            type=float,
+            default=0.0,
+            metavar="WEIGHT",
+            help="among the captions of the beam prefer what people said of similar training pictures: add "
+            "this x their CIDEr-D to the score (Mao et al. 2015); 0.8 with --beam_size 20 "
+            "--length_penalty 1 does well; needs the training data in --data_folder "
+            "(default: %(default)s, off)",
+        )
 
 
 def check_ranges(args, **bounds):
@@ -609,7 +500,13 @@ def check_ranges(args, **bounds):
 
 def check_shared_flags(args):
     """:func:`check_ranges` for the flags that this module adds."""
-    check_ranges(args, workers=(1, 256), beam_size=(1, 100), length_penalty=(0, 10), max_decode_steps=(1, 1000))
+    check_ranges(
+        args,
+        workers=(1, 256),
+        beam_size=(1, 100),
+        length_penalty=(0, 10),
+        max_decode_steps=(1, 1000),
+    )
     if "consensus" in args:
         check_ranges(args, consensus=(0, 1000))
 
@@ -622,15 +519,22 @@ def pick_device(name):
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
-                        ) from error
+        raise UserError(
+            f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
+        ) from error
     return device
 
 
@@ -648,12 +552,26 @@ def describe_machine(device):
     """Revision, versions and device in one line, so that a log says what it ran on."""
     import torch
 
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True,
-                         text=True, check=False) if shutil.which("git") else None
+    git = (
+        subprocess.run(
+            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("git")
+        else None
+    )
     revision = git.stdout.strip() if git and git.returncode == 0 else "unknown"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return (f"revision {revision} | Python {sys.version.split()[0]} | torch {torch.__version__} | "
-            f"device {device} ({name})")
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    return (
+        f"revision {revision} | Python {sys.version.split()[0]} | torch {torch.__version__} | "
+        f"device {device} ({name})"
+    )
 
 
 def peak_memory_gb(device):
@@ -686,7 +604,9 @@ def progress(iterable=None, **options):
     from tqdm import tqdm
 
     options = {"disable": not is_main(), **options}
-    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, **options)
+    return tqdm(
+        iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, **options
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -712,8 +632,10 @@ def score_captions(references, hypotheses, meteor=False):
     from pycocoevalcap.rouge.rouge import Rouge
 
     if not references or len(references) != len(hypotheses):
-        raise UserError(f"{len(references)} pictures with references, {len(hypotheses)} captions: expected as many "
-                        "of both, and at least one")
+        raise UserError(
+            f"{len(references)} pictures with references, {len(hypotheses)} captions: expected as many "
+            "of both, and at least one"
+        )
     # without smoothing nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
     smooth = SmoothingFunction(epsilon=1e-12).method1
     weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
@@ -739,22 +661,34 @@ class CiderD:
 
     def __init__(self, references, end="<end>"):
         self.references, self.end, self.log_pictures = references, end, math.log(len(references))
-        frequency = collections.Counter(ngram for captions in references
-                                        for ngram in set().union(*(self._count(words, end) for words in captions)))
+        frequency = collections.Counter(
+            ngram
+            for captions in references
+            for ngram in set().union(*(self._count(words, end) for words in captions))
+        )
         self.log_frequency = {ngram: math.log(n) for ngram, n in frequency.items()}
         self.weighed = {}  # by picture, when it is first asked for: a consensus asks for few
 
     def _count(self, words, end):
         words = [*words, end] if end else words
-        return collections.Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+        return collections.Counter(
+            tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1)
+        )
 
     def _weigh(self, counts):
         """tf-idf of each n-gram, its norm for each n, and the length in bigrams."""
-        vector = {ngram: n * (self.log_pictures - self.log_frequency.get(ngram, 0.0)) for ngram, n in counts.items()}
+        vector = {
+            ngram: n * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
+            for ngram, n in counts.items()
+        }
         squares = [0.0] * 4
         for ngram, value in vector.items():
             squares[len(ngram) - 1] += value * value
-        return vector, [math.sqrt(square) for square in squares], sum(n for g, n in counts.items() if len(g) == 2)
+        return (
+            vector,
+            [math.sqrt(square) for square in squares],
+            sum(n for g, n in counts.items() if len(g) == 2),
+        )
 
     def __call__(self, picture, words, ended=True):
         """Score a caption of a picture.
@@ -766,7 +700,9 @@ class CiderD:
         """
         vector, norms, length = self._weigh(self._count(words, self.end if ended else None))
         if picture not in self.weighed:
-            self.weighed[picture] = [self._weigh(self._count(said, self.end)) for said in self.references[picture]]
+            self.weighed[picture] = [
+                self._weigh(self._count(said, self.end)) for said in self.references[picture]
+            ]
         total = 0.0
         for other, other_norms, other_length in self.weighed[picture]:
             products = [0.0] * 4
@@ -780,8 +716,10 @@ class CiderD:
 
 def _as_texts(references, hypotheses):
     """The two dicts that pycocoevalcap's scorers take."""
-    return ({i: [" ".join(words) for words in captions] for i, captions in enumerate(references)},
-            {i: [" ".join(words)] for i, words in enumerate(hypotheses)})
+    return (
+        {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)},
+        {i: [" ".join(words)] for i, words in enumerate(hypotheses)},
+    )
 
 
 class Meteor:
@@ -816,7 +754,9 @@ class Meteor:
             self.scorer.lock.release()  # else its destructor waits for ever, or complains
             with contextlib.suppress(OSError):
                 self.scorer.meteor_p.stdin.close()
-            raise UserError(f"METEOR failed in Java ({error}): see whether java -version works") from error
+            raise UserError(
+                f"METEOR failed in Java ({error}): see whether java -version works"
+            ) from error
 
 
 def _meteor(references, hypotheses):

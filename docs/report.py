@@ -25,7 +25,15 @@ import utils
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SCHEDULES = ("none", "linear", "exponential", "inverse_sigmoid")
-NOT_OPTIONS = ("data_folder", "output_folder", "device", "workers", "resume", "init_from", "data_name")
+NOT_OPTIONS = (
+    "data_folder",
+    "output_folder",
+    "device",
+    "workers",
+    "resume",
+    "init_from",
+    "data_name",
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -40,22 +48,38 @@ def read_run(folder):
     for path in Path(folder).glob("log_*.jsonl"):
         config, *epochs = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         config = config["config"]
-        defaults = vars(train.get_args_parser().parse_args([])) | train.PRESETS.get(config["preset"], {})
+        defaults = vars(train.get_args_parser().parse_args([])) | train.PRESETS.get(
+            config["preset"], {}
+        )
         with torch.device("meta"):
-            words = len(json.loads(Path(config["data_folder"], f"WORDMAP_{config['data_name']}.json").read_text()))
+            words = len(
+                json.loads(
+                    Path(config["data_folder"], f"WORDMAP_{config['data_name']}.json").read_text()
+                )
+            )
             decoder = models.build_decoder(config, words)
-        run |= {"machine": config.get("machine", "not recorded"), "updates": config["total_updates"],
-                "ss_constants": config["ss_constants"],
-                "options": {key: config[key] for key, default in defaults.items()
-                            if key not in NOT_OPTIONS and config.get(key, default) != default} | start_of(config),
-                "parameters": sum(p.numel() for p in decoder.parameters()),
-                "epochs": list(map(rounded, epochs))}
+        run |= {
+            "machine": config.get("machine", "not recorded"),
+            "updates": config["total_updates"],
+            "ss_constants": config["ss_constants"],
+            "options": {
+                key: config[key]
+                for key, default in defaults.items()
+                if key not in NOT_OPTIONS and config.get(key, default) != default
+            }
+            | start_of(config),
+            "parameters": sum(p.numel() for p in decoder.parameters()),
+            "epochs": list(map(rounded, epochs)),
+        }
     for path in sorted(Path(folder).glob("metrics_*.json")):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         beams, people = metrics["beam_sizes"], metrics["people"]
-        run[metrics["split"]] = {"length_penalty": metrics["length_penalty"], "consensus": metrics.get("consensus", 0.0),
-                                 "people": rounded(people),
-                                 "beams": {beam: rounded(row) for beam, row in beams.items()}}
+        run[metrics["split"]] = {
+            "length_penalty": metrics["length_penalty"],
+            "consensus": metrics.get("consensus", 0.0),
+            "people": rounded(people),
+            "beams": {beam: rounded(row) for beam, row in beams.items()},
+        }
     if not run:
         raise SystemExit(f"{folder}: expected log_*.jsonl or metrics_*.json")
     return run
@@ -68,7 +92,10 @@ def start_of(config):
 
 
 def rounded(values):
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in values.items()
+    }
 
 
 def seeds(runs, name):
@@ -94,7 +121,9 @@ def cell(values, digits=2):
 
 
 def table(header, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+    return "\n".join(
+        "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
+    )
 
 
 def scores(group, beam, names, split="test"):
@@ -113,9 +142,19 @@ def costs_table(runs):
     rows = []
     for decoder in ("lstm", "gru"):
         group = seeds(runs, decoder)
-        rows.append([decoder.upper(), f"{group[0]['parameters'] / 1e6:.2f} M", fastest(group),
-                     cell([best_epoch(run)["epoch"] for run in group], 1), cell([best_epoch(run)["seconds"] for run in group], 0)])
-    return table(["decoder", "parameters", "words/s, fastest epoch", "epochs to best", "seconds to best"], rows)
+        rows.append(
+            [
+                decoder.upper(),
+                f"{group[0]['parameters'] / 1e6:.2f} M",
+                fastest(group),
+                cell([best_epoch(run)["epoch"] for run in group], 1),
+                cell([best_epoch(run)["seconds"] for run in group], 0),
+            ]
+        )
+    return table(
+        ["decoder", "parameters", "words/s, fastest epoch", "epochs to best", "seconds to best"],
+        rows,
+    )
 
 
 def fastest(group):
@@ -127,10 +166,24 @@ def scheduled_sampling_table(runs):
     for decoder in ("lstm", "gru"):
         for schedule in SCHEDULES:
             group = seeds(runs, decoder if schedule == "none" else f"{decoder}-{schedule}")
-            rows.append([decoder.upper(), schedule, len(group), *scores(group, "1", ("BLEU-4", "METEOR", "CIDEr")),
-                         *scores(group, "5", ("BLEU-4", "METEOR", "CIDEr"))])
-    return table(["decoder", "schedule", "seeds", *(f"{name}, beam {beam}" for beam in "15" for name in
-                                                    ("BLEU-4", "METEOR", "CIDEr"))], rows)
+            rows.append(
+                [
+                    decoder.upper(),
+                    schedule,
+                    len(group),
+                    *scores(group, "1", ("BLEU-4", "METEOR", "CIDEr")),
+                    *scores(group, "5", ("BLEU-4", "METEOR", "CIDEr")),
+                ]
+            )
+    return table(
+        [
+            "decoder",
+            "schedule",
+            "seeds",
+            *(f"{name}, beam {beam}" for beam in "15" for name in ("BLEU-4", "METEOR", "CIDEr")),
+        ],
+        rows,
+    )
 
 
 def beam_table(runs):
@@ -138,39 +191,90 @@ def beam_table(runs):
     for name, run in sorted(runs.items()):
         if name.startswith("beam-"):
             for beam, row in run["val"]["beams"].items():
-                rows.append([f"{run['val']['length_penalty']:g}", beam, *(f"{row[key]:.2f}" for key in
-                             ("BLEU-4", "METEOR", "CIDEr", "words per caption")), f"{row['ms per picture']:.1f}"])
-    return table(["length penalty", "beam", "BLEU-4", "METEOR", "CIDEr", "words per caption", "ms per picture"], rows)
+                rows.append(
+                    [
+                        f"{run['val']['length_penalty']:g}",
+                        beam,
+                        *(
+                            f"{row[key]:.2f}"
+                            for key in ("BLEU-4", "METEOR", "CIDEr", "words per caption")
+                        ),
+                        f"{row['ms per picture']:.1f}",
+                    ]
+                )
+    return table(
+        [
+            "length penalty",
+            "beam",
+            "BLEU-4",
+            "METEOR",
+            "CIDEr",
+            "words per caption",
+            "ms per picture",
+        ],
+        rows,
+    )
 
 
-FAILURES = ("words per caption", "words used", "distinct captions", "commonest caption", "repeats itself",
-            "colours agreed", "numbers agreed")
+FAILURES = (
+    "words per caption",
+    "words used",
+    "distinct captions",
+    "commonest caption",
+    "repeats itself",
+    "colours agreed",
+    "numbers agreed",
+)
 
 
 def failures_table(runs):
-    rows = [[label, beam, *scores(seeds(runs, name), beam, FAILURES)]
-            for label, name in (("LSTM", "lstm"), ("GRU", "gru")) for beam in ("1", "5")]
+    rows = [
+        [label, beam, *scores(seeds(runs, name), beam, FAILURES)]
+        for label, name in (("LSTM", "lstm"), ("GRU", "gru"))
+        for beam in ("1", "5")
+    ]
     people = seeds(runs, "lstm")[0]["test"]["people"]
     rows.append(["people", "", *(cell([people[name]]) for name in FAILURES)])
     return table(["model", "beam", *FAILURES], rows)
 
 
-STAGES = {"cross-entropy": "xe", "then the CNN fine-tuned": "fine", "then self-critical, CIDEr-D": "fine-scst",
-          "mean weights of the last two": "mean", "instead self-critical, CIDEr-D + 5 METEOR": "scst-meteor",
-          "mean weights of it and the fine-tuned": "mean-meteor",
-          "instead CIDEr-D + 5 METEOR with --mirror, six epochs": "scst-mirror",
-          "mean weights of that one and the fine-tuned": "mean-mirror"}
-LENGTHS = {"CIDEr-D, one model": "mean", "the same, length penalty 1": "mean-lp1",
-           "CIDEr-D + 5 METEOR, one model": "mean-meteor", "the same, 0.85": "mean-meteor-lp085", "the same, 1": "mean-meteor-lp1",
-           "CIDEr-D, ensemble of both seeds": "ensemble", "CIDEr-D + 5 METEOR, ensemble": "ensemble-meteor",
-           "the same ensemble, 0.85": "ensemble-meteor-lp085", "the same ensemble, 1": "ensemble-meteor-lp1",
-           "with --mirror, one model": "mean-mirror", "with --mirror, 0.85": "mean-mirror-lp085",
-           "with --mirror, ensemble": "ensemble-mirror", "with --mirror, ensemble, 0.85": "ensemble-mirror-lp085",
-           "the recipe, one model, 1": "mean-three", "the recipe, ensemble, 1": "ensemble-three"}
-CONSENSUS = {f"{label}{what}": f"{name}-{how}"
-             for label, name in (("cross-entropy", "xe"), ("then the CNN fine-tuned", "fine"),
-                                 ("its mean with the CIDEr-D model", "mean"), ("the recipe", "mean-three"))
-             for what, how in (("", "beam20"), (", **consensus**", "consensus"))}
+STAGES = {
+    "cross-entropy": "xe",
+    "then the CNN fine-tuned": "fine",
+    "then self-critical, CIDEr-D": "fine-scst",
+    "mean weights of the last two": "mean",
+    "instead self-critical, CIDEr-D + 5 METEOR": "scst-meteor",
+    "mean weights of it and the fine-tuned": "mean-meteor",
+    "instead CIDEr-D + 5 METEOR with --mirror, six epochs": "scst-mirror",
+    "mean weights of that one and the fine-tuned": "mean-mirror",
+}
+LENGTHS = {
+    "CIDEr-D, one model": "mean",
+    "the same, length penalty 1": "mean-lp1",
+    "CIDEr-D + 5 METEOR, one model": "mean-meteor",
+    "the same, 0.85": "mean-meteor-lp085",
+    "the same, 1": "mean-meteor-lp1",
+    "CIDEr-D, ensemble of both seeds": "ensemble",
+    "CIDEr-D + 5 METEOR, ensemble": "ensemble-meteor",
+    "the same ensemble, 0.85": "ensemble-meteor-lp085",
+    "the same ensemble, 1": "ensemble-meteor-lp1",
+    "with --mirror, one model": "mean-mirror",
+    "with --mirror, 0.85": "mean-mirror-lp085",
+    "with --mirror, ensemble": "ensemble-mirror",
+    "with --mirror, ensemble, 0.85": "ensemble-mirror-lp085",
+    "the recipe, one model, 1": "mean-three",
+    "the recipe, ensemble, 1": "ensemble-three",
+}
+CONSENSUS = {
+    f"{label}{what}": f"{name}-{how}"
+    for label, name in (
+        ("cross-entropy", "xe"),
+        ("then the CNN fine-tuned", "fine"),
+        ("its mean with the CIDEr-D model", "mean"),
+        ("the recipe", "mean-three"),
+    )
+    for what, how in (("", "beam20"), (", **consensus**", "consensus"))
+}
 CONSENSUS["the recipe, ensemble, **consensus**"] = "ensemble-three-consensus"
 ON_PHOTOGRAPHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
 
@@ -180,8 +284,16 @@ def models_table(runs, names, beam="5"):
 
     :param names: dict of labels and the names of runs
     """
-    rows = [[label, {"val": "validation"}.get(split, split), len(group), *scores(group, beam, METRICS, split)]
-            for split in ("val", "test") for label, group in ((label, seeds(runs, name)) for label, name in names.items())]
+    rows = [
+        [
+            label,
+            {"val": "validation"}.get(split, split),
+            len(group),
+            *scores(group, beam, METRICS, split),
+        ]
+        for split in ("val", "test")
+        for label, group in ((label, seeds(runs, name)) for label, name in names.items())
+    ]
     return table(["", "split", "seeds", *METRICS], rows)
 
 
@@ -193,8 +305,15 @@ def shapes_table(runs, names):
 
     :param names: dict of labels and the names of runs
     """
-    rows = [[label, len(group), *scores(group, "5", ON_SHAPES), cell([run["epochs"][-1]["seconds"] for run in group], 0)]
-            for label, group in ((label, seeds(runs, name)) for label, name in names.items())]
+    rows = [
+        [
+            label,
+            len(group),
+            *scores(group, "5", ON_SHAPES),
+            cell([run["epochs"][-1]["seconds"] for run in group], 0),
+        ]
+        for label, group in ((label, seeds(runs, name)) for label, name in names.items())
+    ]
     return table(["", "seeds", *ON_SHAPES, "seconds"], rows)
 
 
@@ -206,19 +325,35 @@ def commands_table(runs):
     rows = []
     for name, run in sorted(runs.items()):
         if "options" in run:
-            options = " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in run["options"].items())
-            rows.append([name, f"`python train.py {options} --output_folder {name}`", f"{run['epochs'][-1]['seconds']:.0f}",
-                         run["machine"].replace(" | ", ", ")])
+            options = " ".join(
+                f"--{key}" if value is True else f"--{key} {value}"
+                for key, value in run["options"].items()
+            )
+            rows.append(
+                [
+                    name,
+                    f"`python train.py {options} --output_folder {name}`",
+                    f"{run['epochs'][-1]['seconds']:.0f}",
+                    run["machine"].replace(" | ", ", "),
+                ]
+            )
     return table(["run", "command", "seconds", "machine"], rows)
 
 
-TABLES = {"decoders": decoders_table, "costs": costs_table, "scheduled sampling": scheduled_sampling_table,
-          "beams": beam_table, "failures": failures_table, "stages": functools.partial(models_table, names=STAGES),
-          "lengths": functools.partial(models_table, names=LENGTHS),
-          "consensus": functools.partial(models_table, names=CONSENSUS, beam="20"),
-          "encoders": functools.partial(models_table, names=ON_PHOTOGRAPHS),
-          "attention": functools.partial(shapes_table, names=ATTENTIONS),
-          "from scratch": functools.partial(shapes_table, names=FROM_SCRATCH), "commands": commands_table}
+TABLES = {
+    "decoders": decoders_table,
+    "costs": costs_table,
+    "scheduled sampling": scheduled_sampling_table,
+    "beams": beam_table,
+    "failures": failures_table,
+    "stages": functools.partial(models_table, names=STAGES),
+    "lengths": functools.partial(models_table, names=LENGTHS),
+    "consensus": functools.partial(models_table, names=CONSENSUS, beam="20"),
+    "encoders": functools.partial(models_table, names=ON_PHOTOGRAPHS),
+    "attention": functools.partial(shapes_table, names=ATTENTIONS),
+    "from scratch": functools.partial(shapes_table, names=FROM_SCRATCH),
+    "commands": commands_table,
+}
 
 
 def write_tables(runs, path):
@@ -227,7 +362,9 @@ def write_tables(runs, path):
     for name, function in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
         if not pattern.search(text):
-            raise SystemExit(f"{path} has no place for the table of {name}: <!-- {name} --> and <!-- end -->")
+            raise SystemExit(
+                f"{path} has no place for the table of {name}: <!-- {name} --> and <!-- end -->"
+            )
         text = pattern.sub(lambda found: f"{found[1]}{function(runs)}\n{found[2]}", text)
     with utils.atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -253,9 +390,17 @@ def decoders_plot(runs):
     for decoder, color in (("lstm", "C0"), ("gru", "C1")):
         for i, run in enumerate(seeds(runs, decoder)):
             for one, name in zip(axes, ("nll", "BLEU-4", "CIDEr")):
-                one.plot([e["epoch"] for e in run["epochs"]], [e[name] for e in run["epochs"]], "o-", color=color,
-                         markersize=3, label=None if i else decoder.upper())
-    for one, title in zip(axes, ("training: nats per word", "validation, beam 5: BLEU-4", "validation, beam 5: CIDEr")):
+                one.plot(
+                    [e["epoch"] for e in run["epochs"]],
+                    [e[name] for e in run["epochs"]],
+                    "o-",
+                    color=color,
+                    markersize=3,
+                    label=None if i else decoder.upper(),
+                )
+    for one, title in zip(
+        axes, ("training: nats per word", "validation, beam 5: BLEU-4", "validation, beam 5: CIDEr")
+    ):
         one.set_title(title)
         one.set_xlabel("epoch")
         one.legend(frameon=False)
@@ -269,8 +414,15 @@ def scheduled_sampling_plot(runs):
     for schedule in SCHEDULES[1:]:
         run = seeds(runs, f"lstm-{schedule}")[0]
         options, updates = run["options"], np.linspace(0, run["updates"], 200)
-        epsilon = [models.scheduled_sampling_epsilon(options["scheduled_sampling"], update, *run["ss_constants"],
-                                                     options.get("ss_min", 0.75)) for update in updates]
+        epsilon = [
+            models.scheduled_sampling_epsilon(
+                options["scheduled_sampling"],
+                update,
+                *run["ss_constants"],
+                options.get("ss_min", 0.75),
+            )
+            for update in updates
+        ]
         axes[0].plot(updates, epsilon, label=schedule.replace("_", " "))
     axes[0].set_title("probability of the true word")
     axes[0].set_xlabel("update")
@@ -278,10 +430,15 @@ def scheduled_sampling_plot(runs):
     axes[0].legend(frameon=False)
     for one, beam in zip(axes[1:], "15"):
         for shift, decoder in ((-0.1, "lstm"), (0.1, "gru")):
-            points = [(i + shift, run["test"]["beams"][beam]["CIDEr"]) for i, schedule in enumerate(SCHEDULES)
-                      for run in seeds(runs, decoder if schedule == "none" else f"{decoder}-{schedule}")]
+            points = [
+                (i + shift, run["test"]["beams"][beam]["CIDEr"])
+                for i, schedule in enumerate(SCHEDULES)
+                for run in seeds(runs, decoder if schedule == "none" else f"{decoder}-{schedule}")
+            ]
             one.plot(*zip(*points), "o", label=decoder.upper())
-        one.set_xticks(range(len(SCHEDULES)), [schedule.replace("_", "\n") for schedule in SCHEDULES])
+        one.set_xticks(
+            range(len(SCHEDULES)), [schedule.replace("_", "\n") for schedule in SCHEDULES]
+        )
         one.set_title(f"test CIDEr, beam {beam}, a dot per seed")
         one.legend(frameon=False)
     return figure
@@ -294,23 +451,42 @@ def beams_plot(runs):
         if name.startswith("beam-"):
             beams = run["val"]["beams"]
             for one, key in zip(axes, ("BLEU-4", "CIDEr", "ms per picture")):
-                one.plot(list(map(int, beams)), [row[key] for row in beams.values()], "o-", markersize=3,
-                         label=f"{run['val']['length_penalty']:g}")
+                one.plot(
+                    list(map(int, beams)),
+                    [row[key] for row in beams.values()],
+                    "o-",
+                    markersize=3,
+                    label=f"{run['val']['length_penalty']:g}",
+                )
                 one.set_title(f"validation: {key}" if one is not axes[2] else key)
                 one.set_xlabel("beam size")
     axes[0].legend(frameon=False, title="length penalty")
     return figure
 
 
-PLOTS = {"decoders": decoders_plot, "scheduled_sampling": scheduled_sampling_plot, "beams": beams_plot}
+PLOTS = {
+    "decoders": decoders_plot,
+    "scheduled_sampling": scheduled_sampling_plot,
+    "beams": beams_plot,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="RUN",
-                        help="folders of runs to take into runs.json first (default: none)")
-    parser.add_argument("--folder", type=Path, default=HERE,
-                        help="where runs.json and results.md are, and the plots go (default: the folder of this script)")
+    parser.add_argument(
+        "--add",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="folders of runs to take into runs.json first (default: none)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=HERE,
+        help="where runs.json and results.md are, and the plots go (default: the folder of this script)",
+    )
     args = parser.parse_args()
     path = args.folder / "runs.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -318,11 +494,19 @@ def main():
     try:
         write_tables(runs, args.folder / "results.md")
     except KeyError as error:
-        raise SystemExit(f"a table lacks {error} of a run; nothing was taken in. Score each run as its row's others, for "
-                         "example by eval.py --beam_size 1 3 5 --amp") from error
+        raise SystemExit(
+            f"a table lacks {error} of a run; nothing was taken in. Score each run as its row's others, for "
+            "example by eval.py --beam_size 1 3 5 --amp"
+        ) from error
     with utils.atomic_path(path) as temporary:
-        temporary.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
-                             + "\n}\n", encoding="utf-8")
+        temporary.write_text(
+            "{\n"
+            + ",\n".join(
+                f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items())
+            )
+            + "\n}\n",
+            encoding="utf-8",
+        )
     for name, draw in PLOTS.items():
         draw(runs).savefig(args.folder / f"{name}.png", dpi=100)
 

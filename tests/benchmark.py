@@ -37,8 +37,13 @@ import train
 import utils
 
 VOCABULARY = 2539  # Flickr8k's, words seen five times
-WORD_MAP = {"<pad>": 0, **{f"w{i}": i for i in range(1, VOCABULARY - 3)}, "<unk>": VOCABULARY - 3,
-            "<start>": VOCABULARY - 2, "<end>": VOCABULARY - 1}
+WORD_MAP = {
+    "<pad>": 0,
+    **{f"w{i}": i for i in range(1, VOCABULARY - 3)},
+    "<unk>": VOCABULARY - 3,
+    "<start>": VOCABULARY - 2,
+    "<end>": VOCABULARY - 1,
+}
 
 
 # -------------------------------------------------------------------------------------------------------- textbook
@@ -58,7 +63,9 @@ class Textbook(nn.Module):
 
     def step(self, words, h, c, encoder_out):
         att = self.attention
-        energy = att.full_att(torch.relu(att.encoder_att(encoder_out) + att.decoder_att(h).unsqueeze(1))).squeeze(2)
+        energy = att.full_att(
+            torch.relu(att.encoder_att(encoder_out) + att.decoder_att(h).unsqueeze(1))
+        ).squeeze(2)
         alpha = energy.softmax(dim=1)
         context = (encoder_out * alpha.unsqueeze(2)).sum(dim=1)
         gated = torch.sigmoid(self.f_beta(h)) * context
@@ -84,7 +91,7 @@ class Textbook(nn.Module):
         mean, done = encoder_out.mean(dim=1), []
         h, c = self.init_h(mean), self.init_c(mean)
         for step in range(max_steps):
-            scores, _, h, c = self.step(words, h, c, encoder_out[:len(words)])
+            scores, _, h, c = self.step(words, h, c, encoder_out[: len(words)])
             scores = scores.log_softmax(dim=1)
             scores[:, [0, VOCABULARY - 3, VOCABULARY - 2]] = -math.inf
             scores = top + scores
@@ -109,11 +116,13 @@ class FakeDataset:
 
     def __init__(self, num_images, seed=0):
         rng = np.random.default_rng(seed)
-        words = np.clip(np.rint(rng.gamma(8.5, 1.27, num_images * 5)), 2, 36).astype(np.int64)  # mean 10.8
+        words = np.clip(np.rint(rng.gamma(8.5, 1.27, num_images * 5)), 2, 36).astype(
+            np.int64
+        )  # mean 10.8
         self.caption_lengths = words + 2
         self.captions = np.zeros((len(words), 52), np.int32)
         for row, n in zip(self.captions, words):
-            row[:n + 2] = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, n), VOCABULARY - 1]
+            row[: n + 2] = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, n), VOCABULARY - 1]
         self.caption_offsets = np.arange(0, len(words) + 1, 5)
 
     def __len__(self):
@@ -140,7 +149,9 @@ def synchronize(device):
 
 def pooled(features, size=14):
     """What a textbook encoder hands over: the grid pooled to 14×14."""
-    pool = models.pooling_matrix(math.isqrt(features.shape[1]), size, features.device, features.dtype)
+    pool = models.pooling_matrix(
+        math.isqrt(features.shape[1]), size, features.device, features.dtype
+    )
     return pool @ features
 
 
@@ -155,7 +166,10 @@ def decoder_pair(device, encoder_dim=2048):
 
 def print_row(name, ours, textbook, unit, target=None):
     wanted = f"  (wanted: {target}×)" if target else ""
-    print(f"{name:<46}{textbook:>10.2f}{ours:>11.2f} {unit:<11}{ours / textbook:>7.1f}×{wanted}", flush=True)
+    print(
+        f"{name:<46}{textbook:>10.2f}{ours:>11.2f} {unit:<11}{ours / textbook:>7.1f}×{wanted}",
+        flush=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- sections
@@ -165,12 +179,17 @@ def section_ceiling(device, args):
     """The machine's own limits: a large matrix product and a large copy."""
     n = 8192 if device.type == "cuda" else 2048
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-        rate = 2 * n ** 3 / clock(device, lambda: a @ b, 5)
+        a, b = (
+            torch.randn(n, n, device=device).to(dtype),
+            torch.randn(n, n, device=device).to(dtype),
+        )
+        rate = 2 * n**3 / clock(device, lambda: a @ b, 5)
         print(f"{'matrix product, ' + str(dtype)[6:]:<46}{rate / 1e12:>10.2f} TFLOP/s")
     x = torch.randn(2 ** (30 if device.type == "cuda" else 26), device=device)
     y = torch.empty_like(x)
-    print(f"{'copy (read and write)':<46}{8 * x.numel() / clock(device, lambda: y.copy_(x), 5) / 1e9:>10.0f} GB/s")
+    print(
+        f"{'copy (read and write)':<46}{8 * x.numel() / clock(device, lambda: y.copy_(x), 5) / 1e9:>10.0f} GB/s"
+    )
 
 
 def allow_tf32(allowed):
@@ -191,15 +210,22 @@ def section_decoder(device, args):
     data = FakeDataset(args.pictures)
     rows = datasets.caption_rows(data, np.arange(args.pictures))
     features = torch.randn(args.pictures, 64, 2048, device=device).relu()
-    captions, pictures = torch.from_numpy(rows.captions).to(device), torch.from_numpy(rows.pictures).to(device)
+    captions, pictures = (
+        torch.from_numpy(rows.captions).to(device),
+        torch.from_numpy(rows.pictures).to(device),
+    )
     lengths, words = rows.decode_lengths, sum(rows.decode_lengths)
 
     def step_textbook():
         scores = textbook(pooled(features)[pictures], captions, lengths)
-        F.cross_entropy(scores.flatten(0, 1), captions[:, 1:scores.shape[1] + 1].flatten(), ignore_index=0).backward()
+        F.cross_entropy(
+            scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0
+        ).backward()
 
     def step_ours(dtype=torch.float32):
-        loss, _ = models.caption_loss(ours(features, captions, lengths, pictures, dtype=dtype), alpha_c=0)
+        loss, _ = models.caption_loss(
+            ours(features, captions, lengths, pictures, dtype=dtype), alpha_c=0
+        )
         loss.backward()
 
     with exact_products():
@@ -207,12 +233,18 @@ def section_decoder(device, args):
     theirs = dict(textbook.named_parameters())
     for name, a in ours.named_parameters():
         b = theirs[name]
-        if name == "attention.full_att.bias":  # softmax does not see it: its gradient is 0, and the suite leaves it out
+        if (
+            name == "attention.full_att.bias"
+        ):  # softmax does not see it: its gradient is 0, and the suite leaves it out
             continue
-        if not torch.allclose(a.grad, b.grad, rtol=1e-2, atol=1e-4 * max(1.0, b.grad.abs().max().item())):
+        if not torch.allclose(
+            a.grad, b.grad, rtol=1e-2, atol=1e-4 * max(1.0, b.grad.abs().max().item())
+        ):
             raise SystemExit(f"the two formulations disagree on the gradient of {name}")
     slow = words / clock(device, step_textbook, 2 if device.type == "cpu" else 5)
-    print_row("decoder training step, float32", words / clock(device, step_ours), slow, "words/s", 10)
+    print_row(
+        "decoder training step, float32", words / clock(device, step_ours), slow, "words/s", 10
+    )
     fast = words / clock(device, lambda: step_ours(torch.bfloat16))
     print_row("decoder training step, bfloat16 for ours", fast, slow, "words/s")
 
@@ -220,7 +252,9 @@ def section_decoder(device, args):
 def section_training(device, args):
     """A whole training with a frozen ResNet-101 at 256×256: features are extracted once and serve ten epochs."""
     epochs, count = 10, 2 * args.pictures
-    options = train.get_args_parser().parse_args(["--amp", "--epochs", str(epochs), "--batch_size", str(args.pictures)])
+    options = train.get_args_parser().parse_args(
+        ["--amp", "--epochs", str(epochs), "--batch_size", str(args.pictures)]
+    )
     encoder = models.Encoder("resnet101", "none").to(device)
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
     data = FakeDataset(count)
@@ -233,9 +267,13 @@ def section_training(device, args):
 
     def update():  # every caption brings its picture along, as a loader of (picture, caption) pairs gives it
         with torch.no_grad():
-            grids = pooled(torch.cat([encoder(part.to(device)) for part in images[rows.pictures].split(16)]))
+            grids = pooled(
+                torch.cat([encoder(part.to(device)) for part in images[rows.pictures].split(16)])
+            )
         scores = textbook(grids, captions, rows.decode_lengths)
-        loss = F.cross_entropy(scores.flatten(0, 1), captions[:, 1:scores.shape[1] + 1].flatten(), ignore_index=0)
+        loss = F.cross_entropy(
+            scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -243,7 +281,9 @@ def section_training(device, args):
     slow = len(captions) / clock(device, update, 1)
 
     def whole_training():
-        decoder = models.build_decoder({**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY).to(device)
+        decoder = models.build_decoder(
+            {**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY
+        ).to(device)
         captioner = models.Captioner(encoder, decoder, WORD_MAP, {"image_size": 256})
         parts = [captioner.encode(part, torch.bfloat16).half() for part in images.split(16)]
         train_epochs(options, captioner, data, torch.cat(parts), epochs)
@@ -256,12 +296,17 @@ def train_epochs(options, captioner, data, features, epochs):
     """Epochs of train.py on given features; returns their records."""
     optimizer = train.build_optimizer(options, captioner.encoder, captioner.decoder)
     step = train.Update(options, captioner, optimizer, data, features, torch.bfloat16)
-    config = {**vars(options), "total_updates": epochs * math.ceil(len(data) / options.batch_size),
-              "ss_constants": (None, None)}
+    config = {
+        **vars(options),
+        "total_updates": epochs * math.ceil(len(data) / options.batch_size),
+        "ss_constants": (None, None),
+    }
     history = []
     with utils.StopSignals() as stop:
         for _ in range(epochs):
-            history.append(train.train_epoch(options, config, captioner, step, history, stop, save=None))
+            history.append(
+                train.train_epoch(options, config, captioner, step, history, stop, save=None)
+            )
             step.begin_epoch()
     return history
 
@@ -270,7 +315,10 @@ def section_beam(device, args):
     """Beam search, beam 5: batches, once per picture, against one picture at a time, once per caption."""
     ours, textbook = decoder_pair(device)
     ours.eval()
-    for decoder in (ours, textbook):  # untrained decoders never end: make <end> likely enough for captions of 10 words
+    for decoder in (
+        ours,
+        textbook,
+    ):  # untrained decoders never end: make <end> likely enough for captions of 10 words
         decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4
     encoder = models.Encoder("resnet101", "none").to(device)
     captioner = models.Captioner(encoder, ours, WORD_MAP, {"image_size": 256})
@@ -278,28 +326,41 @@ def section_beam(device, args):
     features = torch.randn(count, 64, 2048, device=device).relu()
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
     with exact_products():
-        for i, (found, *_) in enumerate(models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)):
-            score, _ = textbook.search(pooled(features[i:i + 1]), 5)
+        for i, (found, *_) in enumerate(
+            models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)
+        ):
+            score, _ = textbook.search(pooled(features[i : i + 1]), 5)
             if found.log_prob < score - 1e-3:
-                raise SystemExit(f"picture {i}: the suite's caption ({found.log_prob}) is worse than the textbook's ({score})")
+                raise SystemExit(
+                    f"picture {i}: the suite's caption ({found.log_prob}) is worse than the textbook's ({score})"
+                )
 
     def textbook_pictures(encode):
         for i in range(4):
             with torch.no_grad():
-                textbook.search(pooled(encoder(images[i:i + 1].to(device))) if encode else pooled(features[i:i + 1]), 5)
+                textbook.search(
+                    pooled(encoder(images[i : i + 1].to(device)))
+                    if encode
+                    else pooled(features[i : i + 1]),
+                    5,
+                )
 
     def our_pictures(encode, dtype):
         for i in range(0, count, batch):
             if encode:
-                captioner.caption(images[i:i + batch], dtype, beam_size=5)
+                captioner.caption(images[i : i + batch], dtype, beam_size=5)
             else:
-                models.beam_search([ours], [features[i:i + batch]], WORD_MAP, beam_size=5, dtype=dtype)
+                models.beam_search(
+                    [ours], [features[i : i + batch]], WORD_MAP, beam_size=5, dtype=dtype
+                )
 
     for encode, name, target in ((True, "with ResNet-101", 10), (False, "decoder alone", 20)):
         slow = 4 / clock(device, lambda: textbook_pictures(encode), 1) / 5
         for dtype in (torch.float32, torch.bfloat16):
             fast = count / clock(device, lambda: our_pictures(encode, dtype), 1)
-            print_row(f"beam search {name}, {str(dtype)[6:]} for ours", fast, slow, "pictures/s", target)
+            print_row(
+                f"beam search {name}, {str(dtype)[6:]} for ours", fast, slow, "pictures/s", target
+            )
 
 
 def section_extraction(device, args):
@@ -309,11 +370,16 @@ def section_extraction(device, args):
     count = 2048 if device.type == "cuda" else 32
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    records = [datasets.Record(f"{i}", split, ["a word"], lambda size: picture)
-               for split in datasets.SPLITS for i in range(count if split == "train" else 1)]
+    records = [
+        datasets.Record(f"{i}", split, ["a word"], lambda size: picture)
+        for split in datasets.SPLITS
+        for i in range(count if split == "train" else 1)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         datasets.write_dataset(folder, records, dataset="bench", source="random", min_word_freq=1)
-        data = datasets.CaptionDataset(datasets.split_path(folder, "train", datasets.base_name("bench", 5, 1)))
+        data = datasets.CaptionDataset(
+            datasets.split_path(folder, "train", datasets.base_name("bench", 5, 1))
+        )
         encode = lambda images: models.Captioner.encode(captioner, images, torch.bfloat16)
         out = Path(folder) / "features.npy"
         datasets.encode_split(data, encode, out, workers=args.workers)  # warms up
@@ -321,10 +387,16 @@ def section_extraction(device, args):
         began = time.perf_counter()
         datasets.encode_split(data, encode, out, workers=args.workers)
         synchronize(device)
-        print(f"{'extraction, ResNet-101, from HDF5 to the store':<46}{count / (time.perf_counter() - began):>10.0f} pictures/s")
-    images = torch.randint(0, 256, (256 if device.type == "cuda" else 8, 3, 256, 256), dtype=torch.uint8, device=device)
+        print(
+            f"{'extraction, ResNet-101, from HDF5 to the store':<46}{count / (time.perf_counter() - began):>10.0f} pictures/s"
+        )
+    images = torch.randint(
+        0, 256, (256 if device.type == "cuda" else 8, 3, 256, 256), dtype=torch.uint8, device=device
+    )
     rate = len(images) / clock(device, lambda: captioner_encode(encoder, images, device), 3)
-    print(f"{'extraction, ResNet-101, the CNN alone':<46}{rate:>10.0f} pictures/s, {rate * 20.4e9 / 1e12:.1f} TFLOP/s")
+    print(
+        f"{'extraction, ResNet-101, the CNN alone':<46}{rate:>10.0f} pictures/s, {rate * 20.4e9 / 1e12:.1f} TFLOP/s"
+    )
 
 
 @torch.no_grad()
@@ -339,23 +411,38 @@ def section_encoders(device, args):
 
     count = 256 if device.type == "cuda" else 16
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
-    print(f"{'':<20}{'parameters':>12}{'grid':>9}{'dim':>6}{'GFLOP':>8}{'float32':>10}{'bfloat16':>10} pictures/s"
-          f"{'fine-tuning':>13} pictures/s, MB per picture")
-    for name in ("resnet18", "resnet50", "resnet101", "vgg16", "efficientnet_lite0", "efficientnet_lite2"):
+    print(
+        f"{'':<20}{'parameters':>12}{'grid':>9}{'dim':>6}{'GFLOP':>8}{'float32':>10}{'bfloat16':>10} pictures/s"
+        f"{'fine-tuning':>13} pictures/s, MB per picture"
+    )
+    for name in (
+        "resnet18",
+        "resnet50",
+        "resnet101",
+        "vgg16",
+        "efficientnet_lite0",
+        "efficientnet_lite2",
+    ):
         encoder = models.Encoder(name, "none").to(device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             side = math.isqrt(encoder(images[:1]).shape[1])
         rates = []
         for dtype in (torch.float32, torch.bfloat16):
             captioner = SimpleNamespace(encoder=encoder, device=device)
-            rates.append(count / clock(device, lambda: models.Captioner.encode(captioner, images, dtype)))
+            rates.append(
+                count / clock(device, lambda: models.Captioner.encode(captioner, images, dtype))
+            )
         encoder.fine_tune()
 
         def kept(number):
             """Bytes that the backward pass needs of so many pictures, and of the weights."""
             storages = {}
-            with torch.autocast(device.type, torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
-                    lambda t: storages.setdefault(t.data_ptr(), t), lambda t: t):
+            with (
+                torch.autocast(device.type, torch.bfloat16),
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: storages.setdefault(t.data_ptr(), t), lambda t: t
+                ),
+            ):
                 encoder(images[:number])
             return sum(t.untyped_storage().nbytes() for t in storages.values())
 
@@ -365,32 +452,45 @@ def section_encoders(device, args):
 
         tuning = count / clock(device, update, 1)
         parameters = sum(p.numel() for p in encoder.parameters())
-        print(f"{name:<20}{parameters / 1e6:>10.1f} M{f'{side}×{side}':>9}{encoder.encoder_dim:>6}"
-              f"{counter.get_total_flops() / 1e9:>8.2f}{rates[0]:>10.1f}{rates[1]:>10.1f}{tuning:>24.1f}"
-              f"{(kept(4) - kept(2)) / 2e6:>24.1f}", flush=True)
+        print(
+            f"{name:<20}{parameters / 1e6:>10.1f} M{f'{side}×{side}':>9}{encoder.encoder_dim:>6}"
+            f"{counter.get_total_flops() / 1e9:>8.2f}{rates[0]:>10.1f}{rates[1]:>10.1f}{tuning:>24.1f}"
+            f"{(kept(4) - kept(2)) / 2e6:>24.1f}",
+            flush=True,
+        )
 
 
 def section_flickr8k(device, args):
     """Epochs of 6,000 pictures × 5 captions with ResNet-101-size features, LSTM 512, as train.py runs them."""
     data = FakeDataset(6000)
     epochs = 15 if device.type == "cuda" else 1
-    features = torch.randn(6000, 64, 2048, device=device, dtype=torch.float16).relu_() if device.type == "cuda" else (
-        torch.randn(6000, 64, 2048).half().relu_())
+    features = (
+        torch.randn(6000, 64, 2048, device=device, dtype=torch.float16).relu_()
+        if device.type == "cuda"
+        else (torch.randn(6000, 64, 2048).half().relu_())
+    )
     for grid in (0, 14):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        options = train.get_args_parser().parse_args(["--amp", "--encoded_image_size", str(grid), "--epochs", str(epochs)])
+        options = train.get_args_parser().parse_args(
+            ["--amp", "--encoded_image_size", str(grid), "--epochs", str(epochs)]
+        )
         torch.manual_seed(0)
         synchronize(device)
         began = time.perf_counter()
-        decoder = models.build_decoder({**vars(options), "encoder_dim": 2048}, VOCABULARY).to(device)
+        decoder = models.build_decoder({**vars(options), "encoder_dim": 2048}, VOCABULARY).to(
+            device
+        )
         captioner = SimpleNamespace(encoder=None, decoder=decoder, device=device)
         history = train_epochs(options, captioner, data, features, epochs)
         synchronize(device)
         seconds = time.perf_counter() - began
         rate = np.median([record["words_per_second"] for record in history])
-        print(f"{f'{epochs} epochs of 30,000 captions, grid ' + ('8×8' if grid == 0 else '14×14'):<46}{seconds:>10.1f} s in all, "
-              f"{rate:,.0f} words/s, loss {history[-1]['nll']:.3f}, peak memory {history[-1]['peak_memory_gb']} GB", flush=True)
+        print(
+            f"{f'{epochs} epochs of 30,000 captions, grid ' + ('8×8' if grid == 0 else '14×14'):<46}{seconds:>10.1f} s in all, "
+            f"{rate:,.0f} words/s, loss {history[-1]['nll']:.3f}, peak memory {history[-1]['peak_memory_gb']} GB",
+            flush=True,
+        )
 
 
 def section_prepare(device, args):
@@ -404,12 +504,16 @@ def section_prepare(device, args):
         folder = Path(folder)
         for i in range(count):  # of Flickr8k's size, and about as many bytes
             coarse = Image.fromarray(rng.integers(0, 256, (75, 100, 3), dtype=np.uint8))
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(
+                folder / f"{i}.jpg", quality=90
+            )
         paths = sorted(folder.glob("*.jpg"))
 
         def square(path):
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+                return np.asarray(
+                    image.convert("RGB").resize((256, 256), Image.Resampling.BICUBIC)
+                ).transpose(2, 0, 1)
 
         def plain():
             with h5py.File(folder / "plain.hdf5", "w") as file:
@@ -422,12 +526,26 @@ def section_prepare(device, args):
                 for image in pool.map(square, paths):
                     file.write(np.ascontiguousarray(image))
 
-        records = [datasets.Record(path.name, "train", ["a word"], functools.partial(datasets.open_image, path))
-                   for path in paths]
+        records = [
+            datasets.Record(
+                path.name, "train", ["a word"], functools.partial(datasets.open_image, path)
+            )
+            for path in paths
+        ]
 
         def ours():
-            datasets.write_split(folder / "ours.hdf5", records, WORD_MAP, split="train", captions_per_image=5, max_len=50,
-                                 image_size=256, seed=0, attributes={}, workers=cores)
+            datasets.write_split(
+                folder / "ours.hdf5",
+                records,
+                WORD_MAP,
+                split="train",
+                captions_per_image=5,
+                max_len=50,
+                image_size=256,
+                seed=0,
+                attributes={},
+                workers=cores,
+            )
 
         slow, most, fast = (count / clock(device, function, 3) for function in (plain, alone, ours))
     print_row(f"preparing photographs, {cores} cores", fast, slow, "pictures/s", 1.7)
@@ -450,14 +568,23 @@ print(f"{time.time() - began:.1f} s for imports, opening and 100 batches, peak m
 def section_coco(device, args):
     """Start-up on a data set of COCO's size: 590,000 captions of 118,000 pictures (here 32×32 pixels)."""
     picture = np.zeros((32, 32, 3), np.uint8)
-    captions = [f"a picture of w{i} and w{i + 1} beside some w{i + 2} on the w{i + 3}" for i in range(5)]
-    records = [datasets.Record(f"{i:012d}.jpg", split, captions, lambda size: picture)
-               for split, count in (("train", 118000), ("val", 5000), ("test", 1)) for i in range(count)]
+    captions = [
+        f"a picture of w{i} and w{i + 1} beside some w{i + 2} on the w{i + 3}" for i in range(5)
+    ]
+    records = [
+        datasets.Record(f"{i:012d}.jpg", split, captions, lambda size: picture)
+        for split, count in (("train", 118000), ("val", 5000), ("test", 1))
+        for i in range(count)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         datasets.write_dataset(folder, records, dataset="coco", source="generated", image_size=32)
         path = datasets.split_path(folder, "train", datasets.base_name("coco", 5, 5))
-        shown = subprocess.run([sys.executable, "-c", OPEN_AND_READ, str(ROOT), str(path)], check=True,
-                               capture_output=True, text=True)
+        shown = subprocess.run(
+            [sys.executable, "-c", OPEN_AND_READ, str(ROOT), str(path)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     print(f"{'start-up on 590,000 captions':<46}{shown.stdout.strip()}")
 
 
@@ -468,43 +595,85 @@ def section_caption(device, args):
     count = 32 if device.type == "cpu" else 8192
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)).save(folder / "a.jpg")
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
+        ).save(folder / "a.jpg")
         (folder / "many").mkdir()
         for i in range(count):
             (folder / "many" / f"{i}.jpg").write_bytes((folder / "a.jpg").read_bytes())
-        config = {**vars(train.get_args_parser().parse_args([])), "encoder": "resnet101", "encoder_dim": 2048,
-                  "image_size": 256}
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+        config = {
+            **vars(train.get_args_parser().parse_args([])),
+            "encoder": "resnet101",
+            "encoder_dim": 2048,
+            "image_size": 256,
+        }
+        config = {
+            key: str(value) if isinstance(value, Path) else value for key, value in config.items()
+        }
         decoder = models.build_decoder(config, VOCABULARY)
         decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4
-        utils.save_checkpoint(folder / "m.pth.tar", {
-            "config": config, "word_map": WORD_MAP, "encoder": models.Encoder("resnet101", "none").state_dict(),
-            "decoder": decoder.state_dict(), "history": []})
-        floor = (f"import torch, torchvision; m = torchvision.models.resnet101().eval().to('{device}')\n"
-                 f"with torch.no_grad(): m(torch.rand(1, 3, 256, 256, device='{device}')).cpu()")
+        models.save_checkpoint(
+            folder / "m.pth.tar",
+            {
+                "config": config,
+                "word_map": WORD_MAP,
+                "encoder": models.Encoder("resnet101", "none").state_dict(),
+                "decoder": decoder.state_dict(),
+                "history": [],
+            },
+        )
+        floor = (
+            f"import torch, torchvision; m = torchvision.models.resnet101().eval().to('{device}')\n"
+            f"with torch.no_grad(): m(torch.rand(1, 3, 256, 256, device='{device}')).cpu()"
+        )
 
         def process(*command):
-            return clock(torch.device("cpu"), lambda: subprocess.run(
-                [sys.executable, *command], cwd=folder, check=True, capture_output=True))
+            return clock(
+                torch.device("cpu"),
+                lambda: subprocess.run(
+                    [sys.executable, *command], cwd=folder, check=True, capture_output=True
+                ),
+            )
 
-        ours = process(ROOT / "caption.py", "--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device))
+        ours = process(
+            ROOT / "caption.py", "--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device)
+        )
         base = process("-c", floor)
-        many = process(ROOT / "caption.py", "--img", "many", "--model", "m.pth.tar", "--device", str(device), "--amp",
-                       "--no_plot", "--workers", str(args.workers))
-        print(f"{'caption.py, one picture':<46}{ours:>10.2f} s, torch + torchvision + one encoder pass {base:.2f} s: "
-              f"{ours / base:.2f}×  (wanted: at most 1.5×)")
-        print(f"{f'caption.py, a folder of {count}, bfloat16':<46}{count / many:>10.0f} pictures/s, start included")
+        many = process(
+            ROOT / "caption.py",
+            "--img",
+            "many",
+            "--model",
+            "m.pth.tar",
+            "--device",
+            str(device),
+            "--amp",
+            "--no_plot",
+            "--workers",
+            str(args.workers),
+        )
+        print(
+            f"{'caption.py, one picture':<46}{ours:>10.2f} s, torch + torchvision + one encoder pass {base:.2f} s: "
+            f"{ours / base:.2f}×  (wanted: at most 1.5×)"
+        )
+        print(
+            f"{f'caption.py, a folder of {count}, bfloat16':<46}{count / many:>10.0f} pictures/s, start included"
+        )
 
 
 def section_finetune(device, args):
     """Training encoder and decoder together, ResNet-101 at 256×256: against a loop that encodes a picture per caption."""
-    options = train.get_args_parser().parse_args(["--amp", "--fine_tune_encoder", "--batch_size", str(args.pictures)])
+    options = train.get_args_parser().parse_args(
+        ["--amp", "--fine_tune_encoder", "--batch_size", str(args.pictures)]
+    )
     data = FakeDataset(args.pictures)
     images = torch.randint(0, 256, (args.pictures, 3, 256, 256), dtype=torch.uint8)
     data.images = lambda pictures: images.numpy()[pictures]
     encoder = models.Encoder("resnet101", "none").to(device)
     encoder.fine_tune()
-    decoder = models.build_decoder({**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY).to(device)
+    decoder = models.build_decoder(
+        {**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY
+    ).to(device)
     textbook = Textbook(encoder.encoder_dim).to(device)
     rows = datasets.caption_rows(data, np.arange(args.pictures))
     captions = torch.from_numpy(rows.captions).to(device)
@@ -512,8 +681,12 @@ def section_finetune(device, args):
     optimizer = torch.optim.Adam(parameters, lr=1e-5)
 
     def update():
-        scores = textbook(pooled(encoder(images[rows.pictures].to(device))), captions, rows.decode_lengths)
-        loss = F.cross_entropy(scores.flatten(0, 1), captions[:, 1:scores.shape[1] + 1].flatten(), ignore_index=0)
+        scores = textbook(
+            pooled(encoder(images[rows.pictures].to(device))), captions, rows.decode_lengths
+        )
+        loss = F.cross_entropy(
+            scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -521,7 +694,14 @@ def section_finetune(device, args):
     repeats = 1 if device.type == "cpu" else 5
     slow = len(captions) / clock(device, update, repeats)
     captioner = models.Captioner(encoder, decoder, WORD_MAP, {"image_size": 256})
-    step = train.Update(options, captioner, train.build_optimizer(options, encoder, decoder), data, None, torch.bfloat16)
+    step = train.Update(
+        options,
+        captioner,
+        train.build_optimizer(options, encoder, decoder),
+        data,
+        None,
+        torch.bfloat16,
+    )
     decoder.train()
     loaded = step.load(np.arange(args.pictures))
     fast = len(captions) / clock(device, lambda: step(*loaded, 1.0), repeats, warm_up=3)
@@ -535,27 +715,69 @@ def section_processes(device, args):
         records, _ = datasets.shapes_records(320, 8, 8, size=64)
         datasets.write_dataset(folder, records, dataset="shapes", source="generated", image_size=64)
         for count in (1, 2):
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-                            ROOT / "train.py", "--data_folder", folder, "--data_name", datasets.base_name("shapes", 5, 5),
-                            "--encoder", "resnet18", "--encoder_weights", "none", "--output_folder", f"{folder}/{count}",
-                            "--epochs", "2", "--beam_size", "1", "--max_decode_steps", "3", "--device", str(device)],
-                           check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={count}",
+                    ROOT / "train.py",
+                    "--data_folder",
+                    folder,
+                    "--data_name",
+                    datasets.base_name("shapes", 5, 5),
+                    "--encoder",
+                    "resnet18",
+                    "--encoder_weights",
+                    "none",
+                    "--output_folder",
+                    f"{folder}/{count}",
+                    "--epochs",
+                    "2",
+                    "--beam_size",
+                    "1",
+                    "--max_decode_steps",
+                    "3",
+                    "--device",
+                    str(device),
+                ],
+                check=True,
+                capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
             log = datasets.log_path(f"{folder}/{count}", datasets.base_name("shapes", 5, 5))
             rates[count] = json.loads(log.read_text().splitlines()[-1])["words_per_second"]
-    print(f"{'training, one process and two':<46}{rates[1]:>10.0f}{rates[2]:>11.0f} words/s    {rates[2] / rates[1]:>7.1f}×")
+    print(
+        f"{'training, one process and two':<46}{rates[1]:>10.0f}{rates[2]:>11.0f} words/s    {rates[2] / rates[1]:>7.1f}×"
+    )
 
 
-SECTIONS = {name[8:]: function for name, function in list(globals().items()) if name.startswith("section_")}
+SECTIONS = {
+    name[8:]: function for name, function in list(globals().items()) if name.startswith("section_")
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, metavar="SECTION",
-                        default=["ceiling", "decoder", "training", "beam", "prepare", "caption"],
-                        help=f"what to time, of {', '.join(SECTIONS)} (default: %(default)s)")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="SECTION",
+        default=["ceiling", "decoder", "training", "beam", "prepare", "caption"],
+        help=f"what to time, of {', '.join(SECTIONS)} (default: %(default)s)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--pictures", type=int, default=16, help="pictures of five captions per training step (default: 16)")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read pictures (default: 4)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=16,
+        help="pictures of five captions per training step (default: 16)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, help="threads that read pictures (default: 4)"
+    )
     args = parser.parse_args()
     device = utils.pick_device(args.device)
     allow_tf32(True)

@@ -18,7 +18,10 @@ import utils
 def word_map():
     """A vocabulary of six words."""
     words = ("a", "dog", "runs", "on", "the", "grass")
-    return {word: i for i, word in enumerate([datasets.PAD, *words, datasets.UNK, datasets.START, datasets.END])}
+    return {
+        word: i
+        for i, word in enumerate([datasets.PAD, *words, datasets.UNK, datasets.START, datasets.END])
+    }
 
 
 def make_picture(seed, width=48, height=36):
@@ -60,8 +63,16 @@ def shapes_data(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("shapes")
     records, _ = datasets.shapes_records(24, 6, 6, seed=1, size=64)
-    datasets.write_dataset(folder, records, dataset="shapes", source="generated", min_word_freq=1, max_len=20,
-                           image_size=64, seed=1)
+    datasets.write_dataset(
+        folder,
+        records,
+        dataset="shapes",
+        source="generated",
+        min_word_freq=1,
+        max_len=20,
+        image_size=64,
+        seed=1,
+    )
     return folder, datasets.base_name("shapes", 5, 1)
 
 
@@ -81,6 +92,7 @@ def shapes_word_map(shapes_data):
 @pytest.fixture
 def write_bad_json(tmp_path):
     """Function of a value: the path of a JSON file that holds it."""
+
     def write(value):
         path = tmp_path / "value.json"
         path.write_text(json.dumps(value), encoding="utf-8")
@@ -92,6 +104,7 @@ def write_bad_json(tmp_path):
 @pytest.fixture
 def fails():
     """``with fails("word")``: the block must end in a one-line message for the user that holds the word."""
+
     def expect(match):
         return pytest.raises(utils.UserError, match=rf"\A[^\n]*{match}[^\n]*\Z")
 
@@ -104,8 +117,15 @@ def fails():
 def make_decoder(vocab_size=10, seed=0, scale=3.0, **options):
     """A decoder of a few hundred weights, in eval mode, without dropout; ``scale`` makes its word choices distinct."""
     torch.manual_seed(seed)
-    options = {"encoder_dim": 6, "attention_dim": 5, "embed_dim": 4, "decoder_dim": 7, "encoded_image_size": 0,
-               "dropout": 0.0, **options}
+    options = {
+        "encoder_dim": 6,
+        "attention_dim": 5,
+        "embed_dim": 4,
+        "decoder_dim": 7,
+        "encoded_image_size": 0,
+        "dropout": 0.0,
+        **options,
+    }
     decoder = models.DecoderWithAttention(vocab_size, **options)
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -120,14 +140,50 @@ def train_args(data, output_folder, *flags):
     :param flags: more flags, which win over those here
     """
     folder, name = data
-    return train.get_args_parser().parse_args([
-        "--data_folder", str(folder), "--data_name", name, "--output_folder", str(output_folder),
-        *TINY_TRAINING, *map(str, flags)])
+    return train.get_args_parser().parse_args(
+        [
+            "--data_folder",
+            str(folder),
+            "--data_name",
+            name,
+            "--output_folder",
+            str(output_folder),
+            *TINY_TRAINING,
+            *map(str, flags),
+        ]
+    )
 
 
-TINY_TRAINING = ("--encoder resnet18 --encoder_weights none --encoded_image_size 0 --attention_dim 16 --embed_dim 16 "
-                 "--decoder_dim 32 --batch_size 8 --epochs 2 --warmup 2 --learning_rate 0.02 --beam_size 2 "
-                 "--max_decode_steps 12 --workers 1 --device cpu").split()
+TINY_TRAINING = [
+    "--encoder",
+    "resnet18",
+    "--encoder_weights",
+    "none",
+    "--encoded_image_size",
+    "0",
+    "--attention_dim",
+    "16",
+    "--embed_dim",
+    "16",
+    "--decoder_dim",
+    "32",
+    "--batch_size",
+    "8",
+    "--epochs",
+    "2",
+    "--warmup",
+    "2",
+    "--learning_rate",
+    "0.02",
+    "--beam_size",
+    "2",
+    "--max_decode_steps",
+    "12",
+    "--workers",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="session")
@@ -159,11 +215,11 @@ def best_checkpoint(trained, training_data):
 @pytest.fixture
 def talkative(best_checkpoint, tmp_path):
     """Path of a checkpoint like the tiny run's, whose decoder says many different things."""
-    checkpoint = utils.load_checkpoint(best_checkpoint)
+    checkpoint = models.load_checkpoint(best_checkpoint)
     generator = torch.Generator().manual_seed(0)
     for weights in checkpoint["decoder"].values():
         weights.copy_(torch.rand(weights.shape, generator=generator) - 0.5)
     path = tmp_path / "talkative" / best_checkpoint.name
     path.parent.mkdir()
-    utils.save_checkpoint(path, checkpoint)
+    models.save_checkpoint(path, checkpoint)
     return path

@@ -26,8 +26,21 @@ def describe(best_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        argv = ["--model", best_checkpoint, "--workers", 2, "--device", "cpu", "--max_decode_steps", 6,
-                "--output_folder", "out", "--json", "out/captions.json", *flags]
+        argv = [
+            "--model",
+            best_checkpoint,
+            "--workers",
+            2,
+            "--device",
+            "cpu",
+            "--max_decode_steps",
+            6,
+            "--output_folder",
+            "out",
+            "--json",
+            "out/captions.json",
+            *flags,
+        ]
         caption.main(caption.get_args_parser().parse_args([str(arg) for arg in argv]))
         return capsys.readouterr(), utils.read_json("out/captions.json")
 
@@ -65,7 +78,9 @@ def test_a_picture_is_captioned_and_drawn(describe, best_checkpoint, tmp_path):
 
     captioner = models.load_captioner(best_checkpoint)
     square = datasets.resize_image(make_picture(0), 64)
-    expected = captioner.caption(torch.from_numpy(square)[None], beam_size=5, length_penalty=0.7, max_decode_steps=6)[0][0]
+    expected = captioner.caption(
+        torch.from_numpy(square)[None], beam_size=5, length_penalty=0.7, max_decode_steps=6
+    )[0][0]
     assert said["caption"].split() == captioner.text(expected)
     assert said["log_prob"] == pytest.approx(expected.log_prob, rel=1e-4)
 
@@ -75,23 +90,32 @@ def test_the_consensus_of_the_training_data_can_be_asked(describe, talkative, tr
     flags = ["--model", talkative, "--img", path, "--length_penalty", 1, "--n_best", 5]
     _, (plain,) = describe(*flags)
     _, (chosen,) = describe(*flags, "--consensus", 3, "--data_folder", training_data[0])
-    scores = [{said["caption"]: said["score"] for said in result["captions"]} for result in (plain, chosen)]
-    assert set(scores[0]) == set(scores[1]) and list(scores[1].values()) == sorted(scores[1].values(), reverse=True)
+    scores = [
+        {said["caption"]: said["score"] for said in result["captions"]}
+        for result in (plain, chosen)
+    ]
+    assert set(scores[0]) == set(scores[1]) and list(scores[1].values()) == sorted(
+        scores[1].values(), reverse=True
+    )
     captioner = models.load_captioner(talkative)
-    known = datasets.described_pictures([captioner], *training_data, torch.float32)
+    known = models.described_pictures([captioner], *training_data, torch.float32)
     consensus = models.Consensus([captioner], *known, 3)
     square = torch.from_numpy(datasets.resize_image(make_picture(0), 64))[None]
-    expected = captioner.caption(square, beam_size=5, n_best=5, length_penalty=1, max_decode_steps=6, consensus=consensus)[0]
-    assert [said["score"] for said in chosen["captions"]] == pytest.approx([h.score for h in expected], rel=1e-4)
+    expected = captioner.caption(
+        square, beam_size=5, n_best=5, length_penalty=1, max_decode_steps=6, consensus=consensus
+    )[0]
+    assert [said["score"] for said in chosen["captions"]] == pytest.approx(
+        [h.score for h in expected], rel=1e-4
+    )
     assert any(scores[1][words] > score for words, score in scores[0].items())
     with fails("TRAIN_.*hdf5"):
         describe(*flags, "--consensus", 3)
     captioner.image_size = 32
     with fails("pictures of 64 pixels, but the model was trained on 32"):
-        datasets.described_pictures([captioner], *training_data, torch.float32)
-    checkpoint = utils.load_checkpoint(talkative)
+        models.described_pictures([captioner], *training_data, torch.float32)
+    checkpoint = models.load_checkpoint(talkative)
     checkpoint["config"]["data_name"] = ""
-    utils.save_checkpoint(talkative, checkpoint)
+    models.save_checkpoint(talkative, checkpoint)
     with fails("does not say on what it was trained"):
         describe(*flags, "--consensus", 3, "--data_folder", training_data[0])
 
@@ -101,14 +125,32 @@ def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
         save(Path("pictures") / name, i)
     Path("pictures/notes.txt").write_text("no picture")
     _, results = describe("--img", "pictures/b.jpg", "pictures", "pictures/**/*.png", "--no_plot")
-    assert [result["image"] for result in results] == [f"pictures/{name}" for name in (
-        "b.jpg", "C.JPG", "a.png", "sub/d.png", "sub/deep/e.png")]
+    assert [result["image"] for result in results] == [
+        f"pictures/{name}" for name in ("b.jpg", "C.JPG", "a.png", "sub/d.png", "sub/deep/e.png")
+    ]
     assert written() == set()
 
 
-@pytest.mark.parametrize("name", ["a b.png", "it's.png", 'say "cheese".png', "Straße_漢字.png", "[1].png", "100%.png",
-                                  "-x.png", "two.dots.png", "🐕.png", "{0}.png", "~.png", "x" * 200 + ".png",
-                                  "x" * 251 + ".png", "🐕" * 62 + ".png", "two\nlines\x1b[2J.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.png",
+        "it's.png",
+        'say "cheese".png',
+        "Straße_漢字.png",
+        "[1].png",
+        "100%.png",
+        "-x.png",
+        "two.dots.png",
+        "🐕.png",
+        "{0}.png",
+        "~.png",
+        "x" * 200 + ".png",
+        "x" * 251 + ".png",
+        "🐕" * 62 + ".png",
+        "two\nlines\x1b[2J.png",
+    ],
+)
 def test_any_name_will_do(name, describe):
     path = save(Path("pictures") / name)
     printed, (result,) = describe("--img", path)
@@ -141,7 +183,10 @@ def test_a_bomb_is_left_out_in_one_line(describe, recwarn):
     Path("pictures/no picture.jpg").write_text("404")
     printed, results = describe("--img", "pictures", "--no_plot")
     assert len(results) == 1 and not [w for w in recwarn if "PIL" in w.filename]
-    assert printed.err.count("left out: cannot read pictures/") == 3 and printed.err.count("shrink it") == 2
+    assert (
+        printed.err.count("left out: cannot read pictures/") == 3
+        and printed.err.count("shrink it") == 2
+    )
 
 
 def test_no_name_of_a_picture_leads_out_of_the_output_folder(describe, tmp_path, monkeypatch):
@@ -149,9 +194,17 @@ def test_no_name_of_a_picture_leads_out_of_the_output_folder(describe, tmp_path,
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     describe("--img", "../../x.jpg", tmp_path / "x.jpg", "--gif")
-    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert found == ["a/b/out/captions.json", "a/b/out/x_2_attention.gif", "a/b/out/x_2_attention.png",
-                     "a/b/out/x_attention.gif", "a/b/out/x_attention.png", "x.jpg"]
+    found = sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    )
+    assert found == [
+        "a/b/out/captions.json",
+        "a/b/out/x_2_attention.gif",
+        "a/b/out/x_2_attention.png",
+        "a/b/out/x_attention.gif",
+        "a/b/out/x_attention.png",
+        "x.jpg",
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -163,8 +216,12 @@ def test_a_name_that_is_no_text_will_do(describe):
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(describe):
-    paths = [save("pictures/a/cat.png", 1), save("pictures/b/cat.png", 2), save("pictures/b/cat.jpg", 3),
-             save("pictures/c/cat_2.png", 4)]
+    paths = [
+        save("pictures/a/cat.png", 1),
+        save("pictures/b/cat.png", 2),
+        save("pictures/b/cat.jpg", 3),
+        save("pictures/c/cat_2.png", 4),
+    ]
     describe("--img", *paths)
     assert len(written()) == 4
     assert len({Path("out", name).read_bytes() for name in written()}) == 4
@@ -213,11 +270,15 @@ def test_batches_change_nothing(describe):
         save(f"pictures/{i}.png", i)
     _, one = describe("--img", "pictures", "--batch_size", 1, "--no_plot")
     _, many = describe("--img", "pictures", "--batch_size", 4, "--no_plot")
-    assert [(r["image"], r["captions"][0]["caption"]) for r in one] == [(r["image"], r["captions"][0]["caption"]) for r in many]
+    assert [(r["image"], r["captions"][0]["caption"]) for r in one] == [
+        (r["image"], r["captions"][0]["caption"]) for r in many
+    ]
 
 
 def test_the_gif_moves_word_by_word(describe):
-    frames = caption.attention_frames(Image.open(save("pictures/photo.png")), ["a", "dog"], torch.eye(2, 4))
+    frames = caption.attention_frames(
+        Image.open(save("pictures/photo.png")), ["a", "dog"], torch.eye(2, 4)
+    )
     assert len(frames) == 4 and len({frame.tobytes() for frame in frames}) == 4
     assert len({frame.shape for frame in frames}) == 1 and frames[0].shape[1] >= 160
     describe("--img", "pictures/photo.png", "--gif")
@@ -234,9 +295,16 @@ def test_show_without_a_screen_says_where_the_picture_is(describe, monkeypatch):
     assert "no screen" in printed.err and "photo_attention.png" in printed.err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--n_best", 6], "--n_best 6"), (["--no_plot", "--gif"], "--gif"), (["--batch_size", 0], "--batch_size 0"),
-    (["--beam_size", 0], "--beam_size 0"), (["--device", "cuda:99"], "--device cuda:99")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--n_best", 6], "--n_best 6"),
+        (["--no_plot", "--gif"], "--gif"),
+        (["--batch_size", 0], "--batch_size 0"),
+        (["--beam_size", 0], "--beam_size 0"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ],
+)
 def test_bad_values_end_in_one_line(flags, message, describe, fails):
     with fails(message):
         describe("--img", save("pictures/photo.png"), *flags)
@@ -258,15 +326,20 @@ def test_a_wrong_word_map_is_refused(describe, word_map, fails, tmp_path_factory
 def test_what_is_no_checkpoint_is_refused(describe, fails):
     path = save("pictures/photo.png")
     with fails("photo.png is not a readable file of tensors"):
-        args = caption.get_args_parser().parse_args(["--img", str(path), "--model", str(path), "--device", "cpu"])
+        args = caption.get_args_parser().parse_args(
+            ["--img", str(path), "--model", str(path), "--device", "cpu"]
+        )
         caption.main(args)
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
-SIZES = st.sampled_from([(48, 36), (36, 48), (400, 8), (8, 400), (1, 1), (3000, 20), (20, 3000), (64, 64)])
-WORDS = st.lists(st.sampled_from(["a", "dog", "running", "skateboarders", "漢字", "é", "🐕"]),
-                 max_size=30)
+SIZES = st.sampled_from(
+    [(48, 36), (36, 48), (400, 8), (8, 400), (1, 1), (3000, 20), (20, 3000), (64, 64)]
+)
+WORDS = st.lists(
+    st.sampled_from(["a", "dog", "running", "skateboarders", "漢字", "é", "🐕"]), max_size=30
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -278,12 +351,21 @@ def test_the_sheet_has_a_panel_for_every_word(size, words, side):
     pixels = np.asarray(sheet)
     assert pixels.shape[2] == 3 and 100 < sheet.width < 12000 and 80 < sheet.height < 12000
     # nothing is cut at the margins
-    assert (pixels[:8] == 255).all() and (pixels[-8:] == 255).all() and (pixels[:, :8] == 255).all() and (pixels[:, -8:] == 255).all()
+    assert (
+        (pixels[:8] == 255).all()
+        and (pixels[-8:] == 255).all()
+        and (pixels[:, :8] == 255).all()
+        and (pixels[:, -8:] == 255).all()
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 10, 20, 30])
 def test_the_sheet_is_near_a_screens_shape_and_grows_with_the_words(number):
-    sheet = caption.attention_sheet(Image.fromarray(make_picture(1, 300, 200)), ["dog"] * number, torch.full((number, 49), 1 / 49))
+    sheet = caption.attention_sheet(
+        Image.fromarray(make_picture(1, 300, 200)),
+        ["dog"] * number,
+        torch.full((number, 49), 1 / 49),
+    )
     assert 1 < sheet.width / sheet.height < 3
     assert sheet.width * sheet.height > (number + 1) * 150 * 150
 
@@ -302,7 +384,9 @@ def test_panels_are_lit_where_the_model_looked():
 @settings(max_examples=15, deadline=None)
 @given(SIZES, WORDS)
 def test_frames_are_of_one_size_and_one_per_word(size, words):
-    frames = caption.attention_frames(Image.fromarray(make_picture(1, *size)), words, torch.rand(len(words), 4).softmax(1))
+    frames = caption.attention_frames(
+        Image.fromarray(make_picture(1, *size)), words, torch.rand(len(words), 4).softmax(1)
+    )
     assert len(frames) == len(words) + 2
     assert len({frame.shape for frame in frames}) == 1
     height, width, _ = frames[0].shape
@@ -311,11 +395,23 @@ def test_frames_are_of_one_size_and_one_per_word(size, words):
 
 def test_a_model_that_says_nothing_is_drawn_too(best_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    checkpoint = utils.load_checkpoint(best_checkpoint)
+    checkpoint = models.load_checkpoint(best_checkpoint)
     checkpoint["decoder"]["fc.bias"][checkpoint["word_map"]["<end>"]] = 1e4
     torch.save(checkpoint, "silent.pth.tar")
     save("pictures/photo.png")
-    argv = "--img pictures/photo.png --model silent.pth.tar --device cpu --gif --output_folder out --json out.json".split()
+    argv = [
+        "--img",
+        "pictures/photo.png",
+        "--model",
+        "silent.pth.tar",
+        "--device",
+        "cpu",
+        "--gif",
+        "--output_folder",
+        "out",
+        "--json",
+        "out.json",
+    ]
     caption.main(caption.get_args_parser().parse_args(argv))
     assert utils.read_json("out.json")[0]["captions"][0]["caption"] == ""
     assert Path("out/photo_attention.png").exists() and Path("out/photo_attention.gif").exists()

@@ -43,13 +43,19 @@ def test_own_data_from_flags_to_files(own_data, tmp_path, capsys):
     printed = capsys.readouterr().out
     name = datasets.base_name("mine", 5, 1)
     assert {path.name for path in out.iterdir()} == {
-        f"TRAIN_{name}.hdf5", f"VAL_{name}.hdf5", f"TEST_{name}.hdf5", f"WORDMAP_{name}.json",
-        f"CONTACT_SHEET_{name}.png"}
+        f"TRAIN_{name}.hdf5",
+        f"VAL_{name}.hdf5",
+        f"TEST_{name}.hdf5",
+        f"WORDMAP_{name}.json",
+        f"CONTACT_SHEET_{name}.png",
+    }
     train = datasets.CaptionDataset(datasets.split_path(out, "train", name))
     assert len(train) == 17 and "05.jpg" not in train.image_names
     assert train.attributes["source"].startswith("captions.csv (SHA-256 ")
     assert (train.attributes["image_size"], train.scenes) == (32, None)
-    assert "05.jpg" in printed and "Vocabulary:" in printed and f"CONTACT_SHEET_{name}.png" in printed
+    assert (
+        "05.jpg" in printed and "Vocabulary:" in printed and f"CONTACT_SHEET_{name}.png" in printed
+    )
     sheet = np.asarray(Image.open(datasets.contact_sheet_path(out, name)).convert("RGB"))
     assert sheet.std() > 20 and min(sheet.shape[:2]) > 500
 
@@ -57,27 +63,75 @@ def test_own_data_from_flags_to_files(own_data, tmp_path, capsys):
 def test_contact_sheet_of_any_captions(own_data, tmp_path):
     images, captions = own_data
     odd = ["$x^2$ \\alpha_{", "漢字 हिन्दी عربى", "word " * 60, "w" * 300]
-    captions.write_text("image,caption,split\n" + "".join(
-        f'{i:02d}.jpg,"{text}",{split}\n' for i, split in enumerate(datasets.SPLITS) for text in odd), encoding="utf-8")
-    prepare("--dataset", "odd", "--images", images, "--captions", captions, "--data_folder", tmp_path / "out")
-    assert datasets.contact_sheet_path(tmp_path / "out", datasets.base_name("odd", 5, 1)).stat().st_size > 10_000
+    captions.write_text(
+        "image,caption,split\n"
+        + "".join(
+            f'{i:02d}.jpg,"{text}",{split}\n'
+            for i, split in enumerate(datasets.SPLITS)
+            for text in odd
+        ),
+        encoding="utf-8",
+    )
+    prepare(
+        "--dataset",
+        "odd",
+        "--images",
+        images,
+        "--captions",
+        captions,
+        "--data_folder",
+        tmp_path / "out",
+    )
+    assert (
+        datasets.contact_sheet_path(tmp_path / "out", datasets.base_name("odd", 5, 1))
+        .stat()
+        .st_size
+        > 10_000
+    )
 
 
-@pytest.mark.parametrize("caption, message", [
-    ("", "no word of the training captions"), ("?!, - '…'", "no word of the training captions"),
-    ("dog " * 500, "check the captions and --max_len"), ("\x00\x07\u200b", "no word of the training captions")])
+@pytest.mark.parametrize(
+    "caption, message",
+    [
+        ("", "no word of the training captions"),
+        ("?!, - '…'", "no word of the training captions"),
+        ("dog " * 500, "check the captions and --max_len"),
+        ("\x00\x07\u200b", "no word of the training captions"),
+    ],
+)
 def test_captions_that_cannot_be_used_end_in_one_line(caption, message, own_data, tmp_path, fails):
     images, captions = own_data
-    captions.write_text("image,caption\n" + "".join(f'{i:02d}.jpg,"{caption}"\n' for i in range(20)), encoding="utf-8")
+    captions.write_text(
+        "image,caption\n" + "".join(f'{i:02d}.jpg,"{caption}"\n' for i in range(20)),
+        encoding="utf-8",
+    )
     with fails(message):
-        prepare("--dataset", "mine", "--images", images, "--captions", captions, "--data_folder", tmp_path / "out")
+        prepare(
+            "--dataset",
+            "mine",
+            "--images",
+            images,
+            "--captions",
+            captions,
+            "--data_folder",
+            tmp_path / "out",
+        )
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_without_pictures_is_named(own_data, tmp_path, fails):
     (tmp_path / "none").mkdir()
     with fails("20 of 20 pictures are missing in .*none"):
-        prepare("--dataset", "mine", "--images", tmp_path / "none", "--captions", own_data[1], "--data_folder", "out")
+        prepare(
+            "--dataset",
+            "mine",
+            "--images",
+            tmp_path / "none",
+            "--captions",
+            own_data[1],
+            "--data_folder",
+            "out",
+        )
 
 
 def test_no_name_of_a_picture_leads_out_of_the_data_folder(tmp_path):
@@ -86,11 +140,21 @@ def test_no_name_of_a_picture_leads_out_of_the_data_folder(tmp_path):
     with zipfile.ZipFile(tmp_path / "in" / "own.zip", "w") as archive:
         for i, split in enumerate(("train", "val", "test")):
             archive.writestr(f"../../{i}.png", picture_bytes(i))
-            rows.append(f'../../{i}.png,a dog,{split}')
+            rows.append(f"../../{i}.png,a dog,{split}")
     (tmp_path / "in" / "own.csv").write_text("\n".join(rows), encoding="utf-8")
-    prepare("--dataset", "own", "--images", tmp_path / "in" / "own.zip", "--captions", tmp_path / "in" / "own.csv",
-            "--data_folder", tmp_path / "a" / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "in"} and len(list((tmp_path / "a").iterdir())) == 1
+    prepare(
+        "--dataset",
+        "own",
+        "--images",
+        tmp_path / "in" / "own.zip",
+        "--captions",
+        tmp_path / "in" / "own.csv",
+        "--data_folder",
+        tmp_path / "a" / "out",
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "in"} and len(
+        list((tmp_path / "a").iterdir())
+    ) == 1
     assert len(list((tmp_path / "a" / "out").iterdir())) == 5
 
 
@@ -105,12 +169,23 @@ def test_flickr8k_is_read_in_place(tmp_path):
     before = state(source)
     prepare("--source", source, "--data_folder", tmp_path / "out")
     assert state(source) == before
-    val = datasets.CaptionDataset(datasets.split_path(tmp_path / "out", "val", datasets.base_name("flickr8k", 5, 1)))
+    val = datasets.CaptionDataset(
+        datasets.split_path(tmp_path / "out", "val", datasets.base_name("flickr8k", 5, 1))
+    )
     assert val.image_names == ["06_ab.jpg", "07_ab.jpg"] and val.captions.shape == (10, 52)
 
 
 def test_second_run_stops_and_force_gives_the_same_bytes(own_data, tmp_path, capsys, fails):
-    flags = ["--dataset", "mine", "--images", own_data[0], "--captions", own_data[1], "--data_folder", tmp_path / "out"]
+    flags = [
+        "--dataset",
+        "mine",
+        "--images",
+        own_data[0],
+        "--captions",
+        own_data[1],
+        "--data_folder",
+        tmp_path / "out",
+    ]
     prepare(*flags)
     before = state(tmp_path / "out")
     capsys.readouterr()
@@ -125,7 +200,9 @@ def test_second_run_stops_and_force_gives_the_same_bytes(own_data, tmp_path, cap
     own_data[1].write_bytes(original)
     prepare(*flags, "--force", "--workers", 7)
     after = state(tmp_path / "out")
-    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
+    assert {name: data for name, (_, data) in after.items()} == {
+        name: data for name, (_, data) in before.items()
+    }
     assert all(after[name][0] != before[name][0] for name in after)
     path = datasets.split_path(tmp_path / "out", "test", datasets.base_name("mine", 5, 1))
     path.write_bytes(path.read_bytes()[:5000])
@@ -134,7 +211,16 @@ def test_second_run_stops_and_force_gives_the_same_bytes(own_data, tmp_path, cap
 
 
 def test_a_missing_file_is_made_again(own_data, tmp_path):
-    flags = ["--dataset", "mine", "--images", own_data[0], "--captions", own_data[1], "--data_folder", tmp_path]
+    flags = [
+        "--dataset",
+        "mine",
+        "--images",
+        own_data[0],
+        "--captions",
+        own_data[1],
+        "--data_folder",
+        tmp_path,
+    ]
     prepare(*flags)
     path = datasets.word_map_path(tmp_path, datasets.base_name("mine", 5, 1))
     content = path.read_text()
@@ -143,23 +229,48 @@ def test_a_missing_file_is_made_again(own_data, tmp_path):
     assert path.read_text() == content
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--dataset", "../mine"], "--dataset '../mine'"),
-    (["--dataset", "mine"], "give --images and --captions"),
-    (["--dataset", "coco"], "needs --karpathy_json dataset_coco.json"),
-    (["--dataset", "mine", "--captions", "c.csv"], "--images needs"),
-    (["--dataset", "mine", "--images", "i"], "--images needs"),
-    (["--images", "i", "--captions", "c.csv"], "another name"),
-    (["--dataset", "mine", "--images", "i", "--captions", "c", "--karpathy_json", "k"], "give one of them"),
-    (["--dataset", "mine", "--images", "i", "--captions", "c", "--source", "s"], "--source is for Flickr8k"),
-    (["--dataset", "shapes", "--source", "s"], "is generated"),
-    (["--source", "nowhere"], "nowhere lacks Flickr8k_Dataset.zip and Flickr8k_text.zip"),
-    (["--dataset", "mine", "--images", "nowhere", "--captions", "nowhere.csv"], "cannot read nowhere.csv"),
-    (["--dataset", "coco", "--images", "nowhere", "--karpathy_json", "no.json"], "cannot read no.json"),
-    *(([f"--{flag}", value], f"--{flag} {value}") for flag, value in (
-        ("captions_per_image", "0"), ("max_len", "0"), ("seed", "-1"), ("workers", "0"), ("max_len", "9999999"))),
-])
-def test_wrong_flags_end_in_one_line_and_write_nothing(flags, message, tmp_path, fails, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset", "../mine"], "--dataset '../mine'"),
+        (["--dataset", "mine"], "give --images and --captions"),
+        (["--dataset", "coco"], "needs --karpathy_json dataset_coco.json"),
+        (["--dataset", "mine", "--captions", "c.csv"], "--images needs"),
+        (["--dataset", "mine", "--images", "i"], "--images needs"),
+        (["--images", "i", "--captions", "c.csv"], "another name"),
+        (
+            ["--dataset", "mine", "--images", "i", "--captions", "c", "--karpathy_json", "k"],
+            "give one of them",
+        ),
+        (
+            ["--dataset", "mine", "--images", "i", "--captions", "c", "--source", "s"],
+            "--source is for Flickr8k",
+        ),
+        (["--dataset", "shapes", "--source", "s"], "is generated"),
+        (["--source", "nowhere"], "nowhere lacks Flickr8k_Dataset.zip and Flickr8k_text.zip"),
+        (
+            ["--dataset", "mine", "--images", "nowhere", "--captions", "nowhere.csv"],
+            "cannot read nowhere.csv",
+        ),
+        (
+            ["--dataset", "coco", "--images", "nowhere", "--karpathy_json", "no.json"],
+            "cannot read no.json",
+        ),
+        *(
+            ([f"--{flag}", value], f"--{flag} {value}")
+            for flag, value in (
+                ("captions_per_image", "0"),
+                ("max_len", "0"),
+                ("seed", "-1"),
+                ("workers", "0"),
+                ("max_len", "9999999"),
+            )
+        ),
+    ],
+)
+def test_wrong_flags_end_in_one_line_and_write_nothing(
+    flags, message, tmp_path, fails, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with fails(message):
         prepare(*flags)
@@ -173,11 +284,25 @@ def test_disk_that_is_too_small_is_seen_first(tmp_path, fails, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    result = subprocess.run([sys.executable, "create_input_files.py", "--source", tmp_path / "a b"], cwd=ROOT,
-                            capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    result = subprocess.run([sys.executable, "create_input_files.py", "--help"], cwd=ROOT, capture_output=True,
-                            text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "create_input_files.py", "--source", tmp_path / "a b"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "Traceback" not in result.stderr
+    )
+    result = subprocess.run(
+        [sys.executable, "create_input_files.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "Flickr8k" in result.stdout
 
 
@@ -222,7 +347,9 @@ def answer(handler, start, status=None, length=None, body=None, kind="applicatio
     handler.send_response(status or (206 if start else 200))
     handler.send_header("Content-Type", kind)
     if length != "none":
-        handler.send_header("Content-Length", str(len(ARCHIVE) - start if length is None else length))
+        handler.send_header(
+            "Content-Length", str(len(ARCHIVE) - start if length is None else length)
+        )
     if start and "Content_Range" not in headers:
         handler.send_header("Content-Range", f"bytes {start}-{len(ARCHIVE) - 1}/{len(ARCHIVE)}")
     for name, value in headers.items():
@@ -234,28 +361,53 @@ def answer(handler, start, status=None, length=None, body=None, kind="applicatio
 
 def download(folder, address, **options):
     archives = {"a.zip": (hashlib.md5(ARCHIVE).hexdigest(), len(ARCHIVE))}
-    create_input_files.download(folder, ["a.zip"], address, archives, **{"timeout": 0.3, "pause": 0.01, **options})
+    create_input_files.download(
+        folder, ["a.zip"], address, archives, **{"timeout": 0.3, "pause": 0.01, **options}
+    )
 
 
 def stall(handler, start):
-    answer(handler, start, body=ARCHIVE[start:start + 9000])
+    answer(handler, start, body=ARCHIVE[start : start + 9000])
     handler.wfile.flush()
     time.sleep(0.6)
     return True
 
 
-@pytest.mark.parametrize("name, behaviour, starts", [
-    ("well", lambda h, n, s: None, [0]),
-    ("break", lambda h, n, s: n < 3 and answer(h, s, body=ARCHIVE[s:s + 100_000]) or None, [0, 100_000, 200_000]),
-    ("stall", lambda h, n, s: n == 1 and stall(h, s) or None, [0, 9000]),
-    ("error", lambda h, n, s: n == 1 and answer(h, s, 503, body=b"busy", length=4) or None, [0, 0]),
-    ("no length", lambda h, n, s: answer(h, s, length="none"), [0]),
-    ("no ranges", lambda h, n, s: answer(h, 0, 200, body=ARCHIVE[:n * 150_000]), [0, 150_000]),
-    ("other range", lambda h, n, s: s and answer(h, 5, 206) or n == 1 and answer(h, 0, body=b"PK") or None, [0, 2, 0]),
-    ("garbled", lambda h, n, s: n == 1 and answer(h, s, body=ARCHIVE[::-1]) or None, [0, 0]),
-    ("too short", lambda h, n, s: n == 1 and answer(h, s, length=50_000, body=ARCHIVE[:50_000]) or None, [0, 0]),
-    ("redirect", lambda h, n, s: n < 3 and answer(h, s, 302, length=0, body=b"", Location="/x") or None, [0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "name, behaviour, starts",
+    [
+        ("well", lambda h, n, s: None, [0]),
+        (
+            "break",
+            lambda h, n, s: n < 3 and answer(h, s, body=ARCHIVE[s : s + 100_000]) or None,
+            [0, 100_000, 200_000],
+        ),
+        ("stall", lambda h, n, s: n == 1 and stall(h, s) or None, [0, 9000]),
+        (
+            "error",
+            lambda h, n, s: n == 1 and answer(h, s, 503, body=b"busy", length=4) or None,
+            [0, 0],
+        ),
+        ("no length", lambda h, n, s: answer(h, s, length="none"), [0]),
+        ("no ranges", lambda h, n, s: answer(h, 0, 200, body=ARCHIVE[: n * 150_000]), [0, 150_000]),
+        (
+            "other range",
+            lambda h, n, s: s and answer(h, 5, 206) or n == 1 and answer(h, 0, body=b"PK") or None,
+            [0, 2, 0],
+        ),
+        ("garbled", lambda h, n, s: n == 1 and answer(h, s, body=ARCHIVE[::-1]) or None, [0, 0]),
+        (
+            "too short",
+            lambda h, n, s: n == 1 and answer(h, s, length=50_000, body=ARCHIVE[:50_000]) or None,
+            [0, 0],
+        ),
+        (
+            "redirect",
+            lambda h, n, s: n < 3 and answer(h, s, 302, length=0, body=b"", Location="/x") or None,
+            [0, 0, 0],
+        ),
+    ],
+)
 def test_download_survives(name, behaviour, starts, tmp_path):
     with serve(behaviour) as (address, asked):
         download(tmp_path, address)
@@ -264,17 +416,44 @@ def test_download_survives(name, behaviour, starts, tmp_path):
         assert asked == starts
 
 
-@pytest.mark.parametrize("name, behaviour, message", [
-    ("HTML", lambda h, n, s: answer(h, 0, 200, body=b"<html>", length=6, kind="text/html"), "web page instead"),
-    ("HTML as zip", lambda h, n, s: answer(h, 0, 200, body=b"<html>", length=6), "MD5"),
-    ("missing", lambda h, n, s: answer(h, 0, 404, body=b"", length=0), "404"),
-    ("redirects for ever", lambda h, n, s: answer(h, 0, 302, body=b"", length=0, Location=f"/{n}"), "redirect"),
-    ("claims too much", lambda h, n, s: answer(h, 0, 200, length=10**15), "000,000,000,000 bytes, expected about"),
-    ("sends too much", lambda h, n, s: answer(h, 0, 200, length="none", body=ARCHIVE * 9), "more than 600,000 bytes"),
-    ("lies about length", lambda h, n, s: answer(h, 0, 200, length=400_000), "broke after 300,000 of 400,000"),
-    ("stalls", lambda h, n, s: stall(h, s), "timed out"),
-    ("no HTTP", lambda h, n, s: h.wfile.write(b"\xff\xfe nonsense\r\n\r\n") and True, "cannot download"),
-])
+@pytest.mark.parametrize(
+    "name, behaviour, message",
+    [
+        (
+            "HTML",
+            lambda h, n, s: answer(h, 0, 200, body=b"<html>", length=6, kind="text/html"),
+            "web page instead",
+        ),
+        ("HTML as zip", lambda h, n, s: answer(h, 0, 200, body=b"<html>", length=6), "MD5"),
+        ("missing", lambda h, n, s: answer(h, 0, 404, body=b"", length=0), "404"),
+        (
+            "redirects for ever",
+            lambda h, n, s: answer(h, 0, 302, body=b"", length=0, Location=f"/{n}"),
+            "redirect",
+        ),
+        (
+            "claims too much",
+            lambda h, n, s: answer(h, 0, 200, length=10**15),
+            "000,000,000,000 bytes, expected about",
+        ),
+        (
+            "sends too much",
+            lambda h, n, s: answer(h, 0, 200, length="none", body=ARCHIVE * 9),
+            "more than 600,000 bytes",
+        ),
+        (
+            "lies about length",
+            lambda h, n, s: answer(h, 0, 200, length=400_000),
+            "broke after 300,000 of 400,000",
+        ),
+        ("stalls", lambda h, n, s: stall(h, s), "timed out"),
+        (
+            "no HTTP",
+            lambda h, n, s: h.wfile.write(b"\xff\xfe nonsense\r\n\r\n") and True,
+            "cannot download",
+        ),
+    ],
+)
 def test_download_that_fails_says_what_to_do_by_hand(name, behaviour, message, tmp_path, fails):
     with serve(behaviour) as (address, asked), fails(f"{message}.*put a.zip into .* by hand"):
         download(tmp_path, address, attempts=2)
@@ -285,7 +464,7 @@ def test_download_that_fails_says_what_to_do_by_hand(name, behaviour, message, t
 
 
 def test_download_continues_an_earlier_run(tmp_path, fails):
-    broken = serve(lambda h, n, s: answer(h, s, body=ARCHIVE[s:s + 60_000]))
+    broken = serve(lambda h, n, s: answer(h, s, body=ARCHIVE[s : s + 60_000]))
     with broken as (address, _), fails("to continue"):
         download(tmp_path, address, attempts=1)
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip.part"]
@@ -308,15 +487,27 @@ def test_no_server_at_all(tmp_path, fails):
 
 def test_flickr8k_is_downloaded_and_prepared(tmp_path, monkeypatch):
     served = make_flickr8k(tmp_path / "served")
-    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {
-        "log_message": lambda *_: None,
-        "__init__": lambda self, *args: http.server.SimpleHTTPRequestHandler.__init__(self, *args, directory=served)})
+    handler = type(
+        "Quiet",
+        (http.server.SimpleHTTPRequestHandler,),
+        {
+            "log_message": lambda *_: None,
+            "__init__": lambda self, *args: http.server.SimpleHTTPRequestHandler.__init__(
+                self, *args, directory=served
+            ),
+        },
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    archives = {path.name: (hashlib.md5(path.read_bytes()).hexdigest(), path.stat().st_size)
-                for path in served.iterdir()}
-    monkeypatch.setattr(create_input_files.download, "__defaults__",
-                        (f"http://127.0.0.1:{server.server_port}/", archives, 5, 2, 0.01))
+    archives = {
+        path.name: (hashlib.md5(path.read_bytes()).hexdigest(), path.stat().st_size)
+        for path in served.iterdir()
+    }
+    monkeypatch.setattr(
+        create_input_files.download,
+        "__defaults__",
+        (f"http://127.0.0.1:{server.server_port}/", archives, 5, 2, 0.01),
+    )
     try:
         prepare("--data_folder", tmp_path / "out")
     finally:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
+import eval as evaluation
 from datasets import END, PAD, START, UNK, CaptionDataset, Record
 from utils import UserError
 
@@ -51,7 +52,9 @@ def test_decoding_undoes_encoding_up_to_unknown_words(tokens):
     word_map = {word: i for i, word in enumerate(words)}
     ids = datasets.encode_caption(tokens, word_map, 12)
     assert len(ids) == 14 and ids.count(word_map[END]) == 1
-    assert datasets.decode_caption(ids, words) == [token if token in word_map else UNK for token in tokens]
+    assert datasets.decode_caption(ids, words) == [
+        token if token in word_map else UNK for token in tokens
+    ]
 
 
 def test_caption_that_is_too_long_is_refused(word_map):
@@ -70,11 +73,21 @@ def test_word_map_holds_frequent_words_in_the_tutorials_order(token_lists, min_w
     assert words[1:-3] == sorted(words[1:-3], key=lambda word: (-counts[word], word))
 
 
-@pytest.mark.parametrize("value", [
-    [], 5, {}, {"a": 0}, {PAD: 0, UNK: 1, START: 2}, {PAD: 1, UNK: 0, START: 2, END: 3},
-    {PAD: 0, UNK: 1, START: 1, END: 2}, {PAD: 0, UNK: 1, START: 2, END: 4}, {PAD: 0, UNK: 1, START: 2, END: "3"},
-    {PAD: False, UNK: True, START: 2, END: 3},
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        5,
+        {},
+        {"a": 0},
+        {PAD: 0, UNK: 1, START: 2},
+        {PAD: 1, UNK: 0, START: 2, END: 3},
+        {PAD: 0, UNK: 1, START: 1, END: 2},
+        {PAD: 0, UNK: 1, START: 2, END: 4},
+        {PAD: 0, UNK: 1, START: 2, END: "3"},
+        {PAD: False, UNK: True, START: 2, END: 3},
+    ],
+)
 def test_what_is_no_word_map_is_refused(value, write_bad_json, fails):
     with fails("is no word map"):
         datasets.load_word_map(write_bad_json(value))
@@ -89,7 +102,11 @@ def test_word_map_digest_sees_content_and_not_order(word_map):
 @pytest.mark.skipif(not REAL_FLICKR8K.is_dir(), reason="needs Flickr8k's captions")
 def test_vocabulary_of_flickr8k():
     records, notes = datasets.flickr8k_records(REAL_FLICKR8K)
-    assert [sum(r.split == split for r in records) for split in datasets.SPLITS] == [6000, 1000, 1000] and not notes
+    assert [sum(r.split == split for r in records) for split in datasets.SPLITS] == [
+        6000,
+        1000,
+        1000,
+    ] and not notes
     captions = [text for r in records if r.split == "train" for text in r.captions]
     counts = Counter(word for text in captions for word in datasets.tokenize(text))
     assert (len(counts), sum(count >= 5 for count in counts.values())) == (7370, 2535)
@@ -114,7 +131,9 @@ def test_every_mode_gives_the_colours_that_a_person_sees(picture):
         "I;16": encoded(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "PNG"),
         "I": encoded(Image.fromarray(np.asarray(grey).astype(np.int32) * 257), "TIFF"),
         "I as bytes": encoded(Image.fromarray(np.asarray(grey).astype(np.int32)), "TIFF"),
-        "F from 0 to 1": encoded(Image.fromarray(np.asarray(grey).astype(np.float32) / 255), "TIFF"),
+        "F from 0 to 1": encoded(
+            Image.fromarray(np.asarray(grey).astype(np.float32) / 255), "TIFF"
+        ),
         "F from 0 to 255": encoded(Image.fromarray(np.asarray(grey).astype(np.float32)), "TIFF"),
     }
     colours = {
@@ -125,7 +144,9 @@ def test_every_mode_gives_the_colours_that_a_person_sees(picture):
         "YCbCr": encoded(rgb.convert("YCbCr"), "TIFF"),
         "P": encoded(rgb.quantize(256), "PNG"),
         "PA": encoded(rgb.convert("RGBA").quantize(256), "PNG"),
-        "animation": encoded(rgb, "GIF", save_all=True, append_images=[Image.new("RGB", rgb.size, "red")] * 2),
+        "animation": encoded(
+            rgb, "GIF", save_all=True, append_images=[Image.new("RGB", rgb.size, "red")] * 2
+        ),
     }
     for mode, data in greys.items():
         assert np.abs(read_image(data) - expected_grey).max() <= 1, mode
@@ -151,7 +172,15 @@ def test_transparent_pixels_lie_over_white(mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_picture_stands_upright_whatever_its_exif_says(orientation, picture):
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that the camera would have applied
+    undo = {
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # Pillow's transpositions that the camera would have applied
     upright = Image.fromarray(picture(2))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -179,7 +208,12 @@ def test_resizing_shows_the_whole_picture(width, height):
 def test_what_cannot_be_read_is_named(tmp_path, fails, picture):
     whole = encoded(Image.fromarray(picture(4, 200, 200)), "JPEG")
     bomb = encoded(Image.new("1", (20000, 20000)), "PNG")
-    for name, data in {"empty": b"", "text": b"<html>", "half": whole[:len(whole) // 2], "bomb": bomb}.items():
+    for name, data in {
+        "empty": b"",
+        "text": b"<html>",
+        "half": whole[: len(whole) // 2],
+        "bomb": bomb,
+    }.items():
         path = tmp_path / f"{name}.jpg"
         path.write_bytes(data)
         with fails(f"{name}.jpg"):
@@ -190,13 +224,25 @@ def test_what_cannot_be_read_is_named(tmp_path, fails, picture):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("make, reason", [
-    (lambda: b"", "not in a known format; expected a whole JPEG"),
-    (lambda: b"<html>", "not in a known format; expected a whole JPEG"),
-    (lambda: encoded(Image.new("RGB", (99, 99), "red"), "JPEG")[:-300], "expected a whole JPEG"),
-    (lambda: encoded(Image.new("1", (10_000, 10_000)), "PNG"), "more than 89,478,485 pixels; shrink it"),
-    (lambda: encoded(Image.new("1", (20_000, 20_000)), "PNG"), "more than 89,478,485 pixels; shrink it"),
-])
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: b"", "not in a known format; expected a whole JPEG"),
+        (lambda: b"<html>", "not in a known format; expected a whole JPEG"),
+        (
+            lambda: encoded(Image.new("RGB", (99, 99), "red"), "JPEG")[:-300],
+            "expected a whole JPEG",
+        ),
+        (
+            lambda: encoded(Image.new("1", (10_000, 10_000)), "PNG"),
+            "more than 89,478,485 pixels; shrink it",
+        ),
+        (
+            lambda: encoded(Image.new("1", (20_000, 20_000)), "PNG"),
+            "more than 89,478,485 pixels; shrink it",
+        ),
+    ],
+)
 def test_an_unreadable_picture_says_why_and_what_to_do(make, reason, fails):
     with fails(f"^cannot read a.jpg as a picture: .*{reason}") as caught:
         read_image(make(), name="a.jpg")
@@ -206,7 +252,9 @@ def test_an_unreadable_picture_says_why_and_what_to_do(make, reason, fails):
 @pytest.mark.parametrize("width, height", [(1, 1), (20_000, 30), (30, 20_000)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
 def test_pictures_of_any_shape_are_read(width, height, kind):
-    square = datasets.resize_image(read_image(encoded(Image.new("RGB", (width, height), (250, 0, 0)), kind), 64), 64)
+    square = datasets.resize_image(
+        read_image(encoded(Image.new("RGB", (width, height), (250, 0, 0)), kind), 64), 64
+    )
     assert (np.abs(square.astype(int) - np.array([250, 0, 0])[:, None, None]) < 8).all()
 
 
@@ -216,17 +264,26 @@ def test_rarer_modes_give_a_picture(mode, tmp_path):
     if mode.startswith("I;16"):
         image = Image.fromarray(grey.astype(">u2" if mode == "I;16B" else "<u2"))
     elif mode == "LAB":
-        light, neutral = Image.fromarray((grey // 256).astype(np.uint8)), Image.new("L", (8, 8), 128)
+        light, neutral = (
+            Image.fromarray((grey // 256).astype(np.uint8)),
+            Image.new("L", (8, 8), 128),
+        )
         image = Image.merge("LAB", [light, neutral, neutral])
     else:
-        image = Image.fromarray((grey // 256).astype(np.uint8)).convert("RGBA" if mode in ("La", "RGBa") else "RGB")
+        image = Image.fromarray((grey // 256).astype(np.uint8)).convert(
+            "RGBA" if mode in ("La", "RGBa") else "RGB"
+        )
         image = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
     assert image.mode == mode
     if mode in ("La", "RGBa"):  # no format holds these
         shown = np.asarray(datasets._to_rgb(image))
     else:
         shown = read_image(encoded(image, "TIFF"))
-    assert shown.shape == (8, 8, 3) and (np.diff(shown.mean(2).ravel()) >= 0).all() and np.ptp(shown) > 150
+    assert (
+        shown.shape == (8, 8, 3)
+        and (np.diff(shown.mean(2).ravel()) >= 0).all()
+        and np.ptp(shown) > 150
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no named pipes")
@@ -245,7 +302,9 @@ def make_flickr8k(folder, pictures=10, line_end="\n"):
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for i, name in enumerate(names):
-            archive.writestr(f"Flicker8k_Dataset/{name}", encoded(Image.fromarray(make_picture(i)), "JPEG"))
+            archive.writestr(
+                f"Flicker8k_Dataset/{name}", encoded(Image.fromarray(make_picture(i)), "JPEG")
+            )
             archive.writestr(f"__MACOSX/Flicker8k_Dataset/._{name}", b"resource fork")
     captions = [f"{name}#{k}\tA dog {k} runs on the grass ." for name in names for k in range(5)]
     texts = {
@@ -289,7 +348,7 @@ def test_flickr8k_that_is_not_whole_is_refused(tmp_path, fails):
     with fails("5 of 10 pictures are missing"):
         datasets.flickr8k_records(folder)
     data = (folder / "Flickr8k_text.zip").read_bytes()
-    (folder / "Flickr8k_text.zip").write_bytes(data[:len(data) // 2])
+    (folder / "Flickr8k_text.zip").write_bytes(data[: len(data) // 2])
     with fails("Flickr8k_text.zip is not a whole zip archive"):
         datasets.flickr8k_records(folder)
     (folder / "Flickr8k_text.zip").unlink()
@@ -305,7 +364,9 @@ def test_member_that_claims_an_absurd_size_is_not_read(tmp_path, fails):
         datasets._Pictures(path).find("a.jpg")(32)
 
 
-@pytest.mark.parametrize("name", ["../../climbs.jpg", "/climbs.jpg", "..\\climbs.jpg", "C:\\climbs.jpg"])
+@pytest.mark.parametrize(
+    "name", ["../../climbs.jpg", "/climbs.jpg", "..\\climbs.jpg", "C:\\climbs.jpg"]
+)
 def test_archives_that_climb_out_are_read_in_place(name, tmp_path):
     (tmp_path / "in").mkdir()
     with zipfile.ZipFile(tmp_path / "in" / "pictures.zip", "w") as archive:
@@ -332,11 +393,11 @@ def test_members_with_a_wrong_checksum_or_an_unknown_compression_are_refused(tmp
         archive.writestr("a.jpg", picture)
     whole = path.read_bytes()
     start = whole.index(picture)
-    path.write_bytes(whole[:start + 80] + bytes([whole[start + 80] ^ 1]) + whole[start + 81:])
+    path.write_bytes(whole[: start + 80] + bytes([whole[start + 80] ^ 1]) + whole[start + 81 :])
     with fails("cannot read .*pictures.zip/a.jpg: Bad CRC-32.*download the archive again"):
         datasets._Pictures(path).find("a.jpg")(32)
     entry = whole.rindex(b"PK\x01\x02")
-    path.write_bytes(whole[:entry + 10] + b"\x63" + whole[entry + 11:])
+    path.write_bytes(whole[: entry + 10] + b"\x63" + whole[entry + 11 :])
     with fails("cannot read .*pictures.zip/a.jpg: .*compression"):
         datasets._Pictures(path).find("a.jpg")(32)
     for data in (b"", b"<html>", whole[:-30]):
@@ -350,8 +411,17 @@ def test_karpathys_files(tmp_path, own_data, fails):
     (folder / "val2014").mkdir()
     (folder / "01.jpg").rename(folder / "val2014" / "01.jpg")
     entries = [
-        {"filename": "00.jpg", "split": "train", "sentences": [{"raw": "A dog.", "tokens": ["a", "dog"]}]},
-        {"filename": "01.jpg", "filepath": "val2014", "split": "restval", "sentences": [{"tokens": ["a", "cat"]}]},
+        {
+            "filename": "00.jpg",
+            "split": "train",
+            "sentences": [{"raw": "A dog.", "tokens": ["a", "dog"]}],
+        },
+        {
+            "filename": "01.jpg",
+            "filepath": "val2014",
+            "split": "restval",
+            "sentences": [{"tokens": ["a", "cat"]}],
+        },
         {"filename": "02.jpg", "split": "test", "sentences": []},
         {"filename": "03.jpg", "split": "val", "sentences": [{"raw": "It runs."}], "cocoid": 3},
     ]
@@ -359,7 +429,10 @@ def test_karpathys_files(tmp_path, own_data, fails):
     path.write_text(json.dumps({"images": entries, "dataset": "coco"}))
     records, notes = datasets.karpathy_records(path, folder)
     assert [(r.name, r.split, r.captions) for r in records] == [
-        ("00.jpg", "train", ["A dog."]), ("01.jpg", "train", ["a cat"]), ("03.jpg", "val", ["It runs."])]
+        ("00.jpg", "train", ["A dog."]),
+        ("01.jpg", "train", ["a cat"]),
+        ("03.jpg", "val", ["It runs."]),
+    ]
     assert (np.array(records[1].image(32)) == read_image(folder / "val2014" / "01.jpg")).all()
     assert ["no sentences" in note for note in notes] == [True]
     for value in ([], {"images": []}, {"images": 5}):
@@ -367,7 +440,13 @@ def test_karpathys_files(tmp_path, own_data, fails):
         with fails("is not one of Karpathy's files"):
             datasets.karpathy_records(path, folder)
     good = entries[0]
-    for broken in (5, {}, {**good, "split": "extra"}, {**good, "sentences": [5]}, {**good, "split": []}):
+    for broken in (
+        5,
+        {},
+        {**good, "split": "extra"},
+        {**good, "sentences": [5]},
+        {**good, "split": []},
+    ):
         path.write_text(json.dumps({"images": [entries[0], broken]}))
         with fails('entry 1 of "images" is malformed'):
             datasets.karpathy_records(path, folder)
@@ -381,17 +460,27 @@ def test_own_captions_are_the_same_in_each_format(tmp_path, own_data):
     shutil.make_archive(tmp_path / "pictures", "zip", folder)
     forms = {
         "bom_crlf.csv": "\ufeff" + csv_file.read_text().replace("\n", "\r\n"),
-        "rows.jsonl": "\n".join(json.dumps({"image": r.name, "caption": c, "split": r.split})
-                                for r in expected for c in r.captions),
-        "lists.jsonl": "\r\n\r\n".join(json.dumps({"image": r.name, "captions": r.captions, "split": r.split})
-                                       for r in expected),
+        "rows.jsonl": "\n".join(
+            json.dumps({"image": r.name, "caption": c, "split": r.split})
+            for r in expected
+            for c in r.captions
+        ),
+        "lists.jsonl": "\r\n\r\n".join(
+            json.dumps({"image": r.name, "captions": r.captions, "split": r.split})
+            for r in expected
+        ),
     }
     for name, text in forms.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         for images in (folder, tmp_path / "pictures.zip"):
-            assert contents(datasets.custom_records(images, tmp_path / name, 0)[0]) == contents(expected), name
+            assert contents(datasets.custom_records(images, tmp_path / name, 0)[0]) == contents(
+                expected
+            ), name
     token = tmp_path / "own.token.txt"
-    token.write_text("\r\n".join(f"{r.name}#{k}\t{c}" for r in expected for k, c in enumerate(r.captions)), newline="")
+    token.write_text(
+        "\r\n".join(f"{r.name}#{k}\t{c}" for r in expected for k, c in enumerate(r.captions)),
+        newline="",
+    )
     records, _ = datasets.custom_records(folder, token, 0)
     assert [(r.name, r.captions) for r in records] == [(r.name, r.captions) for r in expected]
 
@@ -403,32 +492,40 @@ def test_missing_splits_are_dealt_fairly_and_whatever_the_order(names, seed, rng
     rng.shuffle(names)
     assert datasets._deal(names, seed) == dealt
     counts = Counter(dealt.values())
-    assert counts["val"] == counts["test"] == max(1, round(len(names) / 10)) and counts["train"] >= 1
+    assert (
+        counts["val"] == counts["test"] == max(1, round(len(names) / 10)) and counts["train"] >= 1
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "is empty"),
-    ("picture,text\n00.jpg,a dog\n", "line 1: expected the header image,caption"),
-    ("image,caption\n00.jpg,a dog\n01.jpg,a dog, running\n", "line 3: 3 fields, expected 2"),
-    ('image,caption\n00.jpg,"a dog\n', "line 2: not valid CSV"),
-    ("image,caption,split\n00.jpg,a dog,trian\n", "line 2: unknown split 'trian'"),
-    ("image,caption,split\n00.jpg,a,train\n00.jpg,b,val\n", "line 3: 00.jpg is in val here, but in train"),
-    ("image,caption\n,a dog\n", "line 2: the picture's name is empty"),
-    ('{"image": "00.jpg", "caption": "a"}\n{"image": "01.jpg"\n', "line 2: not valid JSON"),
-    ('{"image": "00.jpg", "caption": 5}\n', "line 1: expected"),
-    ('{"image": 5, "captions": ["a"]}\n', "line 1: expected"),
-    ("{" + '"a":[' * 100000, "line 1: not valid JSON"),
-    ("00.jpg#0\ta dog\n01.jpg a dog\n", "line 2: expected name.jpg#0<TAB>caption"),
-    ("image,caption\n", "holds no caption"),
-    ('[{"image": "00.jpg", "caption": "a"}]', "line 1: a JSON array; expected JSON lines"),
-    ('{"image": "00.jpg", "caption": "a", "split": []}', "line 1: unknown split"),
-    ('{"image": "00.jpg", "caption": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
-    ("image,caption\n00.jpg," + "a" * 200_000 + "\n", "line 2: not valid CSV"),
-    ("image;caption\n00.jpg;a dog\n", "line 1: expected the header image,caption"),
-    ("image,caption\nnone.jpg,a dog\n", "1 of 1 pictures are missing"),
-    ("image,caption\n../captions.csv,a dog\n", "1 of 1 pictures are missing"),
-    ("image,caption\n00.jpg,a dog\n./00.jpg,a dog\n", "names one picture"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ("picture,text\n00.jpg,a dog\n", "line 1: expected the header image,caption"),
+        ("image,caption\n00.jpg,a dog\n01.jpg,a dog, running\n", "line 3: 3 fields, expected 2"),
+        ('image,caption\n00.jpg,"a dog\n', "line 2: not valid CSV"),
+        ("image,caption,split\n00.jpg,a dog,trian\n", "line 2: unknown split 'trian'"),
+        (
+            "image,caption,split\n00.jpg,a,train\n00.jpg,b,val\n",
+            "line 3: 00.jpg is in val here, but in train",
+        ),
+        ("image,caption\n,a dog\n", "line 2: the picture's name is empty"),
+        ('{"image": "00.jpg", "caption": "a"}\n{"image": "01.jpg"\n', "line 2: not valid JSON"),
+        ('{"image": "00.jpg", "caption": 5}\n', "line 1: expected"),
+        ('{"image": 5, "captions": ["a"]}\n', "line 1: expected"),
+        ("{" + '"a":[' * 100000, "line 1: not valid JSON"),
+        ("00.jpg#0\ta dog\n01.jpg a dog\n", "line 2: expected name.jpg#0<TAB>caption"),
+        ("image,caption\n", "holds no caption"),
+        ('[{"image": "00.jpg", "caption": "a"}]', "line 1: a JSON array; expected JSON lines"),
+        ('{"image": "00.jpg", "caption": "a", "split": []}', "line 1: unknown split"),
+        ('{"image": "00.jpg", "caption": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
+        ("image,caption\n00.jpg," + "a" * 200_000 + "\n", "line 2: not valid CSV"),
+        ("image;caption\n00.jpg;a dog\n", "line 1: expected the header image,caption"),
+        ("image,caption\nnone.jpg,a dog\n", "1 of 1 pictures are missing"),
+        ("image,caption\n../captions.csv,a dog\n", "1 of 1 pictures are missing"),
+        ("image,caption\n00.jpg,a dog\n./00.jpg,a dog\n", "names one picture"),
+    ],
+)
 def test_malformed_captions_are_named_with_their_line(text, message, own_data, fails):
     folder, path = own_data
     path.write_text(text)
@@ -466,19 +563,33 @@ def test_scenes_are_told_truly():
         for caption in record.captions:
             words = caption.split()
             relation = True if len(record.scene["objects"]) > 1 else None
-            assert datasets.judge_caption(record.scene, words) == {
-                "count": True, "shapes": True, "objects": True, "relation": relation}, caption
+            assert evaluation.judge_caption(record.scene, words) == {
+                "count": True,
+                "shapes": True,
+                "objects": True,
+                "relation": relation,
+            }, caption
         boxes = np.array([thing["box"] for thing in record.scene["objects"]])
         assert (boxes >= 0).all() and (boxes <= 1).all()
 
 
 def test_judge_sees_wrong_objects_and_wrong_relations():
-    scene = {"objects": [{"color": "red", "shape": "circle", "box": [0.1, 0.1, 0.3, 0.3]},
-                         {"color": "blue", "shape": "star", "box": [0.6, 0.12, 0.8, 0.32]}]}
+    scene = {
+        "objects": [
+            {"color": "red", "shape": "circle", "box": [0.1, 0.1, 0.3, 0.3]},
+            {"color": "blue", "shape": "star", "box": [0.6, 0.12, 0.8, 0.32]},
+        ]
+    }
     for caption, count, shapes, objects, relation in (
         ("a red circle to the left of a large blue star", True, True, True, True),
         ("a blue star left of a red circle", True, True, True, False),
-        ("a blue star below a red circle", True, True, True, False),  # by less than 5 % of the picture
+        (
+            "a blue star below a red circle",
+            True,
+            True,
+            True,
+            False,
+        ),  # by less than 5 % of the picture
         ("a red circle and a blue star", True, True, True, None),
         ("a red circle on the left", False, False, False, None),
         ("a red star left of a blue circle", True, True, False, False),
@@ -487,8 +598,12 @@ def test_judge_sees_wrong_objects_and_wrong_relations():
         ("a circle left of a blue star", True, True, False, False),
         ("", False, False, False, None),
     ):
-        assert datasets.judge_caption(scene, caption.split()) == {
-            "count": count, "shapes": shapes, "objects": objects, "relation": relation}, caption
+        assert evaluation.judge_caption(scene, caption.split()) == {
+            "count": count,
+            "shapes": shapes,
+            "objects": objects,
+            "relation": relation,
+        }, caption
 
 
 def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets():
@@ -502,11 +617,11 @@ def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets(
             for i in record.scene["names"].get(word, [])[:1]:
                 x0, y0, x1, y1 = record.scene["objects"][i]["box"]
                 alpha[int((y0 + y1) / 2 * grid[0]) * grid[1] + int((x0 + x1) / 2 * grid[1])] = 1
-        scores = datasets.pointing(record.scene, words, sharp, grid)
+        scores = evaluation.pointing(record.scene, words, sharp, grid)
         named += sum(word in datasets.COLORS or word in datasets.SHAPES for word in words)
         assert all(hit and 0 < chance < 1 for hit, chance in scores)
         for _ in range(30):
-            blind += datasets.pointing(record.scene, words, rng.random(sharp.shape), grid)
+            blind += evaluation.pointing(record.scene, words, rng.random(sharp.shape), grid)
     assert named * 30 == len(blind)
     hits, chances = np.array(blind).mean(0)
     assert abs(hits - chances) < 0.02
@@ -526,7 +641,9 @@ def test_boxes_are_where_the_colours_are():
 
 def test_a_generated_picture_depends_on_seed_split_and_number_alone():
     few = contents(datasets.shapes_records(3, 2, 2, seed=6, size=32)[0])
-    many = {entry[0]: entry for entry in contents(datasets.shapes_records(8, 4, 5, seed=6, size=32)[0])}
+    many = {
+        entry[0]: entry for entry in contents(datasets.shapes_records(8, 4, 5, seed=6, size=32)[0])
+    }
     assert few == [many[entry[0]] for entry in few]
     assert few != contents(datasets.shapes_records(3, 2, 2, seed=7, size=32)[0])
     assert len({pixels for *_, pixels in many.values()}) == len(many)
@@ -541,9 +658,17 @@ def record(i, split="train", captions=("a dog runs",), image=None):
 
 def write(folder, records, **options):
     options = {"min_word_freq": 1, "max_len": 6, "image_size": 32, **options}
-    summaries, word_map = datasets.write_dataset(folder, records, dataset="mine", source="test", **options)
-    name = datasets.base_name("mine", options.get("captions_per_image", 5), options["min_word_freq"])
-    return [CaptionDataset(datasets.split_path(folder, split, name)) for split in datasets.SPLITS], summaries, word_map
+    summaries, word_map = datasets.write_dataset(
+        folder, records, dataset="mine", source="test", **options
+    )
+    name = datasets.base_name(
+        "mine", options.get("captions_per_image", 5), options["min_word_freq"]
+    )
+    return (
+        [CaptionDataset(datasets.split_path(folder, split, name)) for split in datasets.SPLITS],
+        summaries,
+        word_map,
+    )
 
 
 def everywhere(captions=("a dog runs",), **options):
@@ -558,7 +683,9 @@ def test_same_bytes_whatever_the_number_of_threads(tmp_path):
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(files) == 4
     for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "eight" / name).read_bytes(), name
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "eight" / name).read_bytes(), (
+            name
+        )
 
 
 def test_file_gives_back_what_was_written(shapes_train, shapes_word_map):
@@ -568,10 +695,12 @@ def test_file_gives_back_what_was_written(shapes_train, shapes_word_map):
     assert shapes_train.scenes == [r.scene for r in records]
     assert shapes_train.raw_references == [r.captions for r in records]
     for i, r in enumerate(records):
-        rows = range(*shapes_train.caption_offsets[i:i + 2])
+        rows = range(*shapes_train.caption_offsets[i : i + 2])
         decoded = [datasets.decode_caption(shapes_train.captions[row], words) for row in rows]
         assert decoded == shapes_train.references[i] == [text.split() for text in r.captions]
-        assert [len(tokens) + 2 for tokens in decoded] == shapes_train.caption_lengths[list(rows)].tolist()
+        assert [len(tokens) + 2 for tokens in decoded] == shapes_train.caption_lengths[
+            list(rows)
+        ].tolist()
         assert (shapes_train.images([i])[0] == datasets.resize_image(r.image(64), 64)).all()
     shapes_train.check_word_map(shapes_word_map)
 
@@ -595,7 +724,9 @@ def _checksum(dataset, i):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_many_processes_read_one_file(method, shapes_train):
-    expected = [_checksum(shapes_train, i % 24) for i in range(96)]  # and so it is open when the others are made
+    expected = [
+        _checksum(shapes_train, i % 24) for i in range(96)
+    ]  # and so it is open when the others are made
     with multiprocessing.get_context(method).Pool(2) as pool:
         got = pool.starmap(_checksum, [(shapes_train, i % 24) for i in range(96)], chunksize=3)
     assert got == expected
@@ -639,9 +770,16 @@ def test_captions_are_drawn_and_never_doubled(tmp_path):
     records = [*everywhere(), record(7, captions=texts), record(8, captions=["a dog", "dog"])]
     chosen = set()
     for seed in range(4):
-        (train, _, _), _, word_map = write(tmp_path / str(seed), records, captions_per_image=3, seed=seed)
-        rows = [[" ".join(datasets.decode_caption(row, list(word_map))) for row in train.captions[start:stop]]
-                for start, stop in zip(train.caption_offsets, train.caption_offsets[1:])]
+        (train, _, _), _, word_map = write(
+            tmp_path / str(seed), records, captions_per_image=3, seed=seed
+        )
+        rows = [
+            [
+                " ".join(datasets.decode_caption(row, list(word_map)))
+                for row in train.captions[start:stop]
+            ]
+            for start, stop in zip(train.caption_offsets, train.caption_offsets[1:])
+        ]
         assert rows[0] == ["a dog runs"] and rows[2] == ["a dog", "dog"]
         assert len(rows[1]) == 3 and set(rows[1]) <= set(texts) and rows[1] == sorted(set(rows[1]))
         assert train.raw_references[1] == texts
@@ -651,21 +789,36 @@ def test_captions_are_drawn_and_never_doubled(tmp_path):
 
 def test_odd_captions_are_left_out_and_counted(tmp_path):
     long, odd = " ".join(["dog"] * 500), ["!?", "", "a\tdog\x00runs\n\ud800", "собака бежит"]
-    records = [*everywhere(odd), record(3, captions=[long, "a dog"]), record(4, captions=[long]),
-               record(5, captions=["--"]), record(6, "val", [long])]
+    records = [
+        *everywhere(odd),
+        record(3, captions=[long, "a dog"]),
+        record(4, captions=[long]),
+        record(5, captions=["--"]),
+        record(6, "val", [long]),
+    ]
     (train, val, _), summaries, word_map = write(tmp_path, records)
     assert train.image_names == ["0.jpg", "3.jpg"] and val.image_names == ["1.jpg", "6.jpg"]
     assert train.raw_references == [["a dog runs", "собака бежит"], [long, "a dog"]]
     assert val.caption_offsets.tolist() == [0, 2, 2] and val.references[1] == [["dog"] * 500]
     assert "собака" in word_map
     assert {key: summaries["train"][key] for key in ("empty", "too_long", "without_captions")} == {
-        "empty": 3, "too_long": 2, "without_captions": 2}
+        "empty": 3,
+        "too_long": 2,
+        "without_captions": 2,
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_names_that_are_no_text_are_written_and_named(tmp_path, fails, capsys):
-    odd = [Record(f"caf\udce9\n{i}.jpg", split, [f"a dog {k}" for k in range(9)], lambda size: make_picture(0))
-           for i, split in enumerate(datasets.SPLITS)]
+    odd = [
+        Record(
+            f"caf\udce9\n{i}.jpg",
+            split,
+            [f"a dog {k}" for k in range(9)],
+            lambda size: make_picture(0),
+        )
+        for i, split in enumerate(datasets.SPLITS)
+    ]
     (train, _, _), _, _ = write(tmp_path, odd)
     assert train.image_names == ["caf?\n0.jpg"] and len(train.captions) == 5
     with fails(r"caf\\udce9\\n0.jpg is listed twice"):
@@ -678,7 +831,9 @@ def broken(size):
 
 def test_unreadable_picture_is_named_and_left_out(tmp_path):
     records = everywhere()
-    records += [record(i, captions=[f"number {i}"], image=broken if i == 30 else None) for i in range(3, 60)]
+    records += [
+        record(i, captions=[f"number {i}"], image=broken if i == 30 else None) for i in range(3, 60)
+    ]
     (train, _, _), summaries, _ = write(tmp_path, records)
     assert summaries["train"]["unreadable"] == ["cannot read the picture"]
     assert "30.jpg" not in train.image_names and len(train) == 57
@@ -712,9 +867,18 @@ try:
 except utils.UserError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=Path(datasets.__file__).parent,
-                            capture_output=True, text=True, check=True)
-    assert result.stdout.count("\n") == 1 and "cannot write" in result.stdout and "TRAIN_" in result.stdout
+    result = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        cwd=Path(datasets.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (
+        result.stdout.count("\n") == 1
+        and "cannot write" in result.stdout
+        and "TRAIN_" in result.stdout
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -737,7 +901,7 @@ def test_what_is_no_file_of_ours_is_refused(shapes_data, tmp_path, fails):
     path = tmp_path / "VAL.hdf5"
     with fails("create_input_files.py makes it"):
         CaptionDataset(path)
-    for data in (b"", b"text" * 999, whole[:len(whole) // 2], whole[:-1]):
+    for data in (b"", b"text" * 999, whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(data)
         with fails("VAL.hdf5 cannot be used"):
             CaptionDataset(path)
@@ -763,19 +927,41 @@ def packed(value):
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("image_names", packed([5] * 6)), ("image_names", packed({})), ("image_names", packed(["a"] * 5)),
-    ("image_names", np.frombuffer(b'["\xff"]', np.uint8)), ("references", packed([[5]] * 6)),
-    ("references", packed(["a"] * 6)), ("references", packed([])), ("scenes", packed([{}] * 6)), ("scenes", packed([])),
-    ("scenes", packed([{"objects": [{"color": "red", "shape": "star", "box": [0, 1]}], "names": {}}] * 6)),
-    ("scenes", packed([{"objects": [], "names": {"red": [3]}}] * 6)), ("captions", np.full((30, 22), -1, np.int32)),
-    ("captions", np.zeros((30, 21), np.int32)), ("captions", np.zeros((30, 22), np.int64)),
-    ("captions", np.full((30, 22), 10**6, np.int32)), ("caption_lengths", np.full(30, 23)),
-    ("caption_lengths", np.full(30, 2)), ("caption_offsets", np.arange(7)[::-1] * 5), ("caption_offsets", np.arange(7)),
-    ("images", np.zeros((6, 3, 32, 32), np.uint8)), ("images", np.zeros((5, 3, 64, 64), np.uint8)),
-    ("images", np.zeros((6, 3, 64, 64), np.float32)),
-])
-def test_hdf5_of_another_layout_is_refused(name, value, shapes_data, shapes_word_map, tmp_path, fails):
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("image_names", packed([5] * 6)),
+        ("image_names", packed({})),
+        ("image_names", packed(["a"] * 5)),
+        ("image_names", np.frombuffer(b'["\xff"]', np.uint8)),
+        ("references", packed([[5]] * 6)),
+        ("references", packed(["a"] * 6)),
+        ("references", packed([])),
+        ("scenes", packed([{}] * 6)),
+        ("scenes", packed([])),
+        (
+            "scenes",
+            packed(
+                [{"objects": [{"color": "red", "shape": "star", "box": [0, 1]}], "names": {}}] * 6
+            ),
+        ),
+        ("scenes", packed([{"objects": [], "names": {"red": [3]}}] * 6)),
+        ("captions", np.full((30, 22), -1, np.int32)),
+        ("captions", np.zeros((30, 21), np.int32)),
+        ("captions", np.zeros((30, 22), np.int64)),
+        ("captions", np.full((30, 22), 10**6, np.int32)),
+        ("caption_lengths", np.full(30, 23)),
+        ("caption_lengths", np.full(30, 2)),
+        ("caption_offsets", np.arange(7)[::-1] * 5),
+        ("caption_offsets", np.arange(7)),
+        ("images", np.zeros((6, 3, 32, 32), np.uint8)),
+        ("images", np.zeros((5, 3, 64, 64), np.uint8)),
+        ("images", np.zeros((6, 3, 64, 64), np.float32)),
+    ],
+)
+def test_hdf5_of_another_layout_is_refused(
+    name, value, shapes_data, shapes_word_map, tmp_path, fails
+):
     path = tmp_path / "VAL.hdf5"
     shutil.copy(datasets.split_path(shapes_data[0], "val", shapes_data[1]), path)
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
@@ -800,19 +986,33 @@ def test_attributes_that_are_missing_are_refused(shapes_data, tmp_path, fails):
 def test_every_file_name_tells_what_it_is():
     name = datasets.base_name("flickr8k", 5, 5)
     assert name == "flickr8k_5_cap_per_img_5_min_word_freq"
-    paths = [*(datasets.split_path("d", split, name) for split in datasets.SPLITS), datasets.word_map_path("d", name),
-             datasets.contact_sheet_path("d", name), datasets.checkpoint_path("d", name),
-             datasets.checkpoint_path("d", name, best=True), datasets.log_path("d", name),
-             datasets.curves_path("d", name), datasets.features_path("d", name, "val", "k"),
-             datasets.captions_path("d", name, "val", 3), datasets.metrics_path("d", name, "val")]
+    paths = [
+        *(datasets.split_path("d", split, name) for split in datasets.SPLITS),
+        datasets.word_map_path("d", name),
+        datasets.contact_sheet_path("d", name),
+        datasets.checkpoint_path("d", name),
+        datasets.checkpoint_path("d", name, best=True),
+        datasets.log_path("d", name),
+        datasets.curves_path("d", name),
+        datasets.features_path("d", name, "val", "k"),
+        datasets.captions_path("d", name, "val", 3),
+        datasets.metrics_path("d", name, "val"),
+    ]
     assert len(set(paths)) == len(paths) and {path.parent for path in paths} == {Path("d")}
-    assert paths[0].name == f"TRAIN_{name}.hdf5" and paths[6].name == f"BEST_checkpoint_{name}.pth.tar"
+    assert (
+        paths[0].name == f"TRAIN_{name}.hdf5" and paths[6].name == f"BEST_checkpoint_{name}.pth.tar"
+    )
 
 
 def test_reading_data_does_not_import_what_is_slow():
     program = "import sys, datasets, create_input_files; print({'torch', 'matplotlib', 'skimage'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", program], cwd=Path(datasets.__file__).parent, capture_output=True,
-                            text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(datasets.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.strip() == "set()"
 
 
@@ -822,16 +1022,26 @@ def test_reading_data_does_not_import_what_is_slow():
 def test_batches_hold_every_picture_once_among_captions_of_similar_length():
     rng = np.random.default_rng(0)
     lengths = rng.integers(4, 40, 5 * 403)
-    data = MagicMock(caption_lengths=lengths, caption_offsets=np.arange(0, len(lengths) + 1, 5), __len__=lambda _: 403)
+    data = MagicMock(
+        caption_lengths=lengths,
+        caption_offsets=np.arange(0, len(lengths) + 1, 5),
+        __len__=lambda _: 403,
+    )
     longest = lengths.reshape(-1, 5).max(1)
     batches = datasets.training_batches(data, 8, seed=0, epoch=3)
     assert sorted(np.concatenate(batches)) == list(range(403))
     assert sorted(map(len, batches)) == [3, *[8] * 50]
     steps = [longest[batch].max() for batch in batches]
     shuffled = rng.permutation(403)
-    assert np.mean(steps) < 0.97 * np.mean([longest[shuffled[i:i + 8]].max() for i in range(0, 403, 8)])
-    assert abs(np.corrcoef(steps, np.arange(len(steps)))[0, 1]) < 0.4  # no curriculum from short to long
-    again, later, other = (datasets.training_batches(data, 8, *which) for which in ((0, 3), (0, 4), (1, 3)))
+    assert np.mean(steps) < 0.97 * np.mean(
+        [longest[shuffled[i : i + 8]].max() for i in range(0, 403, 8)]
+    )
+    assert (
+        abs(np.corrcoef(steps, np.arange(len(steps)))[0, 1]) < 0.4
+    )  # no curriculum from short to long
+    again, later, other = (
+        datasets.training_batches(data, 8, *which) for which in ((0, 3), (0, 4), (1, 3))
+    )
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
     for different in (later, other):
         assert not all(np.array_equal(a, b) for a, b in zip(batches, different))

@@ -13,6 +13,7 @@ from conftest import TINY_TRAINING, train_args
 from test_train import no_curves, paths, run  # noqa: F401 (no_curves is used by its name)
 
 import eval as evaluation
+import models
 import train
 import utils
 
@@ -23,10 +24,23 @@ WITHOUT_DROPOUT = ["--dropout", "0", "--embed_dropout", "0", "--feature_dropout"
 
 def torchrun(processes, script, *flags, torchrun_flags=()):
     """Start a script under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun_flags,
-               ROOT / f"{script}.py", *flags]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *torchrun_flags,
+        ROOT / f"{script}.py",
+        *flags,
+    ]
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def finished(process):
@@ -36,7 +50,17 @@ def finished(process):
 
 
 def training(data, folder, *flags):
-    return [*TINY_TRAINING, *WITHOUT_DROPOUT, "--data_folder", data[0], "--data_name", data[1], "--output_folder", folder, *flags]
+    return [
+        *TINY_TRAINING,
+        *WITHOUT_DROPOUT,
+        "--data_folder",
+        data[0],
+        "--data_name",
+        data[1],
+        "--output_folder",
+        folder,
+        *flags,
+    ]
 
 
 def alone(data, folder, *flags):
@@ -56,34 +80,60 @@ def same_curves(a, b):
 
 
 def checkpoint_of(data, folder):
-    return utils.load_checkpoint(paths(folder, data)[0])
+    return models.load_checkpoint(paths(folder, data)[0])
 
 
-@pytest.mark.parametrize("processes, flags", [
-    # one update per epoch, so that the log holds the loss of each
-    (2, ["--batch_size", "24", "--epochs", "4"]),
-    # and a last batch of one picture, in which three processes have no share
-    pytest.param(4, ["--batch_size", "23", "--decoder", "gru", "--label_smoothing", "0"], marks=pytest.mark.slow),
-    pytest.param(2, ["--fine_tune_encoder", "--batch_size", "12"], marks=pytest.mark.slow),
-    pytest.param(4, ["--batch_size", "24", "--epochs", "4"], marks=pytest.mark.slow),
-], ids=str)
+@pytest.mark.parametrize(
+    "processes, flags",
+    [
+        # one update per epoch, so that the log holds the loss of each
+        (2, ["--batch_size", "24", "--epochs", "4"]),
+        # and a last batch of one picture, in which three processes have no share
+        pytest.param(
+            4,
+            ["--batch_size", "23", "--decoder", "gru", "--label_smoothing", "0"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, ["--fine_tune_encoder", "--batch_size", "12"], marks=pytest.mark.slow),
+        pytest.param(4, ["--batch_size", "24", "--epochs", "4"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_several_processes_train_and_evaluate_as_one(processes, flags, training_data, tmp_path):
     expected = alone(training_data, tmp_path / "one", *flags)
-    out = finished(torchrun(processes, "train", *training(training_data, tmp_path / "several", *flags)))
+    out = finished(
+        torchrun(processes, "train", *training(training_data, tmp_path / "several", *flags))
+    )
     assert out.count("best BLEU-4") == 1 and out.count("revision") == 1
     found = checkpoint_of(training_data, tmp_path / "several")
     same_curves(found["history"], expected["history"])
     for name, tensor in expected["decoder"].items():
-        assert (found["decoder"][name] - tensor).abs().max() < 2e-3 * max(1, tensor.abs().max()), name
-    assert sorted(path.name for path in (tmp_path / "several").iterdir() if path.suffix != ".png") == sorted(
-        path.name for path in (tmp_path / "one").iterdir())
+        assert (found["decoder"][name] - tensor).abs().max() < 2e-3 * max(1, tensor.abs().max()), (
+            name
+        )
+    assert sorted(
+        path.name for path in (tmp_path / "several").iterdir() if path.suffix != ".png"
+    ) == sorted(path.name for path in (tmp_path / "one").iterdir())
 
     best = paths(tmp_path / "one", training_data)[1]
-    scored = ["--model", best, "--data_folder", training_data[0], "--beam_size", "1", "3", "--device", "cpu",
-              "--consensus", "1"]
+    scored = [
+        "--model",
+        best,
+        "--data_folder",
+        training_data[0],
+        "--beam_size",
+        "1",
+        "3",
+        "--device",
+        "cpu",
+        "--consensus",
+        "1",
+    ]
     out = finished(torchrun(processes, "eval", *scored, "--output_folder", tmp_path / "b"))
     assert out.count("written: ") == 1
-    args = evaluation.get_args_parser().parse_args([*map(str, scored), "--output_folder", str(tmp_path / "a")])
+    args = evaluation.get_args_parser().parse_args(
+        [*map(str, scored), "--output_folder", str(tmp_path / "a")]
+    )
     evaluation.main(args)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == 3 and names == sorted(path.name for path in (tmp_path / "b").iterdir())
@@ -134,16 +184,26 @@ def test_a_stop_signal_saves_one_checkpoint(name, training_data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_process_ends_the_run_promptly_or_restarts_it(victim, restarts, training_data, tmp_path):
-    flags = training(training_data, tmp_path, "--epochs", "8", "--patience", "99", "--checkpoint_every", "1")
+def test_a_killed_process_ends_the_run_promptly_or_restarts_it(
+    victim, restarts, training_data, tmp_path
+):
+    flags = training(
+        training_data, tmp_path, "--epochs", "8", "--patience", "99", "--checkpoint_every", "1"
+    )
     process = torchrun(2, "train", *flags, torchrun_flags=[f"--max_restarts={restarts}"])
     for line in process.stdout:
         if line.startswith("epoch  2"):
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     began = time.time()
-    os.kill(next(int(child) for child in children
-                 if f"\0RANK={victim}\0" in Path(f"/proc/{child}/environ").read_text()), signal.SIGKILL)
+    os.kill(
+        next(
+            int(child)
+            for child in children
+            if f"\0RANK={victim}\0" in Path(f"/proc/{child}/environ").read_text()
+        ),
+        signal.SIGKILL,
+    )
     out, err = process.communicate(timeout=280)
     if restarts:
         assert process.returncode == 0, err[-3000:]

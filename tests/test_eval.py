@@ -2,7 +2,6 @@
 
 import json
 import shutil
-
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,18 @@ import utils
 
 def evaluate(data, folder, *flags):
     """Run eval.py on the test split; return its metrics."""
-    argv = ["--data_folder", data[0], "--output_folder", folder, "--workers", 1, "--device", "cpu", "--max_decode_steps", 8]
+    argv = [
+        "--data_folder",
+        data[0],
+        "--output_folder",
+        folder,
+        "--workers",
+        1,
+        "--device",
+        "cpu",
+        "--max_decode_steps",
+        8,
+    ]
     evaluation.main(evaluation.get_args_parser().parse_args([str(arg) for arg in [*argv, *flags]]))
     split = flags[flags.index("--split") + 1] if "--split" in flags else "test"
     (path,) = Path(folder).glob(datasets.metrics_path("", f"{data[1]}*", split).name)
@@ -32,83 +42,155 @@ def no_java(monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_every_picture_is_captioned_once_and_scored(split, best_checkpoint, training_data, tmp_path, capsys, no_java):
-    metrics = evaluate(training_data, tmp_path, "--model", best_checkpoint, "--beam_size", 1, 3, "--split", split)
+def test_every_picture_is_captioned_once_and_scored(
+    split, best_checkpoint, training_data, tmp_path, capsys, no_java
+):
+    metrics = evaluate(
+        training_data, tmp_path, "--model", best_checkpoint, "--beam_size", 1, 3, "--split", split
+    )
     assert set(metrics["beam_sizes"]) == {"1", "3"} and metrics["scale"] == "0-100"
     assert metrics["split"] == split and metrics["models"] == [str(best_checkpoint)]
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], split, training_data[1]))
     captioner = models.load_captioner(best_checkpoint)
     for beam_size in (1, 3):
-        captions = utils.read_json(datasets.captions_path(tmp_path, training_data[1], split, beam_size))
+        captions = utils.read_json(
+            datasets.captions_path(tmp_path, training_data[1], split, beam_size)
+        )
         assert [c["image_id"] for c in captions] == list(range(len(data)))
         assert [c["file_name"] for c in captions] == data.image_names
-        found = captioner.caption(torch.from_numpy(data.images(slice(None))), beam_size=beam_size, length_penalty=0.7,
-                                  max_decode_steps=8)
+        found = captioner.caption(
+            torch.from_numpy(data.images(slice(None))),
+            beam_size=beam_size,
+            length_penalty=0.7,
+            max_decode_steps=8,
+        )
         assert [c["caption"].split() for c in captions] == [captioner.text(h[0]) for h in found]
         row = metrics["beam_sizes"][str(beam_size)]
         scores = utils.score_captions(data.references, [c["caption"].split() for c in captions])
         assert {name: row[name] for name in scores} == pytest.approx(scores)
-        assert 0 <= row["pointing"] <= 100 if row["pointing"] is not None else row["by chance"] is None
-        assert row["objects"] == 100 * sum(datasets.judge_caption(scene, c["caption"].split())["objects"]
-                                           for scene, c in zip(data.scenes, captions)) / len(data)
+        assert (
+            0 <= row["pointing"] <= 100 if row["pointing"] is not None else row["by chance"] is None
+        )
+        assert row["objects"] == 100 * sum(
+            evaluation.judge_caption(scene, c["caption"].split())["objects"]
+            for scene, c in zip(data.scenes, captions)
+        ) / len(data)
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if "beam size" in line)
     assert header.split()[-3:] == ["1", "3", "people"] and "scale 0-100" in out
-    assert any(line.split()[:1] == ["BLEU-4"] and line.split()[3:] == ["-"] for line in out.splitlines())
-    assert metrics["people"] == pytest.approx(evaluation.score_variety([r[1:] for r in data.references],
-                                                                       [r[0] for r in data.references]))
+    assert any(
+        line.split()[:1] == ["BLEU-4"] and line.split()[3:] == ["-"] for line in out.splitlines()
+    )
+    assert metrics["people"] == pytest.approx(
+        evaluation.score_variety([r[1:] for r in data.references], [r[0] for r in data.references])
+    )
     assert "METEOR" in out and "Java" in out
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_ensemble_of_equals_is_its_member(best_checkpoint, training_data, tmp_path, no_java):
     alone = evaluate(training_data, tmp_path / "1", "--model", best_checkpoint)["beam_sizes"]["5"]
-    twice = evaluate(training_data, tmp_path / "2", "--model", best_checkpoint, best_checkpoint)["beam_sizes"]["5"]
+    twice = evaluate(training_data, tmp_path / "2", "--model", best_checkpoint, best_checkpoint)[
+        "beam_sizes"
+    ]["5"]
     alone.pop("ms per picture"), twice.pop("ms per picture")
     assert twice == alone
-    assert not datasets.metrics_path(tmp_path / "2", training_data[1], "test").exists()  # that name is the model's own
+    assert not datasets.metrics_path(
+        tmp_path / "2", training_data[1], "test"
+    ).exists()  # that name is the model's own
 
 
-def test_different_models_decode_together(best_checkpoint, training_data, tmp_path, no_java, monkeypatch):
+def test_different_models_decode_together(
+    best_checkpoint, training_data, tmp_path, no_java, monkeypatch
+):
     monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
-    train.main(train_args(training_data, tmp_path / "gru", "--decoder", "gru", "--attention", "mean", "--epochs", 1))
+    train.main(
+        train_args(
+            training_data,
+            tmp_path / "gru",
+            "--decoder",
+            "gru",
+            "--attention",
+            "mean",
+            "--epochs",
+            1,
+        )
+    )
     other = datasets.checkpoint_path(tmp_path / "gru", training_data[1])
     metrics = evaluate(training_data, tmp_path, "--model", best_checkpoint, other, "--beam_size", 2)
-    assert metrics["models"] == [str(best_checkpoint), str(other)] and 0 <= metrics["beam_sizes"]["2"]["BLEU-1"] <= 100
+    assert (
+        metrics["models"] == [str(best_checkpoint), str(other)]
+        and 0 <= metrics["beam_sizes"]["2"]["BLEU-1"] <= 100
+    )
 
 
-def test_the_mean_of_two_trainings_is_a_model_of_its_own(best_checkpoint, training_data, tmp_path, no_java, monkeypatch,
-                                                         fails):
+def test_the_mean_of_two_trainings_is_a_model_of_its_own(
+    best_checkpoint, training_data, tmp_path, no_java, monkeypatch, fails
+):
     monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
-    train.main(train_args(training_data, tmp_path / "on", "--init_from", best_checkpoint, "--epochs", 1))
+    train.main(
+        train_args(training_data, tmp_path / "on", "--init_from", best_checkpoint, "--epochs", 1)
+    )
     after = datasets.checkpoint_path(tmp_path / "on", training_data[1])
     mean = tmp_path / "mean" / "mean.pth.tar"
     with fails("there is no"):
-        evaluate((tmp_path / "typo", training_data[1]), tmp_path / "a", "--model", best_checkpoint, after, "--average", mean)
-    metrics = evaluate(training_data, tmp_path / "a", "--model", best_checkpoint, after, "--average", mean)
-    assert metrics["models"] == [str(mean)] and metrics["mean of"] == [str(best_checkpoint), str(after)]
-    states = [utils.load_checkpoint(path) for path in (best_checkpoint, after, mean)]
+        evaluate(
+            (tmp_path / "typo", training_data[1]),
+            tmp_path / "a",
+            "--model",
+            best_checkpoint,
+            after,
+            "--average",
+            mean,
+        )
+    metrics = evaluate(
+        training_data, tmp_path / "a", "--model", best_checkpoint, after, "--average", mean
+    )
+    assert metrics["models"] == [str(mean)] and metrics["mean of"] == [
+        str(best_checkpoint),
+        str(after),
+    ]
+    states = [models.load_checkpoint(path) for path in (best_checkpoint, after, mean)]
     weights = [state["decoder"]["fc.weight"] for state in states]
     assert not torch.equal(weights[0], weights[1])
     torch.testing.assert_close(weights[2], (weights[0] + weights[1]) / 2)
-    assert all(torch.equal(tensor, states[0]["encoder"][key]) for key, tensor in states[2]["encoder"].items())
+    assert all(
+        torch.equal(tensor, states[0]["encoder"][key])
+        for key, tensor in states[2]["encoder"].items()
+    )
     again = evaluate(training_data, tmp_path / "b", "--model", mean)
     for rows in (metrics["beam_sizes"], again["beam_sizes"]):
         rows["5"].pop("ms per picture")
     assert again["beam_sizes"] == metrics["beam_sizes"]
-    train.main(train_args(training_data, tmp_path / "from_mean", "--init_from", mean, "--epochs", 1))
+    train.main(
+        train_args(training_data, tmp_path / "from_mean", "--init_from", mean, "--epochs", 1)
+    )
     with fails("--average .*mean.pth.tar exists"):
         evaluate(training_data, tmp_path, "--model", best_checkpoint, after, "--average", mean)
-    for flags in (["--decoder", "gru"], ["--position_encoding"]):  # other weights, and others of the same shape
+    for flags in (
+        ["--decoder", "gru"],
+        ["--position_encoding"],
+    ):  # other weights, and others of the same shape
         other = tmp_path / flags[-1].strip("-")
         train.main(train_args(training_data, other, *flags, "--epochs", 1))
         with fails("not of one architecture"):
-            evaluate(training_data, tmp_path, "--model", mean, datasets.checkpoint_path(other, training_data[1]),
-                     "--average", tmp_path / "none.pth.tar")
+            evaluate(
+                training_data,
+                tmp_path,
+                "--model",
+                mean,
+                datasets.checkpoint_path(other, training_data[1]),
+                "--average",
+                tmp_path / "none.pth.tar",
+            )
 
 
-def test_scores_of_another_model_are_not_overwritten(trained, training_data, tmp_path, no_java, fails):
-    best, last = (datasets.checkpoint_path(trained, training_data[1], best=best) for best in (True, False))
+def test_scores_of_another_model_are_not_overwritten(
+    trained, training_data, tmp_path, no_java, fails
+):
+    best, last = (
+        datasets.checkpoint_path(trained, training_data[1], best=best) for best in (True, False)
+    )
     before = evaluate(training_data, tmp_path, "--model", best)
     with fails("scores of another model: choose another --output_folder"):
         evaluate(training_data, tmp_path, "--model", last)
@@ -116,7 +198,9 @@ def test_scores_of_another_model_are_not_overwritten(trained, training_data, tmp
     assert again["models"] == before["models"] and again["length_penalty"] == 1
 
 
-def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, training_data, tmp_path, monkeypatch, no_java):
+def test_features_of_a_frozen_encoder_are_those_of_training(
+    best_checkpoint, training_data, tmp_path, monkeypatch, no_java
+):
     def encoder_runs(*_):
         raise AssertionError("the encoder ran again")
 
@@ -124,8 +208,9 @@ def test_features_of_a_frozen_encoder_are_those_of_training(best_checkpoint, tra
     evaluate(training_data, tmp_path, "--model", best_checkpoint, "--split", "val")
 
 
-def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(talkative, training_data, tmp_path, no_java,
-                                                                         monkeypatch, fails):
+def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(
+    talkative, training_data, tmp_path, no_java, monkeypatch, fails
+):
     data = shutil.copytree(training_data[0], tmp_path / "data"), training_data[1]
     flags = ["--model", talkative, "--beam_size", 4, "--length_penalty", 1]
     plain = evaluate(data, tmp_path / "plain", *flags)
@@ -138,19 +223,29 @@ def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(talka
     again = evaluate(data, tmp_path / "again", *flags, "--consensus", 5)
     (mean,) = data[0].glob("MEAN_FEATURES_TRAIN_*")
     written = mean.stat().st_mtime_ns
-    captions = [utils.read_json(datasets.captions_path(tmp_path / run, data[1], "test", 4))
-                for run in ("plain", "chosen", "again")]
+    captions = [
+        utils.read_json(datasets.captions_path(tmp_path / run, data[1], "test", 4))
+        for run in ("plain", "chosen", "again")
+    ]
     assert captions[0] != captions[1] == captions[2]
     captioner = models.load_captioner(talkative)
-    pictures = torch.from_numpy(datasets.CaptionDataset(datasets.split_path(data[0], "test", data[1])).images(slice(None)))
+    pictures = torch.from_numpy(
+        datasets.CaptionDataset(datasets.split_path(data[0], "test", data[1])).images(slice(None))
+    )
     beams = captioner.caption(pictures, beam_size=4, n_best=4, length_penalty=1, max_decode_steps=8)
-    assert all(said["caption"].split() in [captioner.text(h) for h in beam] for said, beam in zip(captions[1], beams))
+    assert all(
+        said["caption"].split() in [captioner.text(h) for h in beam]
+        for said, beam in zip(captions[1], beams)
+    )
 
     def encoder_runs(*_):
         raise AssertionError("the encoder ran again")
 
     monkeypatch.setattr(models.Encoder, "forward", encoder_runs)
-    assert again["beam_sizes"]["4"]["CIDEr"] == evaluate(data, tmp_path / "again", *flags, "--consensus", 5)["beam_sizes"]["4"]["CIDEr"]
+    assert (
+        again["beam_sizes"]["4"]["CIDEr"]
+        == evaluate(data, tmp_path / "again", *flags, "--consensus", 5)["beam_sizes"]["4"]["CIDEr"]
+    )
     assert mean.stat().st_mtime_ns == written
     with fails("--split train cannot be scored"):
         evaluate(data, tmp_path / "train", *flags, "--consensus", 5, "--split", "train")
@@ -161,83 +256,163 @@ def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(talka
         evaluate(data, tmp_path / "missing", *flags, "--consensus", 5)
 
 
-def test_output_lies_beside_the_checkpoint_if_nothing_is_said(best_checkpoint, training_data, tmp_path, no_java):
+def test_output_lies_beside_the_checkpoint_if_nothing_is_said(
+    best_checkpoint, training_data, tmp_path, no_java
+):
     shutil.copy(best_checkpoint, tmp_path)
-    argv = ["--model", tmp_path / best_checkpoint.name, "--data_folder", training_data[0], "--workers", 1, "--device", "cpu"]
+    argv = [
+        "--model",
+        tmp_path / best_checkpoint.name,
+        "--data_folder",
+        training_data[0],
+        "--workers",
+        1,
+        "--device",
+        "cpu",
+    ]
     evaluation.main(evaluation.get_args_parser().parse_args([str(arg) for arg in argv]))
     assert datasets.metrics_path(tmp_path, training_data[1], "test").exists()
 
 
-def test_the_right_word_map_is_accepted_and_a_wrong_one_refused(best_checkpoint, training_data, tmp_path, word_map, fails, no_java):
+def test_the_right_word_map_is_accepted_and_a_wrong_one_refused(
+    best_checkpoint, training_data, tmp_path, word_map, fails, no_java
+):
     right = datasets.word_map_path(*training_data)
-    evaluate(training_data, tmp_path, "--model", best_checkpoint, "--word_map", right, "--beam_size", 1)
+    evaluate(
+        training_data, tmp_path, "--model", best_checkpoint, "--word_map", right, "--beam_size", 1
+    )
     utils.write_json(tmp_path / "wrong.json", word_map)
     with fails("--word_map has 10 words and differs"):
-        evaluate(training_data, tmp_path, "--model", best_checkpoint, "--word_map", tmp_path / "wrong.json")
+        evaluate(
+            training_data,
+            tmp_path,
+            "--model",
+            best_checkpoint,
+            "--word_map",
+            tmp_path / "wrong.json",
+        )
 
 
 def test_an_ensemble_needs_one_word_map(best_checkpoint, training_data, tmp_path, fails):
-    checkpoint = utils.load_checkpoint(best_checkpoint)
+    checkpoint = models.load_checkpoint(best_checkpoint)
     words = list(checkpoint["word_map"])
-    checkpoint["word_map"] = {word: i for i, word in enumerate([words[0], words[2], words[1], *words[3:]])}
+    checkpoint["word_map"] = {
+        word: i for i, word in enumerate([words[0], words[2], words[1], *words[3:]])
+    }
     torch.save(checkpoint, tmp_path / "other.pth.tar")
     with fails("other.pth.tar has another word map"):
         evaluate(training_data, tmp_path, "--model", best_checkpoint, tmp_path / "other.pth.tar")
 
 
 def test_pictures_of_another_size_are_refused(best_checkpoint, training_data, tmp_path, fails):
-    checkpoint = utils.load_checkpoint(best_checkpoint)
+    checkpoint = models.load_checkpoint(best_checkpoint)
     checkpoint["config"]["image_size"] = 256
     torch.save(checkpoint, tmp_path / "large.pth.tar")
     with fails("64 pixels.*256.*--image_size"):
         evaluate(training_data, tmp_path, "--model", tmp_path / "large.pth.tar")
 
 
-@pytest.mark.parametrize("flags, message", [(["--model", "missing.pth.tar"], "missing.pth.tar"),
-                                            (["--data_name", "other"], "TEST_other.hdf5"),
-                                            (["--beam_size", 3, 0], "--beam_size 0"), (["--length_penalty", "nan"], "--length_penalty")])
-def test_bad_values_end_in_one_line(flags, message, best_checkpoint, training_data, tmp_path, fails):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "missing.pth.tar"], "missing.pth.tar"),
+        (["--data_name", "other"], "TEST_other.hdf5"),
+        (["--beam_size", 3, 0], "--beam_size 0"),
+        (["--length_penalty", "nan"], "--length_penalty"),
+    ],
+)
+def test_bad_values_end_in_one_line(
+    flags, message, best_checkpoint, training_data, tmp_path, fails
+):
     with fails(message):
         evaluate(training_data, tmp_path, "--model", best_checkpoint, *flags)
 
 
 @pytest.mark.parametrize("name", ["../../climbs", "/climbs", "a/b", "", ".hidden", "x" * 200])
-def test_no_file_is_written_where_a_checkpoint_says(name, best_checkpoint, training_data, tmp_path, fails):
-    checkpoint = utils.load_checkpoint(best_checkpoint)
+def test_no_file_is_written_where_a_checkpoint_says(
+    name, best_checkpoint, training_data, tmp_path, fails
+):
+    checkpoint = models.load_checkpoint(best_checkpoint)
     checkpoint["config"]["data_name"] = name
     torch.save(checkpoint, tmp_path / "other.pth.tar")
-    with fails("the data's name .*expected a name of" if name else "name the data with --data_name"):
+    with fails(
+        "the data's name .*expected a name of" if name else "name the data with --data_name"
+    ):
         evaluate(training_data, tmp_path / "a" / "b", "--model", tmp_path / "other.pth.tar")
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth.tar"]
 
 
 def test_variety_is_counted_by_hand():
-    references = [[["a", "red", "dog"], ["two", "dogs"]], [["a", "cat"]], [["a", "blue", "cat"]], [["it"]]]
-    captions = [caption.split() for caption in ("a red dog and three blue dogs", "a cat", "a cat", "a cat and a cat and a")]
+    references = [
+        [["a", "red", "dog"], ["two", "dogs"]],
+        [["a", "cat"]],
+        [["a", "blue", "cat"]],
+        [["it"]],
+    ]
+    captions = [
+        caption.split()
+        for caption in ("a red dog and three blue dogs", "a cat", "a cat", "a cat and a cat and a")
+    ]
     assert evaluation.score_variety(references, captions) == {
-        "words per caption": 4.5, "words used": 8, "distinct captions": 75, "commonest caption": 50, "repeats itself": 25,
-        "colours agreed": 50, "numbers agreed": 0}
+        "words per caption": 4.5,
+        "words used": 8,
+        "distinct captions": 75,
+        "commonest caption": 50,
+        "repeats itself": 25,
+        "colours agreed": 50,
+        "numbers agreed": 0,
+    }
     silent = evaluation.score_variety(references, [[]] * 4)
-    assert silent["words used"] == 0 and silent["colours agreed"] is None and silent["repeats itself"] == 0
+    assert (
+        silent["words used"] == 0
+        and silent["colours agreed"] is None
+        and silent["repeats itself"] == 0
+    )
 
 
-@pytest.mark.parametrize("caption, repeats", [("a dog and a dog", False), ("a dog dog", True), ("", False), ("a b c a b c", True),
-                                              ("a b a b", False), ("a b a b a", True)])
+@pytest.mark.parametrize(
+    "caption, repeats",
+    [
+        ("a dog and a dog", False),
+        ("a dog dog", True),
+        ("", False),
+        ("a b c a b c", True),
+        ("a b a b", False),
+        ("a b a b a", True),
+    ],
+)
 def test_what_counts_as_repeating(caption, repeats):
     assert evaluation.repeats_itself(caption.split()) is repeats
 
 
 def test_scenes_are_counted_by_hand():
-    scene = {"objects": [{"shape": "circle", "color": "red", "box": [0.0, 0.0, 0.4, 0.4]},
-                         {"shape": "star", "color": "blue", "box": [0.6, 0.0, 1.0, 0.4]}],
-             "names": {"red": [0], "circle": [0], "blue": [1], "star": [1]}}
-    captions = ["a red circle left of a blue star", "a red circle right of a blue star", "a red star", "a blue star"]
+    scene = {
+        "objects": [
+            {"shape": "circle", "color": "red", "box": [0.0, 0.0, 0.4, 0.4]},
+            {"shape": "star", "color": "blue", "box": [0.6, 0.0, 1.0, 0.4]},
+        ],
+        "names": {"red": [0], "circle": [0], "blue": [1], "star": [1]},
+    }
+    captions = [
+        "a red circle left of a blue star",
+        "a red circle right of a blue star",
+        "a red star",
+        "a blue star",
+    ]
     captions = [caption.split() for caption in captions]
-    left_top = torch.tensor([[0.7, 0.1, 0.1, 0.1]])  # a grid of 2 by 2, whose cells' centres lie at 1/4 and 3/4
-    result = evaluation.score_scenes([scene] * 4, captions, [left_top.expand(len(words), -1) for words in captions])
-    assert result["count"] == result["shapes"] == result["objects"] == 50 and result["relation"] == 50
+    left_top = torch.tensor(
+        [[0.7, 0.1, 0.1, 0.1]]
+    )  # a grid of 2 by 2, whose cells' centres lie at 1/4 and 3/4
+    result = evaluation.score_scenes(
+        [scene] * 4, captions, [left_top.expand(len(words), -1) for words in captions]
+    )
+    assert (
+        result["count"] == result["shapes"] == result["objects"] == 50 and result["relation"] == 50
+    )
     # named: red circle blue star twice, red star, blue star; what names the circle is looked at, what names the star is not
-    assert result["pointing"] == pytest.approx(100 * 5 / 12) and result["by chance"] == pytest.approx(25)
+    assert result["pointing"] == pytest.approx(100 * 5 / 12) and result[
+        "by chance"
+    ] == pytest.approx(25)
     nothing = evaluation.score_scenes([scene], [[]], [torch.zeros(0, 4)])
     assert nothing["relation"] is None and nothing["pointing"] is None and nothing["objects"] == 0
     assert json.dumps(nothing)

@@ -27,14 +27,40 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
+import eval as evaluation
 import utils
 
 ROOT = Path(utils.__file__).parent
 
 # ------------------------------------------------------------------------------------------------------------ mutations
 
-TOKENS = [b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\t", b"#0\t", b"\x00", b"\xff",
-          b"\xef\xbb\xbf", b"-1", b"1e999", b"NaN", b"null", b"true", b"9" * 40, b"../", b"\\ud800", b"\xff\xff\xff\xff", b"<start>"]
+TOKENS = [
+    b'"',
+    b"'",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"\n",
+    b"\r",
+    b"\t",
+    b"#0\t",
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"9" * 40,
+    b"../",
+    b"\\ud800",
+    b"\xff\xff\xff\xff",
+    b"<start>",
+]
 
 
 def mutate(data, rng):
@@ -57,11 +83,11 @@ def mutate(data, rng):
         elif fault == "insert":
             data[place:place] = rng.randbytes(length)
         elif fault == "token":
-            data[place:place + rng.choice((0, 1, 4))] = rng.choice(TOKENS)
+            data[place : place + rng.choice((0, 1, 4))] = rng.choice(TOKENS)
         elif fault == "zero":
-            data[place:place + length] = bytes(len(data[place:place + length]))
+            data[place : place + length] = bytes(len(data[place : place + length]))
         else:
-            data[place:place] = data[place:place + length]
+            data[place:place] = data[place : place + length]
     return bytes(data)
 
 
@@ -89,11 +115,15 @@ def read_picture(path):
 
 def read_hdf5(path):
     data = datasets.CaptionDataset(path)
-    assert data.images(slice(None)).shape == (len(data), 3, 32, 32) == data.images(range(len(data))).shape
+    assert (
+        data.images(slice(None)).shape
+        == (len(data), 3, 32, 32)
+        == data.images(range(len(data))).shape
+    )
     assert len(data.references) == len(data)
     for scene in data.scenes:
-        datasets.judge_caption(scene, ["red", "circle", "left", "star"])
-        datasets.pointing(scene, ["red", "circle"], np.ones((2, 4)), (2, 2))
+        evaluation.judge_caption(scene, ["red", "circle", "left", "star"])
+        evaluation.pointing(scene, ["red", "circle"], np.ones((2, 4)), (2, 2))
     data.check_word_map(datasets.load_word_map(path.parent.parent / "word_map.json"))
     datasets.caption_rows(data, np.arange(len(data)))
 
@@ -124,7 +154,9 @@ def read_archive(path):
 
 def use(records):
     """Do with captions what writing an HDF5 file does, but for the pictures."""
-    word_map = datasets.build_word_map((datasets.tokenize(text) for record in records for text in record.captions), 1)
+    word_map = datasets.build_word_map(
+        (datasets.tokenize(text) for record in records for text in record.captions), 1
+    )
     for record in records:
         assert record.split in datasets.SPLITS
         for text in map(datasets.clean_caption, record.captions):
@@ -160,6 +192,7 @@ def read_checkpoint(path):
 
 def tiny_encoder(torch):
     """In place of a CNN, whose weights would make every checkpoint one of 45 MB; all else is read as ever."""
+
     class Encoder(torch.nn.Module):
         def __init__(self, name, weights):
             super().__init__()
@@ -189,9 +222,17 @@ def main(folders):
             print("refused")
 
 
-READERS = {"picture": read_picture, "hdf5": read_hdf5, "wordmap": read_word_map, "captions": read_captions,
-           "karpathy": read_karpathy, "archive": read_archive, "embeddings": read_embeddings, "store": read_store,
-           "checkpoint": read_checkpoint}
+READERS = {
+    "picture": read_picture,
+    "hdf5": read_hdf5,
+    "wordmap": read_word_map,
+    "captions": read_captions,
+    "karpathy": read_karpathy,
+    "archive": read_archive,
+    "embeddings": read_embeddings,
+    "store": read_store,
+    "checkpoint": read_checkpoint,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- whole files
@@ -216,24 +257,47 @@ def wholes(tmp_path_factory):
     names = [f"{i:02d}.jpg" for i in range(6)]
     for i, name in enumerate(names):
         make_picture(i).save(folder / "pictures" / name)
-    rows = [(name, text) for name in names for text in ("A dog runs on grass.", "The dog, it runs", "É 漢字 dog")]
+    rows = [
+        (name, text)
+        for name in names
+        for text in ("A dog runs on grass.", "The dog, it runs", "É 漢字 dog")
+    ]
     texts = {
-        ".csv": "image,caption,split\n" + "".join(f'{name},"{text}",train\r\n' for name, text in rows),
-        ".jsonl": "\n".join(json.dumps({"image": name, "captions": [text, "a"], "split": "val"})
-                            for name, text in rows),
+        ".csv": "image,caption,split\n"
+        + "".join(f'{name},"{text}",train\r\n' for name, text in rows),
+        ".jsonl": "\n".join(
+            json.dumps({"image": name, "captions": [text, "a"], "split": "val"})
+            for name, text in rows
+        ),
         ".txt": "\n".join(f"{name}#{i % 3}\t{text}" for i, (name, text) in enumerate(rows)),
     }
     (folder / "captions.csv").write_text(texts[".csv"], encoding="utf-8")
-    karpathy = {"dataset": "own", "images": [
-        {"filename": name, "filepath": "pictures", "split": "restval", "sentences": [{"raw": text}, {"tokens": ["a"]}]}
-        for name, text in rows[::3]]}
+    karpathy = {
+        "dataset": "own",
+        "images": [
+            {
+                "filename": name,
+                "filepath": "pictures",
+                "split": "restval",
+                "sentences": [{"raw": text}, {"tokens": ["a"]}],
+            }
+            for name, text in rows[::3]
+        ],
+    }
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as pictures:
         for name in names:
             pictures.write(folder / "pictures" / name, f"own/{name}")
     records, _ = datasets.shapes_records(6, 2, 2, seed=1, size=32)
-    _, word_map = datasets.write_dataset(folder / "data", records, dataset="shapes", source="generated", max_len=20,
-                                         min_word_freq=1, image_size=32)
+    _, word_map = datasets.write_dataset(
+        folder / "data",
+        records,
+        dataset="shapes",
+        source="generated",
+        max_len=20,
+        min_word_freq=1,
+        image_size=32,
+    )
     name = datasets.base_name("shapes", 5, 1)
     utils.write_json(folder / "word_map.json", word_map)
     store = io.BytesIO()
@@ -272,14 +336,33 @@ def whole_checkpoints(word_map):
 
     import models
 
-    config = {"encoder": "resnet18", "encoder_dim": 6, "attention_dim": 3, "embed_dim": 3, "decoder_dim": 4,
-              "decoder": "gru", "attention": "soft", "encoded_image_size": 0, "deep_output": False,
-              "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0, "feature_dropout": 0.0,
-              "image_size": 32, "data_name": "shapes", "fine_tune_encoder": False}
+    config = {
+        "encoder": "resnet18",
+        "encoder_dim": 6,
+        "attention_dim": 3,
+        "embed_dim": 3,
+        "decoder_dim": 4,
+        "decoder": "gru",
+        "attention": "soft",
+        "encoded_image_size": 0,
+        "deep_output": False,
+        "position_encoding": False,
+        "dropout": 0.5,
+        "embed_dropout": 0.0,
+        "feature_dropout": 0.0,
+        "image_size": 32,
+        "data_name": "shapes",
+        "fine_tune_encoder": False,
+    }
     decoder = models.build_decoder(config, len(word_map))
     encoder = tiny_encoder(torch)("resnet18", "none")
-    checkpoint = {"config": config, "word_map": word_map, "encoder": encoder.state_dict(),
-                  "decoder": decoder.state_dict(), "history": [{"epoch": 1, "BLEU-4": 1.0}]}
+    checkpoint = {
+        "config": config,
+        "word_map": word_map,
+        "encoder": encoder.state_dict(),
+        "decoder": decoder.state_dict(),
+        "history": [{"epoch": 1, "BLEU-4": 1.0}],
+    }
     for as_zip in (True, False):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer, _use_new_zipfile_serialization=as_zip)
@@ -309,29 +392,56 @@ def read_in_a_process(folders, timeout):
     :return: ``Counter`` of the outcomes of the mutated files: "result", "refused"
     """
     command = [sys.executable, "-B", "-W", "ignore", __file__, *folders]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+        )
     except subprocess.TimeoutExpired as error:
         pytest.fail(f"a hang while reading {(error.stdout or b'').decode().splitlines()[-1:]}")
-    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]}: code {done.returncode}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, (
+        f"{done.stdout.splitlines()[-1:]}: code {done.returncode}\n{done.stderr[-3000:]}"
+    )
     outcomes = [line.rpartition(": ")[::2] for line in done.stdout.splitlines()]
     # if whole files were refused, mutated ones would be, too, and hold nothing
     assert {outcome for path, outcome in outcomes if "/whole" in path} == {"result"}, done.stdout
     return Counter(outcome for path, outcome in outcomes if "/whole" not in path)
 
 
-@pytest.mark.parametrize("kinds, number", [
-    (("picture", "hdf5", "wordmap", "captions", "karpathy", "archive", "embeddings"), 150),
-    (("store", "checkpoint"), 80)])
+@pytest.mark.parametrize(
+    "kinds, number",
+    [
+        (("picture", "hdf5", "wordmap", "captions", "karpathy", "archive", "embeddings"), 150),
+        (("store", "checkpoint"), 80),
+    ],
+)
 def test_a_damaged_file_gives_a_result_or_a_clear_error(kinds, number, wholes):
     folder, files = wholes
-    outcomes = read_in_a_process([write_mutated(folder, kind, files[kind], range(number)) for kind in kinds], 120)
-    assert outcomes.total() == number * len(kinds) and min(outcomes["result"], outcomes["refused"]) > number / 10
+    outcomes = read_in_a_process(
+        [write_mutated(folder, kind, files[kind], range(number)) for kind in kinds], 120
+    )
+    assert (
+        outcomes.total() == number * len(kinds)
+        and min(outcomes["result"], outcomes["refused"]) > number / 10
+    )
 
 
-MANY = {"picture": 6000, "hdf5": 3000, "wordmap": 2000, "captions": 3000, "karpathy": 1500, "archive": 1000,
-        "embeddings": 1000, "store": 2000, "checkpoint": 3000}
+MANY = {
+    "picture": 6000,
+    "hdf5": 3000,
+    "wordmap": 2000,
+    "captions": 3000,
+    "karpathy": 1500,
+    "archive": 1000,
+    "embeddings": 1000,
+    "store": 2000,
+    "checkpoint": 3000,
+}
 
 
 @pytest.mark.slow
@@ -343,7 +453,9 @@ def test_many_damaged_files_give_results_or_clear_errors(kind, wholes):
         made = write_mutated(folder, kind, files[kind], range(start, start + 500))
         read += read_in_a_process([made], 300)
         shutil.rmtree(made)
-    print(f"\n{kind}: {read.total():,} mutated files, {read['refused']:,} refused, {time.time() - began:.0f} s")
+    print(
+        f"\n{kind}: {read.total():,} mutated files, {read['refused']:,} refused, {time.time() - began:.0f} s"
+    )
     assert read.total() == MANY[kind]
 
 
@@ -351,14 +463,27 @@ def test_mutations_are_many_and_of_every_sort():
     rng, data = random.Random(0), bytes(range(1, 200)) * 5
     made = [mutate(data, rng) for _ in range(300)]
     assert len(set(made)) > 280 and data not in made[:10]
-    assert min(map(len, made)) < 100 and max(map(len, made)) > 1200 and any(b"\0" * 30 in m for m in made)
+    assert (
+        min(map(len, made)) < 100
+        and max(map(len, made)) > 1200
+        and any(b"\0" * 30 in m for m in made)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
 
 
 @given(st.lists(st.text(max_size=40), max_size=8), st.integers(1, 3))
-@example(["\ufeffA\x00dog\r\n\u2028runs", "漢字 हिन्दी", "\ud800", "<start> <pad> <end> <unk>", "I\u0307 ǅ ß"], 1)
+@example(
+    [
+        "\ufeffA\x00dog\r\n\u2028runs",
+        "漢字 हिन्दी",
+        "\ud800",
+        "<start> <pad> <end> <unk>",
+        "I\u0307 ǅ ß",
+    ],
+    1,
+)
 def test_any_caption_comes_back_from_its_ids(texts, min_word_freq):
     texts = [datasets.clean_caption(text) for text in texts]
     tokens = [datasets.tokenize(text) for text in texts]
@@ -367,7 +492,9 @@ def test_any_caption_comes_back_from_its_ids(texts, min_word_freq):
     for text, caption in zip(texts, tokens):
         assert "\n" not in text and text.encode().decode() == text  # one line, and valid Unicode
         ids = datasets.encode_caption(caption, word_map, len(caption) + 1)
-        assert datasets.decode_caption(ids, words) == [w if w in word_map else datasets.UNK for w in caption]
+        assert datasets.decode_caption(ids, words) == [
+            w if w in word_map else datasets.UNK for w in caption
+        ]
         assert len(ids) == len(caption) + 3
 
 
@@ -375,34 +502,58 @@ def test_any_caption_comes_back_from_its_ids(texts, min_word_freq):
 
 SCRIPTS = ("create_input_files", "train", "eval", "caption")
 # what keeps a script from working for long if all its flags are sound: it finds none of what it is told to read
-IDLE = {"create_input_files": ["--source", "nowhere"], "train": ["--data_folder", "."],
-        "eval": ["--model", "nowhere.pth.tar"], "caption": ["--model", "nowhere.pth.tar", "--img", "nowhere.jpg"]}
+IDLE = {
+    "create_input_files": ["--source", "nowhere"],
+    "train": ["--data_folder", "."],
+    "eval": ["--model", "nowhere.pth.tar"],
+    "caption": ["--model", "nowhere.pth.tar", "--img", "nowhere.jpg"],
+}
 
 
 def flags_of(script):
     """A script's flags, but for those that IDLE holds and those that do something else."""
     parser = importlib.import_module(script).get_args_parser()
-    return [action for action in parser._actions
-            if not isinstance(action, argparse._HelpAction) and not {*action.option_strings} & {*IDLE[script]}]
+    return [
+        action
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction)
+        and not {*action.option_strings} & {*IDLE[script]}
+    ]
 
 
 def values_of(action):
     """Strategy of a flag with its value or values, as on a command line."""
     text = st.text(st.characters(exclude_characters="\0"), max_size=12)
     number = st.integers(-2, 9).map(str) | st.integers().map(str) | st.floats().map(str)
-    value = number if action.type in (int, float) else st.sampled_from(["../x", "/", "x" * 5000, "nowhere"]) | text
+    value = (
+        number
+        if action.type in (int, float)
+        else st.sampled_from(["../x", "/", "x" * 5000, "nowhere"]) | text
+    )
     value = st.sampled_from(list(action.choices)) | text if action.choices else value | text
-    few = st.just([]) if action.nargs == 0 else st.lists(value, min_size=1, max_size=3 if action.nargs == "+" else 1)
+    few = (
+        st.just([])
+        if action.nargs == 0
+        else st.lists(value, min_size=1, max_size=3 if action.nargs == "+" else 1)
+    )
     return few.map(lambda values: [action.option_strings[0], *values])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_any_flags_end_in_one_line_and_nothing_is_written(script, data, tmp_path, monkeypatch, capsys):
+def test_any_flags_end_in_one_line_and_nothing_is_written(
+    script, data, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(script)
-    chosen = data.draw(st.lists(st.sampled_from(flags_of(script)), max_size=2, unique_by=lambda action: action.dest))
+    chosen = data.draw(
+        st.lists(
+            st.sampled_from(flags_of(script)), max_size=2, unique_by=lambda action: action.dest
+        )
+    )
     argv = list(itertools.chain(*(data.draw(values_of(action)) for action in chosen), IDLE[script]))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     capsys.readouterr()
@@ -411,7 +562,9 @@ def test_any_flags_end_in_one_line_and_nothing_is_written(script, data, tmp_path
     errors = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in errors, argv
     last = errors.rstrip("\n").rsplit("\n", 1)[-1]
-    assert re.match(rf"{script}\.py: error: ..........", last), errors  # argparse prints the usage before it
+    assert re.match(rf"{script}\.py: error: ..........", last), (
+        errors
+    )  # argparse prints the usage before it
     assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,6 @@
 """Runs that are killed, stopped, starved or fed with nonsense: what they leave, and how they go on."""
 
 import os
-import random
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +24,7 @@ ROOT = Path(utils.__file__).parent
 def equal_runs(a, b, data):
     """Whether two output folders hold the same run, bit for bit, times apart."""
     for first, second in zip(paths(a, data), paths(b, data)):
-        first, second = utils.load_checkpoint(first), utils.load_checkpoint(second)
+        first, second = models.load_checkpoint(first), models.load_checkpoint(second)
         for key in ("encoder", "decoder", "optimizer", "update", "word_map"):
             assert same(first[key], second[key]), key
         assert without_times(first["history"]) == without_times(second["history"])
@@ -81,30 +78,79 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(kills, own_d
     name = datasets.base_name("mine", 5, 1)
 
     def flags(folder):
-        prepare = ["--dataset", "mine", "--images", images, "--captions", captions, "--min_word_freq", 1, "--image_size", 64,
-                   "--data_folder", folder / "data", "--workers", 1]
-        training = [*TINY_TRAINING, "--data_folder", folder / "data", "--data_name", name, "--output_folder", folder / "out",
-                    "--resume", "--checkpoint_every", 1, "--epochs", 3, "--batch_size", 4]
+        prepare = [
+            "--dataset",
+            "mine",
+            "--images",
+            images,
+            "--captions",
+            captions,
+            "--min_word_freq",
+            1,
+            "--image_size",
+            64,
+            "--data_folder",
+            folder / "data",
+            "--workers",
+            1,
+        ]
+        training = [
+            *TINY_TRAINING,
+            "--data_folder",
+            folder / "data",
+            "--data_name",
+            name,
+            "--output_folder",
+            folder / "out",
+            "--resume",
+            "--checkpoint_every",
+            1,
+            "--epochs",
+            3,
+            "--batch_size",
+            4,
+        ]
         return ["|".join(map(str, part)) for part in (prepare, training)]
 
     def repeat(folder, kills, seed, longest):
-        done = subprocess.run([sys.executable, "-B", "-c", KILLER, str(ROOT), str(kills), str(seed), str(longest),
-                               *flags(folder)], capture_output=True, text=True, check=False, timeout=600,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-B",
+                "-c",
+                KILLER,
+                str(ROOT),
+                str(kills),
+                str(seed),
+                str(longest),
+                *flags(folder),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Traceback" not in done.stderr
         return int(done.stdout.split()[-1])
 
     began = time.time()
     assert repeat(tmp_path / "whole", 0, 0, 1e9) == 0
-    longest, survived, seed = 0.25 * (time.time() - began), 0, 0  # of a start with its imports: most waits end in a kill
+    longest, survived, seed = (
+        0.25 * (time.time() - began),
+        0,
+        0,
+    )  # of a start with its imports: most waits end in a kill
     while survived < kills:
         seed += 1
         parts = tmp_path / f"parts{seed}"
         survived += repeat(parts, kills - survived, seed, longest)
         for path in sorted((tmp_path / "whole" / "data").iterdir()):
             assert (parts / "data" / path.name).read_bytes() == path.read_bytes(), path.name
-        assert {p.name for p in (parts / "data").iterdir()} == {p.name for p in (tmp_path / "whole" / "data").iterdir()}
+        assert {p.name for p in (parts / "data").iterdir()} == {
+            p.name for p in (tmp_path / "whole" / "data").iterdir()
+        }
         equal_runs(tmp_path / "whole" / "out", parts / "out", (parts / "data", name))
     print(f"{survived} kills in {seed} runs")
 
@@ -117,21 +163,28 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     for owner in (dead.pid, os.getpid()):
         (tmp_path / f"{stem}{owner}.abc.partial.json").write_text("half")
     utils.write_json(tmp_path / "file.json", {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{stem}{os.getpid()}.abc.partial.json", "file.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"{stem}{os.getpid()}.abc.partial.json",
+        "file.json",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ stop signals
 
 
-@pytest.mark.parametrize("name, owner, function, call, flags", [
-    ("SIGTERM", train.Update, "compute", 2, []),  # in the second update
-    ("SIGINT", train.Update, "compute", 4, ["--checkpoint_every", 2]),
-    ("SIGUSR1", train, "caption_validation", 1, []),
-    ("SIGTERM", utils, "save_checkpoint", 1, []),  # while it writes
-    ("SIGTERM", train, "write_log", 2, []),
-])
-def test_a_stop_signal_saves_and_says_how_to_go_on(name, owner, function, call, flags, whole, training_data, tmp_path,
-                                                   monkeypatch):
+@pytest.mark.parametrize(
+    "name, owner, function, call, flags",
+    [
+        ("SIGTERM", train.Update, "compute", 2, []),  # in the second update
+        ("SIGINT", train.Update, "compute", 4, ["--checkpoint_every", 2]),
+        ("SIGUSR1", train, "caption_validation", 1, []),
+        ("SIGTERM", utils, "save_checkpoint", 1, []),  # while it writes
+        ("SIGTERM", train, "write_log", 2, []),
+    ],
+)
+def test_a_stop_signal_saves_and_says_how_to_go_on(
+    name, owner, function, call, flags, whole, training_data, tmp_path, monkeypatch
+):
     original, calls = getattr(owner, function), []
 
     def signalled(*args, **options):
@@ -140,7 +193,10 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(name, owner, function, call, 
             signal.raise_signal(getattr(signal, name))
         return original(*args, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(utils.Stopped, match=f"stopped by {name} .*saved.*--resume goes on") as stop:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(utils.Stopped, match=f"stopped by {name} .*saved.*--resume goes on") as stop,
+    ):
         patch.setattr(owner, function, signalled)
         run(training_data, tmp_path, *flags)
     assert stop.value.signal == getattr(signal, name) and len(calls) >= call
@@ -150,9 +206,25 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(name, owner, function, call, 
 
 def test_a_scheduler_sees_the_signals_exit_code_and_one_line(training_data, tmp_path):
     folder, name = training_data
-    command = [sys.executable, "-B", ROOT / "train.py", *TINY_TRAINING, "--data_folder", folder, "--data_name", name,
-               "--output_folder", tmp_path, "--epochs", "10000", "--patience", "10000"]
-    started = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-B",
+        ROOT / "train.py",
+        *TINY_TRAINING,
+        "--data_folder",
+        folder,
+        "--data_name",
+        name,
+        "--output_folder",
+        tmp_path,
+        "--epochs",
+        "10000",
+        "--patience",
+        "10000",
+    ]
+    started = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for line in started.stdout:
         if line.startswith("epoch"):
             break
@@ -160,12 +232,16 @@ def test_a_scheduler_sees_the_signals_exit_code_and_one_line(training_data, tmp_
     _, err = started.communicate(timeout=120)
     assert started.returncode == 128 + signal.SIGTERM
     last = err.splitlines()[-1]
-    assert "train.py: stopped by SIGTERM after update" in last and last.endswith("The same command with --resume goes on")
+    assert "train.py: stopped by SIGTERM after update" in last and last.endswith(
+        "The same command with --resume goes on"
+    )
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("update", [1, 2, 4, 5])
-def test_a_run_goes_on_from_the_middle_of_an_epoch(update, whole, training_data, tmp_path, monkeypatch):
+def test_a_run_goes_on_from_the_middle_of_an_epoch(
+    update, whole, training_data, tmp_path, monkeypatch
+):
     call = train.Update.__call__
 
     def killed(self, *args):
@@ -176,7 +252,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(update, whole, training_data,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Update, "__call__", killed)
         run(training_data, tmp_path, "--checkpoint_every", 1)
-    assert utils.load_checkpoint(paths(tmp_path, training_data)[0])["update"] == update
+    assert models.load_checkpoint(paths(tmp_path, training_data)[0])["update"] == update
     run(training_data, tmp_path, "--resume")
     equal_runs(whole, tmp_path, training_data)
 
@@ -186,18 +262,31 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(update, whole, training_data,
 
 def test_two_runs_do_not_write_to_one_place(training_data, tmp_path, fails):
     latest, _ = paths(tmp_path, training_data)
-    with utils.locked(datasets.lock_path(latest), "it"), fails("is being written by another run; wait for it, or choose"):
+    with (
+        utils.locked(datasets.lock_path(latest), "it"),
+        fails("is being written by another run; wait for it, or choose"),
+    ):
         run(training_data, tmp_path)
     assert not list(tmp_path.iterdir())
-    with utils.locked(datasets.lock_path(datasets.word_map_path(tmp_path, "x_5_cap_per_img_1_min_word_freq")), "it"):
+    with utils.locked(
+        datasets.lock_path(datasets.word_map_path(tmp_path, "x_5_cap_per_img_1_min_word_freq")),
+        "it",
+    ):
         records, _ = datasets.shapes_records(2, 1, 1, size=32)
         with fails("is being written by another run"):
-            datasets.write_dataset(tmp_path, records, dataset="x", source="generated", min_word_freq=1, image_size=32)
+            datasets.write_dataset(
+                tmp_path, records, dataset="x", source="generated", min_word_freq=1, image_size=32
+            )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)])
-def test_resume_falls_back_to_the_best_checkpoint(damage, training_data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)],
+)
+def test_resume_falls_back_to_the_best_checkpoint(
+    damage, training_data, tmp_path, monkeypatch, capsys
+):
     scores = {1: 2.0, 2: 1.0, 3: 1.5}  # the first of three epochs is the best
     score_captions, made = utils.score_captions, []
 
@@ -212,9 +301,14 @@ def test_resume_falls_back_to_the_best_checkpoint(damage, training_data, tmp_pat
     kept = best.read_bytes()
     del made[1:]
     resumed = run(training_data, tmp_path, "--resume", "--epochs", 3)
-    assert f"{latest} is not a readable file" in (out := capsys.readouterr().out) and f"going on from {best} instead" in out
+    assert (
+        f"{latest} is not a readable file" in (out := capsys.readouterr().out)
+        and f"going on from {best} instead" in out
+    )
     assert best.read_bytes() == kept
-    assert same(resumed["decoder"], whole["decoder"]) and without_times(resumed["history"]) == without_times(whole["history"])
+    assert same(resumed["decoder"], whole["decoder"]) and without_times(
+        resumed["history"]
+    ) == without_times(whole["history"])
 
 
 def test_the_best_checkpoint_is_not_lost_with_the_last_one(training_data, tmp_path, fails):
@@ -224,30 +318,32 @@ def test_the_best_checkpoint_is_not_lost_with_the_last_one(training_data, tmp_pa
     kept = best.read_bytes()
     with fails("BEST_.*holds an earlier run"):
         run(training_data, tmp_path)
-    score = utils.load_checkpoint(best)["history"][-1]["BLEU-4"]
+    score = models.load_checkpoint(best)["history"][-1]["BLEU-4"]
     resumed = run(training_data, tmp_path, "--resume", "--epochs", 3)
-    after = utils.load_checkpoint(best)["history"]
+    after = models.load_checkpoint(best)["history"]
     assert best.read_bytes() == kept or after[-1]["BLEU-4"] > score
     assert len(resumed["history"]) == 3
 
 
-@pytest.mark.parametrize("room", [0, 5000, 10 ** 6])
+@pytest.mark.parametrize("room", [0, 5000, 10**6])
 def test_a_full_disk_ends_in_one_line_and_leaves_the_old_checkpoint(room, tmp_path):
     """Python ignores SIGXFSZ, so that a file beyond the limit fails as on a full disk."""
     path = tmp_path / "checkpoint.pth.tar"
-    utils.save_checkpoint(path, {"weights": torch.zeros(9)})
+    models.save_checkpoint(path, {"weights": torch.zeros(9)})
     code = f"""
 import resource, sys, torch, utils
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 try:
-    utils.save_checkpoint({str(path)!r}, {{"weights": torch.zeros(10 ** 6)}})
+    models.save_checkpoint({str(path)!r}, {{"weights": torch.zeros(10 ** 6)}})
 except utils.UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"cannot write {path}: ") and done.stdout.count("\n") == 1
-    assert len(utils.load_tensors(path)["weights"]) == 9 and len(list(tmp_path.iterdir())) == 1
+    assert len(models.load_tensors(path)["weights"]) == 9 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_feature_store_that_finds_no_room_ends_in_one_line(training_data, tmp_path):
@@ -262,17 +358,23 @@ try:
 except utils.UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"cannot write {tmp_path / 'f.npy'}: ") and not list(tmp_path.iterdir())
+    assert done.stdout.startswith(f"cannot write {tmp_path / 'f.npy'}: ") and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
     """The second waits for the first's and then reads them."""
     path, made = tmp_path / "features.npy", []
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
-    script = (f"import time, numpy, utils\nwith utils.locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
-              f" time.sleep(2)\n numpy.save({str(path)!r}, numpy.ones(({len(data)}, 4, 3), 'float16'))")
+    script = (
+        f"import time, numpy, utils\nwith utils.locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
+        f" time.sleep(2)\n numpy.save({str(path)!r}, numpy.ones(({len(data)}, 4, 3), 'float16'))"
+    )
     other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
     other.stdout.readline()
     began = time.time()
@@ -299,7 +401,9 @@ def poisoned(monkeypatch, numbers, value=float("nan")):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("flags", [[], ["--attention", "hard"]])
-def test_an_update_that_is_not_finite_is_left_out_with_a_warning(flags, value, training_data, tmp_path, monkeypatch, capsys):
+def test_an_update_that_is_not_finite_is_left_out_with_a_warning(
+    flags, value, training_data, tmp_path, monkeypatch, capsys
+):
     poisoned(monkeypatch, [3], value)
     checkpoint = run(training_data, tmp_path, "--batch_size", 4, *flags)
     assert [record["skipped_updates"] for record in checkpoint["history"]] == [1, 1]
@@ -309,7 +413,9 @@ def test_an_update_that_is_not_finite_is_left_out_with_a_warning(flags, value, t
     assert capsys.readouterr().err.count("warning: update") == 2
 
 
-def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(training_data, tmp_path, monkeypatch, fails):
+def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(
+    training_data, tmp_path, monkeypatch, fails
+):
     run(training_data, tmp_path, "--batch_size", 2, "--epochs", 1)
     kept = [path.read_bytes() for path in paths(tmp_path, training_data)]
     poisoned(monkeypatch, slice(None))
@@ -318,9 +424,14 @@ def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(training
     assert [path.read_bytes() for path in paths(tmp_path, training_data)] == kept
 
 
-@pytest.mark.parametrize("raising", [
-    "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
-    "torch.empty(10 ** 15)", "raise MemoryError('no room')"])
+@pytest.mark.parametrize(
+    "raising",
+    [
+        "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+        "torch.empty(10 ** 15)",
+        "raise MemoryError('no room')",
+    ],
+)
 def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(raising, tmp_path):
     code = f"""
 import argparse, torch, utils
@@ -328,6 +439,11 @@ def main(args):
     {raising}
 utils.run(main, argparse.ArgumentParser(prog="train.py"))
 """
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("train.py: error: out of memory: ") and "Lower --batch_size" in done.stderr
+    assert (
+        done.stderr.startswith("train.py: error: out of memory: ")
+        and "Lower --batch_size" in done.stderr
+    )

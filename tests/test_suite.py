@@ -24,7 +24,7 @@ import train
 import utils
 
 ROOT = Path(utils.__file__).parent
-LIBRARIES = {"utils": set(), "datasets": {"utils"}, "models": {"utils"}}
+LIBRARIES = {"utils": set(), "datasets": {"utils"}, "models": {"utils", "datasets"}}
 SCRIPTS = ("create_input_files", "train", "eval", "caption")
 MODULES = (*LIBRARIES, *SCRIPTS)
 
@@ -51,21 +51,39 @@ def test_imports_go_one_way(module):
 
 
 def test_the_top_level_holds_nothing_else():
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
-                            text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode:
         pytest.skip("no git here")
     top = {name.split("/")[0] for name in listed.stdout.splitlines()}
     assert {name for name in top if not name.startswith(".")} <= {
-        *(f"{module}.py" for module in MODULES), "requirements.txt", "README.md", "LICENSE", "tests", "docs"}
+        *(f"{module}.py" for module in MODULES),
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+        "tests",
+        "docs",
+    }
     assert "requirements.txt" in top and "README.md" in top
 
 
-@pytest.mark.parametrize("module, heavy", [
-    ("utils", "torch numpy matplotlib nltk pycocoevalcap PIL tqdm"),
-    ("datasets", "torch matplotlib torchvision"), ("create_input_files", "torch matplotlib torchvision timm"),
-    ("models", "torchvision timm matplotlib PIL"), ("train", "torchvision timm matplotlib nltk pycocoevalcap"),
-    ("eval", "torchvision timm matplotlib nltk pycocoevalcap"), ("caption", "torchvision timm matplotlib imageio skimage nltk")])
+@pytest.mark.parametrize(
+    "module, heavy",
+    [
+        ("utils", "torch numpy matplotlib nltk pycocoevalcap PIL tqdm"),
+        ("datasets", "torch matplotlib torchvision"),
+        ("create_input_files", "torch matplotlib torchvision timm"),
+        ("models", "torchvision timm matplotlib PIL"),
+        ("train", "torchvision timm matplotlib nltk pycocoevalcap"),
+        ("eval", "torchvision timm matplotlib nltk pycocoevalcap"),
+        ("caption", "torchvision timm matplotlib imageio skimage nltk"),
+    ],
+)
 def test_nothing_heavy_is_imported_before_it_is_needed_nor_anything_deprecated_used(module, heavy):
     code = f"""
 import sys, warnings, {module} as module
@@ -74,7 +92,9 @@ if hasattr(module, "get_args_parser"):
     assert "(default" in module.get_args_parser().format_help()
 print(*[name for name in {heavy.split()} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stderr == "" and done.stdout.strip() == ""
 
 
@@ -88,14 +108,23 @@ def test_every_flag_is_explained_and_read(script):
     text = source(script) + source("utils")
     for action in actions(script):
         assert action.help and len(action.help) > 5, action.dest
-        assert re.search(rf"\bargs\.{action.dest}\b", text) or f'config["{action.dest}"]' in text or (
-            script == "train" and re.search(rf'"{action.dest}"', source("models"))), f"{action.dest} is never read"
-        assert all(re.fullmatch(r"--[a-z][a-z_]*", option) for option in action.option_strings), action.option_strings
+        assert (
+            re.search(rf"\bargs\.{action.dest}\b", text)
+            or f'config["{action.dest}"]' in text
+            or (script == "train" and re.search(rf'"{action.dest}"', source("models")))
+        ), f"{action.dest} is never read"
+        assert all(re.fullmatch(r"--[a-z][a-z_]*", option) for option in action.option_strings), (
+            action.option_strings
+        )
 
 
 # flags that a command needs; none of what they name is there, so that a command without a fault ends soon, too
-NEEDED = {"create_input_files": ["--source", "nowhere"], "train": ["--data_folder", "nowhere"],
-          "eval": ["--model", "nowhere.pth.tar"], "caption": ["--model", "nowhere.pth.tar", "--img", "nowhere.jpg"]}
+NEEDED = {
+    "create_input_files": ["--source", "nowhere"],
+    "train": ["--data_folder", "nowhere"],
+    "eval": ["--model", "nowhere.pth.tar"],
+    "caption": ["--model", "nowhere.pth.tar", "--img", "nowhere.jpg"],
+}
 
 
 def end_of(script, *argv):
@@ -114,20 +143,39 @@ def end_of(script, *argv):
 def test_every_number_is_checked_before_anything_is_written(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check, seen = utils.check_ranges, {}
-    monkeypatch.setattr(utils, "check_ranges", lambda args, **bounds: seen.update(bounds) or check(args, **bounds))
+    monkeypatch.setattr(
+        utils, "check_ranges", lambda args, **bounds: seen.update(bounds) or check(args, **bounds)
+    )
     end_of(script)
     numeric = [action for action in actions(script) if action.type in (int, float)]
     assert numeric and {action.dest for action in numeric} == set(seen)  # no flag is without bounds
     for action in numeric:
         (flag,), (low, high) = action.option_strings, seen[action.dest]
         step = 1 if action.type is int else 1e-3 * max(abs(low), abs(high))
-        for value in ("nan", "inf", "-inf", "-1", "1e999", str(10**30), "many", "", "1,5", low - step, high + step):
+        for value in (
+            "nan",
+            "inf",
+            "-inf",
+            "-1",
+            "1e999",
+            str(10**30),
+            "many",
+            "",
+            "1,5",
+            low - step,
+            high + step,
+        ):
             code, said = end_of(script, f"{flag}={value}")
             assert code == 2 and "Traceback" not in said, (flag, value)
             assert flag in said.splitlines()[-1], (flag, value, said)
-        for value in (low, high):  # and the bounds themselves are allowed: then something else is missed
+        for value in (
+            low,
+            high,
+        ):  # and the bounds themselves are allowed: then something else is missed
             code, said = end_of(script, f"{flag}={value}")
-            assert code == 2 and f"{flag} {value}" not in said and "expected a value from" not in said, said
+            assert (
+                code == 2 and f"{flag} {value}" not in said and "expected a value from" not in said
+            ), said
     assert not list(tmp_path.iterdir())
 
 
@@ -138,7 +186,11 @@ def test_a_path_that_no_system_knows_ends_in_one_line(script, tmp_path, monkeypa
         if action.nargs != 0 and action.type not in (int, float):
             for value in ("x" * 5000, "/" + "é" * 300, "caf\udce9"):
                 code, said = end_of(script, f"{action.option_strings[0]}={value}")
-                assert code == 2 and "Traceback" not in said and re.match(r"\w+\.py: error: .", said.splitlines()[-1])
+                assert (
+                    code == 2
+                    and "Traceback" not in said
+                    and re.match(r"\w+\.py: error: .", said.splitlines()[-1])
+                )
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +198,9 @@ def commands(text):
     """The suite's commands in a text, as (script, arguments)."""
     for line in text.replace("\\\n", " ").splitlines():
         for part in re.split(r"&&|;", line.split(" #")[0]):
-            found = re.match(r"\s*(?:\S*/)?python3? (create_input_files|train|eval|caption)\.py(.*)", part)
+            found = re.match(
+                r"\s*(?:\S*/)?python3? (create_input_files|train|eval|caption)\.py(.*)", part
+            )
             if found:
                 yield found[1], shlex.split(found[2])
 
@@ -168,8 +222,14 @@ def test_every_documented_command_is_understood(where):
 
 
 def as_user(script, *argv, cwd):
-    return subprocess.run([sys.executable, "-B", ROOT / f"{script}.py", *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                          check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run(
+        [sys.executable, "-B", ROOT / f"{script}.py", *map(str, argv)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def test_train_evaluate_and_caption_as_a_user_does(shapes_data, tmp_path):
@@ -188,11 +248,22 @@ def test_train_evaluate_and_caption_as_a_user_does(shapes_data, tmp_path):
     assert "Warning" not in done.stderr
 
     # the users' own line
-    done = as_user("caption", "--img=image.jpeg", f"--model={best}", f"--word_map=data/WORDMAP_{name}.json", "--beam_size=5",
-                   cwd=tmp_path)
+    done = as_user(
+        "caption",
+        "--img=image.jpeg",
+        f"--model={best}",
+        f"--word_map=data/WORDMAP_{name}.json",
+        "--beam_size=5",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and done.stdout.startswith("image.jpeg: "), done.stderr
     assert [path.name for path in (tmp_path / "captions").iterdir()] == ["image_attention.png"]
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "checkpoints", "captions", "image.jpeg"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "data",
+        "checkpoints",
+        "captions",
+        "image.jpeg",
+    }
     assert not list(tmp_path.rglob("*.partial*"))
 
     done = as_user("caption", "--img=other.jpeg", f"--model={best}", cwd=tmp_path)
@@ -201,18 +272,29 @@ def test_train_evaluate_and_caption_as_a_user_does(shapes_data, tmp_path):
 
 
 def test_the_benchmark_trains_as_train_does():
-    options = train.get_args_parser().parse_args(["--batch_size", "3", "--decoder_dim", "8", "--attention_dim", "8", "--embed_dim", "8"])
+    options = train.get_args_parser().parse_args(
+        ["--batch_size", "3", "--decoder_dim", "8", "--attention_dim", "8", "--embed_dim", "8"]
+    )
     decoder = models.build_decoder({**vars(options), "encoder_dim": 6}, benchmark.VOCABULARY)
-    captioner = models.Captioner(torch.nn.Identity(), decoder, benchmark.WORD_MAP, {"image_size": 32})
+    captioner = models.Captioner(
+        torch.nn.Identity(), decoder, benchmark.WORD_MAP, {"image_size": 32}
+    )
     before = decoder.fc.weight.clone()
-    history = benchmark.train_epochs(options, captioner, benchmark.FakeDataset(7), torch.rand(7, 4, 6).half(), 2)
+    history = benchmark.train_epochs(
+        options, captioner, benchmark.FakeDataset(7), torch.rand(7, 4, 6).half(), 2
+    )
     assert [record["update"] for record in history] == [3, 6]
-    assert all(record["words_per_second"] > 0 for record in history) and not torch.equal(decoder.fc.weight, before)
+    assert all(record["words_per_second"] > 0 for record in history) and not torch.equal(
+        decoder.fc.weight, before
+    )
 
 
 def test_a_missing_data_set_ends_in_one_line(tmp_path):
     done = as_user("train", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "create_input_files.py" in done.stderr
-    assert datasets.split_path("data", "train", datasets.base_name("flickr8k", 5, 5)).name in done.stderr
+    assert (
+        datasets.split_path("data", "train", datasets.base_name("flickr8k", 5, 5)).name
+        in done.stderr
+    )
     assert not list(tmp_path.iterdir())

@@ -23,13 +23,15 @@ def no_curves(monkeypatch):
 
 
 def paths(folder, data):
-    return datasets.checkpoint_path(folder, data[1]), datasets.checkpoint_path(folder, data[1], best=True)
+    return datasets.checkpoint_path(folder, data[1]), datasets.checkpoint_path(
+        folder, data[1], best=True
+    )
 
 
 def run(data, folder, *flags):
     """Train; return the last checkpoint."""
     train.main(train_args(data, folder, *flags))
-    return utils.load_checkpoint(paths(folder, data)[0])
+    return models.load_checkpoint(paths(folder, data)[0])
 
 
 def same(a, b):
@@ -37,7 +39,9 @@ def same(a, b):
     if torch.is_tensor(a):
         return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list):
         return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -59,8 +63,10 @@ def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
     with Image.open(curves) as image:
         assert image.width > 600
 
-    checkpoint = utils.load_checkpoint(latest)  # loads tensors and plain values only
-    assert checkpoint["config"]["encoder"] == "resnet18" and checkpoint["config"]["decoder_dim"] == 32
+    checkpoint = models.load_checkpoint(latest)  # loads tensors and plain values only
+    assert (
+        checkpoint["config"]["encoder"] == "resnet18" and checkpoint["config"]["decoder_dim"] == 32
+    )
     assert checkpoint["word_map"] == datasets.load_word_map(datasets.word_map_path(*training_data))
     first, *records = [json.loads(line) for line in log.read_text().splitlines()]
     assert first == {"config": checkpoint["config"]}
@@ -70,48 +76,72 @@ def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
     assert records[1]["nll"] < records[0]["nll"] < math.log(len(checkpoint["word_map"])) + 1
     for record in records:
         assert set(train.METRICS) < set(record) and record["epsilon"] == 1
-    best_epoch = len(utils.load_checkpoint(best)["history"])
+    best_epoch = len(models.load_checkpoint(best)["history"])
     assert best_epoch == 1 + int(records[1]["BLEU-4"] > records[0]["BLEU-4"])
 
 
 def test_a_run_says_what_it_is_and_shows_captions(training_data, tmp_path, capsys):
     checkpoint = run(training_data, tmp_path, "--epochs", 1)
     out = capsys.readouterr().out
-    assert torch.__version__ in out and "encoder=resnet18" in out and "learning_rate=0.02" in out and "seed=0" in out
+    assert (
+        torch.__version__ in out
+        and "encoder=resnet18" in out
+        and "learning_rate=0.02" in out
+        and "seed=0" in out
+    )
     assert "24 training pictures with 120 captions" in out
-    assert out.count("(true: ") == 3 and "BLEU-4" in out and str(paths(tmp_path, training_data)[1]) in out
+    assert (
+        out.count("(true: ") == 3
+        and "BLEU-4" in out
+        and str(paths(tmp_path, training_data)[1]) in out
+    )
     assert checkpoint["history"][0]["epoch"] == 1
 
 
 def test_validation_is_on_captions_that_the_model_makes_alone(trained, training_data):
     """The score in the log is that of beam search, not of teacher forcing."""
     latest, _ = paths(trained, training_data)
-    record = utils.load_checkpoint(latest)["history"][-1]
+    record = models.load_checkpoint(latest)["history"][-1]
     captioner = models.load_captioner(latest)
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
-    found = captioner.caption(torch.from_numpy(data.images(slice(None))), beam_size=2, length_penalty=0.7, max_decode_steps=12)
-    scores = utils.score_captions(data.references, [captioner.text(h) for h, in found])
+    found = captioner.caption(
+        torch.from_numpy(data.images(slice(None))),
+        beam_size=2,
+        length_penalty=0.7,
+        max_decode_steps=12,
+    )
+    scores = utils.score_captions(data.references, [captioner.text(h) for (h,) in found])
     assert {name: record[name] for name in scores} == pytest.approx(scores, abs=1e-3)
 
 
-def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(training_data, tmp_path, trained):
+def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
+    training_data, tmp_path, trained
+):
     shutil.copy(paths(trained, training_data)[0], tmp_path / "copy.pth.tar")
-    checkpoint = run(training_data, tmp_path / "out", "--resume", tmp_path / "copy.pth.tar", "--epochs", 3)
+    checkpoint = run(
+        training_data, tmp_path / "out", "--resume", tmp_path / "copy.pth.tar", "--epochs", 3
+    )
     assert [record["epoch"] for record in checkpoint["history"]] == [1, 2, 3]
 
 
 # --------------------------------------------------------------------------------------------------------- continuing
 
 
-@pytest.mark.parametrize("flags", [
-    ["--lr_schedule", "plateau", "--decoder_dim", "256"],
-    # large enough for torch to use several threads, whose order of adding must not matter
-    ["--attention_dim", "512", "--batch_size", "24", "--epochs", "3"],
-    pytest.param(["--attention", "hard"], marks=pytest.mark.slow),
-    ["--scheduled_sampling", "linear", "--ss_min", "0.3", "--mirror"],
-    ["--scheduled_sampling", "inverse_sigmoid", "--decoder", "gru"],
-    pytest.param(["--fine_tune_encoder", "--mirror", "--batch_size", "12"], marks=pytest.mark.slow),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr_schedule", "plateau", "--decoder_dim", "256"],
+        # large enough for torch to use several threads, whose order of adding must not matter
+        ["--attention_dim", "512", "--batch_size", "24", "--epochs", "3"],
+        pytest.param(["--attention", "hard"], marks=pytest.mark.slow),
+        ["--scheduled_sampling", "linear", "--ss_min", "0.3", "--mirror"],
+        ["--scheduled_sampling", "inverse_sigmoid", "--decoder", "gru"],
+        pytest.param(
+            ["--fine_tune_encoder", "--mirror", "--batch_size", "12"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=" ".join,
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_path, monkeypatch):
     whole = run(training_data, tmp_path / "whole", *flags)
 
@@ -126,7 +156,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_pat
     for key in ("encoder", "decoder", "optimizer", "update", "epoch_so_far", "word_map"):
         assert same(parts[key], whole[key]), key
     assert without_times(parts["history"]) == without_times(whole["history"])
-    best = [utils.load_checkpoint(paths(tmp_path / name, training_data)[1]) for name in ("whole", "parts")]
+    best = [
+        models.load_checkpoint(paths(tmp_path / name, training_data)[1])
+        for name in ("whole", "parts")
+    ]
     assert same(best[0]["decoder"], best[1]["decoder"])
 
 
@@ -134,32 +167,56 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_pat
 def optimizers(monkeypatch):
     """The optimizers of the runs to come, in order."""
     made, build = [], train.build_optimizer
-    monkeypatch.setattr(train, "build_optimizer", lambda *args: made.append(build(*args)) or made[-1])
+    monkeypatch.setattr(
+        train, "build_optimizer", lambda *args: made.append(build(*args)) or made[-1]
+    )
     return made
 
 
 def test_encoder_and_decoder_learn_at_their_own_rates(training_data, tmp_path, optimizers):
-    run(training_data, tmp_path, "--fine_tune_encoder", "--learning_rate", 4e-4, "--encoder_learning_rate", 1e-4,
-        "--lr_schedule", "constant", "--epochs", 1, "--batch_size", 12)
+    run(
+        training_data,
+        tmp_path,
+        "--fine_tune_encoder",
+        "--learning_rate",
+        4e-4,
+        "--encoder_learning_rate",
+        1e-4,
+        "--lr_schedule",
+        "constant",
+        "--epochs",
+        1,
+        "--batch_size",
+        12,
+    )
     decoder, encoder = (float(group["lr"]) for group in optimizers[0].param_groups)
     assert decoder == pytest.approx(4 * encoder) and encoder > 0
 
 
-def test_a_run_of_another_device_goes_on_with_this_ones_optimizer(training_data, tmp_path, optimizers):
+def test_a_run_of_another_device_goes_on_with_this_ones_optimizer(
+    training_data, tmp_path, optimizers
+):
     run(training_data, tmp_path / "whole", "--lr_schedule", "constant", "--epochs", 3)
     checkpoint = run(training_data, tmp_path / "parts", "--lr_schedule", "constant")
     for group in checkpoint["optimizer"]["param_groups"]:
         group |= {"lr": 7.0, "capturable": True}
-    utils.save_checkpoint(paths(tmp_path / "parts", training_data)[0], checkpoint)
+    models.save_checkpoint(paths(tmp_path / "parts", training_data)[0], checkpoint)
     run(training_data, tmp_path / "parts", "--lr_schedule", "constant", "--epochs", 3, "--resume")
     whole, resumed = optimizers[0].param_groups, optimizers[-1].param_groups
-    assert [group["lr"] for group in resumed] == [group["lr"] for group in whole] and not resumed[0]["capturable"]
-    both = [utils.load_checkpoint(paths(tmp_path / name, training_data)[0]) for name in ("whole", "parts")]
+    assert [group["lr"] for group in resumed] == [group["lr"] for group in whole] and not resumed[
+        0
+    ]["capturable"]
+    both = [
+        models.load_checkpoint(paths(tmp_path / name, training_data)[0])
+        for name in ("whole", "parts")
+    ]
     assert same(both[0]["decoder"], both[1]["decoder"])
 
 
-def test_killed_between_best_and_latest_the_epoch_is_repeated(training_data, tmp_path, monkeypatch, trained):
-    save, saved = utils.save_checkpoint, []
+def test_killed_between_best_and_latest_the_epoch_is_repeated(
+    training_data, tmp_path, monkeypatch, trained
+):
+    save, saved = models.save_checkpoint, []
 
     def killed_at_third(path, checkpoint):
         saved.append(path)
@@ -172,7 +229,9 @@ def test_killed_between_best_and_latest_the_epoch_is_repeated(training_data, tmp
         run(training_data, tmp_path)
     assert saved[0] == paths(tmp_path, training_data)[1]  # BEST first
     resumed = run(training_data, tmp_path, "--resume")
-    assert same(resumed["decoder"], utils.load_checkpoint(paths(trained, training_data)[0])["decoder"])
+    assert same(
+        resumed["decoder"], models.load_checkpoint(paths(trained, training_data)[0])["decoder"]
+    )
 
 
 def test_resume_with_nothing_there_starts(training_data, tmp_path, capsys):
@@ -193,33 +252,63 @@ def test_an_earlier_run_is_not_overwritten(training_data, trained, fails):
     assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
-def test_starting_from_a_checkpoint_does_not_overwrite_its_run(training_data, trained, tmp_path, fails):
+def test_starting_from_a_checkpoint_does_not_overwrite_its_run(
+    training_data, trained, tmp_path, fails
+):
     shutil.copytree(trained, tmp_path / "run")
     latest, best = paths(tmp_path / "run", training_data)
     before = latest.read_bytes(), best.read_bytes()
     with fails("holds an earlier run"):
-        run(training_data, tmp_path / "run", "--init_from", best, "--fine_tune_encoder", "--epochs", 1)
+        run(
+            training_data,
+            tmp_path / "run",
+            "--init_from",
+            best,
+            "--fine_tune_encoder",
+            "--epochs",
+            1,
+        )
     assert (latest.read_bytes(), best.read_bytes()) == before
 
 
-@pytest.mark.parametrize("flags", [["--decoder_dim", 33], ["--learning_rate", 0.1], ["--encoder", "resnet34"], ["--amp"],
-                                   ["--seed", 5], ["--scheduled_sampling", "linear"], ["--fine_tune_encoder"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--decoder_dim", 33],
+        ["--learning_rate", 0.1],
+        ["--encoder", "resnet34"],
+        ["--amp"],
+        ["--seed", 5],
+        ["--scheduled_sampling", "linear"],
+        ["--fine_tune_encoder"],
+    ],
+)
 def test_resuming_with_other_flags_is_refused_and_names_them(flags, training_data, trained, fails):
     with fails(f"{flags[0]} .*was"):
         run(training_data, trained, "--resume", *flags)
 
 
-def test_a_run_of_a_revision_that_did_not_know_a_flag_can_be_resumed(training_data, trained, tmp_path):
+def test_a_run_of_a_revision_that_did_not_know_a_flag_can_be_resumed(
+    training_data, trained, tmp_path
+):
     for path in paths(trained, training_data):
-        checkpoint = utils.load_checkpoint(path)
+        checkpoint = models.load_checkpoint(path)
         del checkpoint["config"]["mirror"]
-        utils.save_checkpoint(tmp_path / path.name, checkpoint)
+        models.save_checkpoint(tmp_path / path.name, checkpoint)
     assert len(run(training_data, tmp_path, "--resume", "--epochs", 3)["history"]) == 3
 
 
 def test_another_word_map_is_refused(trained, training_data, tmp_path, fails):
     records, _ = datasets.shapes_records(4, 2, 2, seed=3, size=64)
-    datasets.write_dataset(tmp_path, records, dataset="shapes", source="generated", min_word_freq=1, max_len=20, image_size=64)
+    datasets.write_dataset(
+        tmp_path,
+        records,
+        dataset="shapes",
+        source="generated",
+        min_word_freq=1,
+        max_len=20,
+        image_size=64,
+    )
     other = tmp_path, training_data[1]
     for flag in ("--resume", "--init_from"):
         with fails("was trained with another word map"):
@@ -228,41 +317,83 @@ def test_another_word_map_is_refused(trained, training_data, tmp_path, fails):
 
 def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained, tmp_path):
     start = paths(trained, training_data)[1]
-    before = utils.load_checkpoint(start)
-    flags = ["--fine_tune_encoder", "--learning_rate", "0.001", "--batch_size", "12", "--epochs", "1"]
+    before = models.load_checkpoint(start)
+    flags = [
+        "--fine_tune_encoder",
+        "--learning_rate",
+        "0.001",
+        "--batch_size",
+        "12",
+        "--epochs",
+        "1",
+    ]
     after = run(training_data, tmp_path, "--init_from", start, *flags)
     assert len(after["history"]) == 1
-    moved = {name.split(".")[1] for name, tensor in after["encoder"].items() if not torch.equal(tensor, before["encoder"][name])}
+    moved = {
+        name.split(".")[1]
+        for name, tensor in after["encoder"].items()
+        if not torch.equal(tensor, before["encoder"][name])
+    }
     assert moved == {"5", "6", "7"}  # ResNet's second to fourth block, and no BatchNorm statistics
-    assert not any("running" in name or "tracked" in name for name, tensor in after["encoder"].items()
-                   if not torch.equal(tensor, before["encoder"][name]))
+    assert not any(
+        "running" in name or "tracked" in name
+        for name, tensor in after["encoder"].items()
+        if not torch.equal(tensor, before["encoder"][name])
+    )
     # it began with the weights of the frozen run
-    assert after["history"][0]["nll"] < utils.load_checkpoint(paths(trained, training_data)[0])["history"][0]["nll"]
+    assert (
+        after["history"][0]["nll"]
+        < models.load_checkpoint(paths(trained, training_data)[0])["history"][0]["nll"]
+    )
     flags[-1] = "2"
     assert len(run(training_data, tmp_path, "--resume", *flags)["history"]) == 2
 
 
 @pytest.mark.parametrize("flags", [["--fine_tune_encoder"], []], ids=["fine-tuned", "frozen"])
-def test_mirror_shows_some_pictures_mirrored_but_none_whose_captions_say_left_or_right(flags, training_data, trained, tmp_path,
-                                                                                       monkeypatch):
+def test_mirror_shows_some_pictures_mirrored_but_none_whose_captions_say_left_or_right(
+    flags, training_data, trained, tmp_path, monkeypatch
+):
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "train", training_data[1]))
-    sided = {i for i, captions in enumerate(data.references) if {"left", "right"} & {word for c in captions for word in c}}
+    sided = {
+        i
+        for i, captions in enumerate(data.references)
+        if {"left", "right"} & {word for c in captions for word in c}
+    }
     assert 0 < len(sided) < len(data)
     images = torch.from_numpy(data.images(slice(None)))
     start, shown, forward = paths(trained, training_data)[1], [], train.Model.forward
-    pictures = [(encoded(start, batch) if not flags else batch) for batch in (images, images.flip(3))]
+    pictures = [
+        (encoded(start, batch) if not flags else batch) for batch in (images, images.flip(3))
+    ]
 
     def record(model, inputs, *args):
         shown.append(inputs)
         return forward(model, inputs, *args)
 
     monkeypatch.setattr(train.Model, "forward", record)
-    run(training_data, tmp_path, "--init_from", start, *flags, "--mirror", "--batch_size", 12, "--epochs", 4)
-    distances = torch.cdist(torch.cat(shown).flatten(1).float(), torch.cat(pictures).flatten(1).float(),
-                            compute_mode="donot_use_mm_for_euclid_dist")
+    run(
+        training_data,
+        tmp_path,
+        "--init_from",
+        start,
+        *flags,
+        "--mirror",
+        "--batch_size",
+        12,
+        "--epochs",
+        4,
+    )
+    distances = torch.cdist(
+        torch.cat(shown).flatten(1).float(),
+        torch.cat(pictures).flatten(1).float(),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
     assert distances.min(1).values.max() < 0.01
     shown = distances.argmin(1).tolist()
-    plain, mirrored = {i for i in shown if i < len(data)}, {i - len(data) for i in shown if i >= len(data)}
+    plain, mirrored = (
+        {i for i in shown if i < len(data)},
+        {i - len(data) for i in shown if i >= len(data)},
+    )
     assert len(shown) == 4 * len(data) and mirrored and not mirrored & sided
     assert mirrored & plain  # the same picture once so, once so
 
@@ -275,12 +406,37 @@ def encoded(checkpoint, images):
 def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, fails):
     start = paths(trained, training_data)[1]
     folder, name = training_data
-    args = train.get_args_parser().parse_args([
-        "--data_folder", str(folder), "--data_name", name, "--output_folder", str(tmp_path), "--init_from", str(start),
-        *"--epochs 1 --beam_size 1 --max_decode_steps 3 --workers 1 --device cpu".split()])
+    args = train.get_args_parser().parse_args(
+        [
+            "--data_folder",
+            str(folder),
+            "--data_name",
+            name,
+            "--output_folder",
+            str(tmp_path),
+            "--init_from",
+            str(start),
+            *[
+                "--epochs",
+                "1",
+                "--beam_size",
+                "1",
+                "--max_decode_steps",
+                "3",
+                "--workers",
+                "1",
+                "--device",
+                "cpu",
+            ],
+        ]
+    )
     train.main(args)
-    config = utils.load_checkpoint(paths(tmp_path, training_data)[0])["config"]
-    assert (config["encoder"], config["decoder_dim"], config["encoded_image_size"]) == ("resnet18", 32, 0)
+    config = models.load_checkpoint(paths(tmp_path, training_data)[0])["config"]
+    assert (config["encoder"], config["decoder_dim"], config["encoded_image_size"]) == (
+        "resnet18",
+        32,
+        0,
+    )
     args.resume, args.init_from, args.epochs = "auto", None, 2
     for key in train.ARCHITECTURE:  # the same command line with --resume in place of --init_from
         setattr(args, key, train.get_args_parser().get_default(key))
@@ -296,10 +452,22 @@ def test_resume_or_init_from(training_data, tmp_path, fails):
         run(training_data, tmp_path, "--embeddings", "vectors.txt", "--init_from", "x")
 
 
-@pytest.mark.parametrize("part, value", [("optimizer", None), ("optimizer", {"state": 5}), ("epoch_so_far", {}), ("update", "x"),
-                                         ("update", 99), ("history", []), ("history", [{}])])
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(part, value, training_data, trained, tmp_path, fails):
-    checkpoint = utils.load_checkpoint(paths(trained, training_data)[0])
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("optimizer", None),
+        ("optimizer", {"state": 5}),
+        ("epoch_so_far", {}),
+        ("update", "x"),
+        ("update", 99),
+        ("history", []),
+        ("history", [{}]),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(
+    part, value, training_data, trained, tmp_path, fails
+):
+    checkpoint = models.load_checkpoint(paths(trained, training_data)[0])
     torch.save({**checkpoint, part: value}, tmp_path / "broken.pth.tar")
     with fails("broken.pth.tar is damaged.*cannot be resumed.*--init_from"):
         run(training_data, tmp_path / "out", "--resume", tmp_path / "broken.pth.tar")
@@ -308,14 +476,14 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(part, value, training_da
 
 @pytest.mark.parametrize("flag", ["--resume", "--init_from"])
 def test_weights_that_do_not_fit_are_refused(flag, training_data, trained, tmp_path, fails):
-    checkpoint = utils.load_checkpoint(paths(trained, training_data)[0])
+    checkpoint = models.load_checkpoint(paths(trained, training_data)[0])
     torch.save({**checkpoint, "decoder": {}}, tmp_path / "broken.pth.tar")
     with fails("broken.pth.tar is damaged"):
         run(training_data, tmp_path / "out", flag, tmp_path / "broken.pth.tar")
 
 
 def test_pictures_of_another_size_are_refused(training_data, trained, tmp_path, fails):
-    checkpoint = utils.load_checkpoint(paths(trained, training_data)[0])
+    checkpoint = models.load_checkpoint(paths(trained, training_data)[0])
     checkpoint["config"]["image_size"] = 32
     torch.save(checkpoint, tmp_path / "small.pth.tar")
     with fails("found 64 pixels.*32 pixels in the run to resume"):
@@ -325,7 +493,9 @@ def test_pictures_of_another_size_are_refused(training_data, trained, tmp_path, 
 # ------------------------------------------------------------------------------------------------------- feature store
 
 
-def test_features_are_computed_once_and_never_taken_from_other_weights(training_data, tmp_path, monkeypatch):
+def test_features_are_computed_once_and_never_taken_from_other_weights(
+    training_data, tmp_path, monkeypatch
+):
     data = tmp_path / "data", training_data[1]
     data[0].mkdir()
     for path in training_data[0].iterdir():
@@ -333,7 +503,11 @@ def test_features_are_computed_once_and_never_taken_from_other_weights(training_
             shutil.copy(path, data[0])
     encoded = []
     forward = models.Encoder.forward
-    monkeypatch.setattr(models.Encoder, "forward", lambda self, images: encoded.append(len(images)) or forward(self, images))
+    monkeypatch.setattr(
+        models.Encoder,
+        "forward",
+        lambda self, images: encoded.append(len(images)) or forward(self, images),
+    )
 
     def pictures_encoded(folder, *flags):
         encoded.clear()
@@ -360,11 +534,23 @@ def test_a_damaged_feature_store_is_named(training_data, tmp_path, fails):
     shutil.copytree(training_data[0], data[0])
     stores = list(data[0].glob("FEATURES_TRAIN_*"))
     others = []
-    for array in (np.zeros((24, 4, 512)), np.zeros((24, 2048), np.float16), np.zeros((23, 4, 512), np.float16),
-                  np.zeros((), np.float16), np.array([{}] * 24), np.zeros((24, 4, 512), np.float16, order="F")):
+    for array in (
+        np.zeros((24, 4, 512)),
+        np.zeros((24, 2048), np.float16),
+        np.zeros((23, 4, 512), np.float16),
+        np.zeros((), np.float16),
+        np.array([{}] * 24),
+        np.zeros((24, 4, 512), np.float16, order="F"),
+    ):
         np.save(tmp_path / "other.npy", array)
         others.append((tmp_path / "other.npy").read_bytes())
-    for content in (b"", b"\x93NUMPY", stores[0].read_bytes()[:5000], stores[0].read_bytes() + b"\0", *others):
+    for content in (
+        b"",
+        b"\x93NUMPY",
+        stores[0].read_bytes()[:5000],
+        stores[0].read_bytes() + b"\0",
+        *others,
+    ):
         for store in stores:
             store.write_bytes(content)
         with fails("feature store .*FEATURES_TRAIN.*delete it"):
@@ -375,13 +561,27 @@ def test_a_damaged_feature_store_is_named(training_data, tmp_path, fails):
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-@pytest.mark.parametrize("flags", [
-    "--decoder gru --deep_output", "--attention hard --scheduled_sampling linear --ss_k 0.9 --ss_slope 0.01",
-    "--attention mean --amp --scheduled_sampling exponential --ss_min 0.2", "--encoded_image_size 3 --position_encoding",
-    "--scheduled_sampling inverse_sigmoid --ss_argmax --lr_schedule constant --warmup 0",
-    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
-        "--attention hard --decoder gru", "--attention mean --deep_output", "--amp --label_smoothing 0 --alpha_c 0",
-        "--metric CIDEr --grad_clip 0.1 --workers 3 --batch_size 100", "--encoder vgg11", "--encoder efficientnet_lite0"))])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--decoder gru --deep_output",
+        "--attention hard --scheduled_sampling linear --ss_k 0.9 --ss_slope 0.01",
+        "--attention mean --amp --scheduled_sampling exponential --ss_min 0.2",
+        "--encoded_image_size 3 --position_encoding",
+        "--scheduled_sampling inverse_sigmoid --ss_argmax --lr_schedule constant --warmup 0",
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in (
+                "--attention hard --decoder gru",
+                "--attention mean --deep_output",
+                "--amp --label_smoothing 0 --alpha_c 0",
+                "--metric CIDEr --grad_clip 0.1 --workers 3 --batch_size 100",
+                "--encoder vgg11",
+                "--encoder efficientnet_lite0",
+            )
+        ),
+    ],
+)
 def test_every_variant_trains_and_captions(flags, training_data, tmp_path):
     checkpoint = run(training_data, tmp_path, *flags.split())
     records = checkpoint["history"]
@@ -389,31 +589,73 @@ def test_every_variant_trains_and_captions(flags, training_data, tmp_path):
     if "--scheduled_sampling" in flags:
         assert 1 >= records[0]["epsilon"] > records[1]["epsilon"] > 0
     captioner = models.load_captioner(paths(tmp_path, training_data)[0])
-    (found,), = captioner.caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), beam_size=2, max_decode_steps=5)
+    ((found,),) = captioner.caption(
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8), beam_size=2, max_decode_steps=5
+    )
     assert len(found.words) <= 5 and math.isfinite(found.log_prob)
 
 
 def test_loss_keeps_falling(training_data, tmp_path):
-    checkpoint = run(training_data, tmp_path, "--epochs", 8, "--batch_size", 4, "--dropout", 0, "--embed_dropout", 0,
-                     "--feature_dropout", 0, "--label_smoothing", 0)
+    checkpoint = run(
+        training_data,
+        tmp_path,
+        "--epochs",
+        8,
+        "--batch_size",
+        4,
+        "--dropout",
+        0,
+        "--embed_dropout",
+        0,
+        "--feature_dropout",
+        0,
+        "--label_smoothing",
+        0,
+    )
     losses = [record["nll"] for record in checkpoint["history"]]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
 
 
 def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained, tmp_path, fails):
     start = paths(trained, training_data)[1]
-    flags = ["--scst", "--epochs", "2", "--learning_rate", "0.001", "--lr_schedule", "constant", "--warmup", "0"]
+    flags = [
+        "--scst",
+        "--epochs",
+        "2",
+        "--learning_rate",
+        "0.001",
+        "--lr_schedule",
+        "constant",
+        "--warmup",
+        "0",
+    ]
     checkpoint = run(training_data, tmp_path / "scst", "--init_from", start, *flags)
     assert len(checkpoint["history"]) == 2
-    assert not same(checkpoint["decoder"], utils.load_checkpoint(start)["decoder"])
+    assert not same(checkpoint["decoder"], models.load_checkpoint(start)["decoder"])
     with fails("--init_from"):
         run(training_data, tmp_path / "fresh", "--scst")
     with fails("--scheduled_sampling"):
-        run(training_data, tmp_path / "both", "--scst", "--init_from", start, "--scheduled_sampling", "linear")
+        run(
+            training_data,
+            tmp_path / "both",
+            "--scst",
+            "--init_from",
+            start,
+            "--scheduled_sampling",
+            "linear",
+        )
 
 
 def test_meteor_joins_the_reward(training_data, trained, tmp_path, fails, monkeypatch):
-    flags = ["--scst", "--init_from", paths(trained, training_data)[1], "--epochs", "1", "--learning_rate", "0"]
+    flags = [
+        "--scst",
+        "--init_from",
+        paths(trained, training_data)[1],
+        "--epochs",
+        "1",
+        "--learning_rate",
+        "0",
+    ]
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "train", training_data[1]))
     seen = []
 
@@ -425,7 +667,9 @@ def test_meteor_joins_the_reward(training_data, trained, tmp_path, fails, monkey
     monkeypatch.setattr(utils, "Meteor", Meteor)
     monkeypatch.setattr(train.shutil, "which", lambda name: name)
     without = run(training_data, tmp_path / "without", *flags)["history"][0]["loss"]
-    with_meteor = run(training_data, tmp_path / "with", *flags, "--scst_meteor", "2.5")["history"][0]["loss"]
+    with_meteor = run(training_data, tmp_path / "with", *flags, "--scst_meteor", "2.5")["history"][
+        0
+    ]["loss"]
     assert with_meteor == pytest.approx(without - 250, rel=1e-5)
     assert sorted(seen) == sorted(5 * data.references)  # five samples of each picture
     with fails("--scst"):
@@ -435,32 +679,61 @@ def test_meteor_joins_the_reward(training_data, trained, tmp_path, fails, monkey
         run(training_data, tmp_path / "no_java", *flags, "--scst_meteor", "1")
 
 
-def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(training_data, tmp_path, fails):
+def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(
+    training_data, tmp_path, fails
+):
     run(training_data, tmp_path / "hard", "--attention", "hard", "--epochs", 1)
     with fails("--attention hard"):
-        run(training_data, tmp_path / "scst", "--scst", "--init_from", paths(tmp_path / "hard", training_data)[0])
+        run(
+            training_data,
+            tmp_path / "scst",
+            "--scst",
+            "--init_from",
+            paths(tmp_path / "hard", training_data)[0],
+        )
 
 
 def test_embeddings_are_taken(training_data, tmp_path, capsys):
     vectors = tmp_path / "vectors.txt"
-    vectors.write_text("".join(f"{word} {' '.join(['0.25'] * 16)}\n" for word in ("red", "circle", "zebra")))
-    checkpoint = run(training_data, tmp_path / "out", "--embeddings", vectors, "--epochs", 1, "--learning_rate", 0)
+    vectors.write_text(
+        "".join(f"{word} {' '.join(['0.25'] * 16)}\n" for word in ("red", "circle", "zebra"))
+    )
+    checkpoint = run(
+        training_data,
+        tmp_path / "out",
+        "--embeddings",
+        vectors,
+        "--epochs",
+        1,
+        "--learning_rate",
+        0,
+    )
     word_map, rows = checkpoint["word_map"], checkpoint["decoder"]["embedding.weight"]
-    assert (rows[[word_map["red"], word_map["circle"]]] == 0.25).all() and not (rows[word_map["square"]] == 0.25).any()
+    assert (rows[[word_map["red"], word_map["circle"]]] == 0.25).all() and not (
+        rows[word_map["square"]] == 0.25
+    ).any()
     assert "vectors for 2 of" in capsys.readouterr().out
 
 
 def test_training_stops_when_nothing_is_gained(training_data, tmp_path):
     checkpoint = run(training_data, tmp_path, "--learning_rate", 0, "--patience", 2, "--epochs", 9)
-    assert len(checkpoint["history"]) == 3  # the first is the best of equals, and two have passed since
-    assert len(utils.load_checkpoint(paths(tmp_path, training_data)[1])["history"]) == 1
+    assert (
+        len(checkpoint["history"]) == 3
+    )  # the first is the best of equals, and two have passed since
+    assert len(models.load_checkpoint(paths(tmp_path, training_data)[1])["history"]) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 
 
 def factors(updates=100, history=(), **config):
-    config = {"warmup": 10, "total_updates": 100, "lr_schedule": "cosine", "metric": "BLEU-4", **config}
+    config = {
+        "warmup": 10,
+        "total_updates": 100,
+        "lr_schedule": "cosine",
+        "metric": "BLEU-4",
+        **config,
+    }
     return [train.learning_rate_factor(config, update, list(history)) for update in range(updates)]
 
 
@@ -468,10 +741,16 @@ def test_learning_rate_rises_and_then_follows_its_schedule():
     cosine = factors()
     assert cosine[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert cosine[9:] == sorted(cosine[9:], reverse=True)
-    assert cosine[10] == pytest.approx(1) and cosine[55] == pytest.approx(0.5) and 0 <= cosine[-1] < 0.01
+    assert (
+        cosine[10] == pytest.approx(1)
+        and cosine[55] == pytest.approx(0.5)
+        and 0 <= cosine[-1] < 0.01
+    )
     assert factors(lr_schedule="constant")[10:] == [1.0] * 90
     assert factors(warmup=0)[0] == pytest.approx(1)
-    assert all(0 <= f <= 1 for f in factors(300, warmup=150))  # a warm-up longer than the run, a run made longer
+    assert all(
+        0 <= f <= 1 for f in factors(300, warmup=150)
+    )  # a warm-up longer than the run, a run made longer
 
 
 def test_plateau_waits_for_two_poor_epochs_each_time():
@@ -488,16 +767,49 @@ def test_plateau_waits_for_two_poor_epochs_each_time():
 # ----------------------------------------------------------------------------------------------------------- bad values
 
 
-@pytest.mark.parametrize("flags", [
-    "--epochs 0", "--batch_size 0", "--learning_rate nan", "--learning_rate -1", "--dropout 1", "--dropout nan",
-    "--embed_dropout -0.1", "--label_smoothing 1.5", "--decoder_dim 0", "--encoded_image_size -1", "--beam_size 0",
-    "--workers 0", "--warmup -1", "--patience 0", "--grad_clip 0", "--seed -1", "--ss_min 1.5", "--alpha_c -1",
-    "--length_penalty -1", "--max_decode_steps 0", "--encoder_weights missing.pth", "--device cuda:99", "--ss_k 3",
-    "--ss_argmax", "--embeddings missing.txt", "--data_name other", "--data_folder missing", 
-    "--scheduled_sampling linear --ss_k nan", "--scheduled_sampling exponential --ss_k 1.5", "--scheduled_sampling exponential --ss_slope 0.1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 0",
+        "--batch_size 0",
+        "--learning_rate nan",
+        "--learning_rate -1",
+        "--dropout 1",
+        "--dropout nan",
+        "--embed_dropout -0.1",
+        "--label_smoothing 1.5",
+        "--decoder_dim 0",
+        "--encoded_image_size -1",
+        "--beam_size 0",
+        "--workers 0",
+        "--warmup -1",
+        "--patience 0",
+        "--grad_clip 0",
+        "--seed -1",
+        "--ss_min 1.5",
+        "--alpha_c -1",
+        "--length_penalty -1",
+        "--max_decode_steps 0",
+        "--encoder_weights missing.pth",
+        "--device cuda:99",
+        "--ss_k 3",
+        "--ss_argmax",
+        "--embeddings missing.txt",
+        "--data_name other",
+        "--data_folder missing",
+        "--scheduled_sampling linear --ss_k nan",
+        "--scheduled_sampling exponential --ss_k 1.5",
+        "--scheduled_sampling exponential --ss_slope 0.1",
+    ],
+)
 def test_a_bad_value_ends_in_one_line_that_names_it(flags, training_data, tmp_path, fails):
-    with fails(flags.split()[-1] if flags.endswith(("other", "missing", "missing.txt")) else flags.split()[-2].strip("-")
-               if flags != "--ss_argmax" else "ss_argmax"):
+    with fails(
+        flags.split()[-1]
+        if flags.endswith(("other", "missing", "missing.txt"))
+        else flags.split()[-2].strip("-")
+        if flags != "--ss_argmax"
+        else "ss_argmax"
+    ):
         run(training_data, tmp_path, *flags.split())
     assert not list(tmp_path.iterdir())  # and before anything is written
 

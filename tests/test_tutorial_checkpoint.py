@@ -88,7 +88,9 @@ for cls in TUTORIAL.values():
 def save(path, checkpoint, legacy=False):
     """``torch.save`` as in a process where ``models`` is the tutorial's."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Couldn't retrieve source code")  # of a module that has no file
+        warnings.filterwarnings(
+            "ignore", "Couldn't retrieve source code"
+        )  # of a module that has no file
         fake = types.ModuleType("models")
         vars(fake).update(TUTORIAL)
         patch.setitem(sys.modules, "models", fake)
@@ -102,8 +104,15 @@ def checkpoint_of(encoder, decoder):
     optimizer = torch.optim.Adam(decoder.parameters(), lr=0.0)
     sum(parameter.sum() for parameter in decoder.parameters()).backward()
     optimizer.step()
-    return {"epoch": 3, "epochs_since_improvement": 0, "bleu-4": np.float64(0.25), "encoder": encoder, "decoder": decoder,
-            "encoder_optimizer": None, "decoder_optimizer": optimizer}
+    return {
+        "epoch": 3,
+        "epochs_since_improvement": 0,
+        "bleu-4": np.float64(0.25),
+        "encoder": encoder,
+        "decoder": decoder,
+        "encoder_optimizer": None,
+        "decoder_optimizer": optimizer,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +120,16 @@ def data(tmp_path_factory):
     """A shapes data set of pictures of 256 pixels: (folder, name)."""
     folder = tmp_path_factory.mktemp("shapes256")
     records, _ = datasets.shapes_records(8, 1, 3, seed=1, size=256)
-    datasets.write_dataset(folder, records, dataset="shapes", source="generated", min_word_freq=1, max_len=20,
-                           image_size=256, seed=1)
+    datasets.write_dataset(
+        folder,
+        records,
+        dataset="shapes",
+        source="generated",
+        min_word_freq=1,
+        max_len=20,
+        image_size=256,
+        seed=1,
+    )
     return folder, datasets.base_name("shapes", 5, 1)
 
 
@@ -133,13 +150,23 @@ def tutorial(word_map_file, tmp_path_factory):
             if isinstance(module, nn.BatchNorm2d):  # statistics of their own, which must arrive too
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-        for layer, scale in ((decoder.attention.full_att, 10), (decoder.decode_step, 3), (decoder.fc, 10)):
-            for parameter in layer.parameters():  # attention that looks somewhere, words that are told apart
+        for layer, scale in (
+            (decoder.attention.full_att, 10),
+            (decoder.decode_step, 3),
+            (decoder.fc, 10),
+        ):
+            for (
+                parameter
+            ) in layer.parameters():  # attention that looks somewhere, words that are told apart
                 parameter.mul_(scale)
     checkpoint = checkpoint_of(encoder, decoder)
     save(folder / "zip.pth.tar", checkpoint)
     save(folder / "legacy.pth.tar", checkpoint, legacy=True)
-    assert (folder / "zip.pth.tar").read_bytes()[:2] == b"PK" != (folder / "legacy.pth.tar").read_bytes()[:2]
+    assert (
+        (folder / "zip.pth.tar").read_bytes()[:2]
+        == b"PK"
+        != (folder / "legacy.pth.tar").read_bytes()[:2]
+    )
     return encoder, decoder, folder
 
 
@@ -159,7 +186,13 @@ def greedy(encoder, decoder, images, word_map, steps):
     captions = []
     for image in images:
         grid = encoder(pixels(image.unsqueeze(0))).flatten(1, 2)
-        state, word, words, log_prob, alphas = decoder.begin(grid), torch.tensor([word_map["<start>"]]), [], 0.0, []
+        state, word, words, log_prob, alphas = (
+            decoder.begin(grid),
+            torch.tensor([word_map["<start>"]]),
+            [],
+            0.0,
+            [],
+        )
         while len(words) < steps:
             scores, alpha, state = decoder.step(grid, word, state)
             log_probs = scores.log_softmax(dim=1)
@@ -182,8 +215,14 @@ def test_it_says_what_that_model_says(path, tutorial, word_map_file):
     encoder, decoder, _ = tutorial
     word_map = datasets.load_word_map(word_map_file)
     captioner = models.load_captioner(path, word_map=word_map)
-    assert captioner.image_size == 256 and captioner.word_map == word_map and not captioner.decoder.training
-    images = torch.from_numpy(np.stack([datasets.resize_image(make_picture(i), 256) for i in range(3)]))
+    assert (
+        captioner.image_size == 256
+        and captioner.word_map == word_map
+        and not captioner.decoder.training
+    )
+    images = torch.from_numpy(
+        np.stack([datasets.resize_image(make_picture(i), 256) for i in range(3)])
+    )
     encoder_out, grids = captioner.encode(images), encoder(pixels(images)).flatten(1, 2)
 
     captions = torch.randint(1, len(word_map), (3, 9), generator=torch.Generator().manual_seed(0))
@@ -209,27 +248,41 @@ def test_it_says_what_that_model_says(path, tutorial, word_map_file):
 
 def test_every_weight_arrives_and_counters_may_be_missing(tutorial, tmp_path, word_map_file):
     encoder, decoder, _ = tutorial
-    captioner = models.load_captioner(tutorial[2] / "zip.pth.tar", word_map=datasets.load_word_map(word_map_file))
-    expected = {name.replace("resnet.", "cnn.", 1): value for name, value in encoder.state_dict().items()}
+    captioner = models.load_captioner(
+        tutorial[2] / "zip.pth.tar", word_map=datasets.load_word_map(word_map_file)
+    )
+    expected = {
+        name.replace("resnet.", "cnn.", 1): value for name, value in encoder.state_dict().items()
+    }
     assert set(expected) == set(captioner.encoder.state_dict())
-    assert all(torch.equal(expected[name], value) for name, value in captioner.encoder.state_dict().items())
+    assert all(
+        torch.equal(expected[name], value) for name, value in captioner.encoder.state_dict().items()
+    )
     expected = decoder.state_dict()
     assert set(expected) == set(captioner.decoder.state_dict())
-    assert all(torch.equal(expected[name], value) for name, value in captioner.decoder.state_dict().items())
+    assert all(
+        torch.equal(expected[name], value) for name, value in captioner.decoder.state_dict().items()
+    )
 
     old = Encoder(torchvision.models.resnet18(weights=None), side=7)
     for module in old.modules():
         module._buffers.pop("num_batches_tracked", None)  # PyTorch 0.3 did not count
     save(tmp_path / "old.pth.tar", checkpoint_of(old, decoder), legacy=True)
-    captioner = models.load_captioner(tmp_path / "old.pth.tar", word_map=datasets.load_word_map(word_map_file))
+    captioner = models.load_captioner(
+        tmp_path / "old.pth.tar", word_map=datasets.load_word_map(word_map_file)
+    )
     assert captioner.decoder.encoded_image_size == 7
 
 
 def test_a_model_of_an_old_gpu_is_read_without_one(tutorial, tmp_path, word_map_file):
     content = (tutorial[2] / "legacy.pth.tar").read_bytes()
     assert content.count(b"ctorch\nFloatStorage\n") > 0
-    (tmp_path / "gpu.pth.tar").write_bytes(content.replace(b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n"))
-    captioner = models.load_captioner(tmp_path / "gpu.pth.tar", word_map=datasets.load_word_map(word_map_file))
+    (tmp_path / "gpu.pth.tar").write_bytes(
+        content.replace(b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n")
+    )
+    captioner = models.load_captioner(
+        tmp_path / "gpu.pth.tar", word_map=datasets.load_word_map(word_map_file)
+    )
     assert torch.equal(captioner.decoder.fc.weight, tutorial[1].fc.weight)
 
 
@@ -242,30 +295,64 @@ def test_the_resnet_is_told_by_its_layers(name, monkeypatch, word_map):
     flat = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
     monkeypatch.setattr(utils, "load_modules", lambda path: flat)
     config = models._tutorial_checkpoint("x", word_map)["config"]
-    assert {key: config[key] for key in ("encoder", "encoder_dim", "attention_dim", "embed_dim", "decoder_dim")} == {
-        "encoder": name, "encoder_dim": dim, "attention_dim": 12, "embed_dim": 8, "decoder_dim": 16}
+    assert {
+        key: config[key]
+        for key in ("encoder", "encoder_dim", "attention_dim", "embed_dim", "decoder_dim")
+    } == {
+        "encoder": name,
+        "encoder_dim": dim,
+        "attention_dim": 12,
+        "embed_dim": 8,
+        "decoder_dim": 16,
+    }
     assert config["encoded_image_size"] == 14  # where the file does not say
 
 
 def test_caption_py_uses_it(path, word_map_file, tutorial, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(make_picture(2)).save("photo.png")
-    caption.main(caption.get_args_parser().parse_args(
-        f"--img photo.png --model {path} --word_map {word_map_file} --beam_size 1 --max_decode_steps 5 --workers 1 "
-        "--device cpu".split()))
+    caption.main(
+        caption.get_args_parser().parse_args(
+            f"--img photo.png --model {path} --word_map {word_map_file} --beam_size 1 --max_decode_steps 5 --workers 1 "
+            "--device cpu".split()
+        )
+    )
     word_map = datasets.load_word_map(word_map_file)
     images = torch.from_numpy(datasets.resize_image(make_picture(2), 256)).unsqueeze(0)
     with torch.no_grad():
         ((words, *_),) = greedy(*tutorial[:2], images, word_map, 5)
     names = sorted(word_map, key=word_map.get)
-    assert capsys.readouterr().out.startswith(f"photo.png: {' '.join(names[word] for word in words)}  (log-probability")
+    assert capsys.readouterr().out.startswith(
+        f"photo.png: {' '.join(names[word] for word in words)}  (log-probability"
+    )
     assert Path("captions/photo_attention.png").exists()
 
 
 def evaluate(data, tmp_path, *flags):
-    evaluation.main(evaluation.get_args_parser().parse_args([*map(str, [
-        "--data_folder", data[0], "--output_folder", tmp_path, "--workers", 1, "--device", "cpu", "--beam_size", 1,
-        "--max_decode_steps", 6, *flags])]))
+    evaluation.main(
+        evaluation.get_args_parser().parse_args(
+            [
+                *map(
+                    str,
+                    [
+                        "--data_folder",
+                        data[0],
+                        "--output_folder",
+                        tmp_path,
+                        "--workers",
+                        1,
+                        "--device",
+                        "cpu",
+                        "--beam_size",
+                        1,
+                        "--max_decode_steps",
+                        6,
+                        *flags,
+                    ],
+                )
+            ]
+        )
+    )
 
 
 def test_eval_py_uses_it(path, data, word_map_file, tutorial, tmp_path, monkeypatch):
@@ -278,14 +365,20 @@ def test_eval_py_uses_it(path, data, word_map_file, tutorial, tmp_path, monkeypa
         expected = greedy(*tutorial[:2], torch.from_numpy(split.images(slice(None))), word_map, 6)
     names = sorted(word_map, key=word_map.get)
     said = utils.read_json(datasets.captions_path(tmp_path, data[1], "test", 1))
-    assert [line["caption"].split() for line in said] == [[names[word] for word in words] for words, *_ in expected]
-    assert set(data[0].iterdir()) == before  # no features are kept of an encoder that nobody trains on
+    assert [line["caption"].split() for line in said] == [
+        [names[word] for word in words] for words, *_ in expected
+    ]
+    assert (
+        set(data[0].iterdir()) == before
+    )  # no features are kept of an encoder that nobody trains on
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_it_needs_the_word_map_it_was_trained_with(path, word_map, word_map_file, data, tmp_path, fails):
+def test_it_needs_the_word_map_it_was_trained_with(
+    path, word_map, word_map_file, data, tmp_path, fails
+):
     with fails(f"{path.name} is a checkpoint of the PyTorch captioning tutorial.*--word_map"):
         models.load_captioner(path)
     words = len(datasets.load_word_map(word_map_file))
@@ -297,7 +390,9 @@ def test_it_needs_the_word_map_it_was_trained_with(path, word_map, word_map_file
 
 def test_no_training_goes_on_from_it(path, training_data, tmp_path, fails):
     for flag in ("--resume", "--init_from"):
-        with fails(f"{path.name} holds pickled modules.*caption.py and eval.py can use it, with --word_map"):
+        with fails(
+            f"{path.name} holds pickled modules.*caption.py and eval.py can use it, with --word_map"
+        ):
             train.main(train_args(training_data, tmp_path, flag, path))
     assert not list(tmp_path.iterdir())
 
@@ -322,7 +417,10 @@ def changed(encoder, decoder, change):
 
 @pytest.mark.parametrize("change", ["vgg", "oblong", "blind", "gru", "deep", "wide", "transformer"])
 def test_another_model_is_refused(change, tmp_path, fails, word_map):
-    encoder, decoder = Encoder(torchvision.models.resnet18(weights=None)), DecoderWithAttention(len(word_map))
+    encoder, decoder = (
+        Encoder(torchvision.models.resnet18(weights=None)),
+        DecoderWithAttention(len(word_map)),
+    )
     changed(encoder, decoder, change)
     path = save(tmp_path / "other.pth.tar", {"encoder": encoder, "decoder": decoder})
     with fails("other.pth.tar (holds another model than the tutorial's|is damaged)"):
@@ -331,9 +429,11 @@ def test_another_model_is_refused(change, tmp_path, fails, word_map):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_shapes_beyond_what_is_stored_are_refused(legacy, tmp_path, word_map, fails):
-    for size in ((1, 10 ** 10), (10 ** 6, 10 ** 6)):
+    for size in ((1, 10**10), (10**6, 10**6)):
         encoder, decoder = nn.Sequential(nn.Conv2d(3, 2, 1)), DecoderWithAttention(len(word_map))
-        decoder.attention.full_att.weight = nn.Parameter(torch.zeros(1).expand(size))  # stored as a single number
+        decoder.attention.full_att.weight = nn.Parameter(
+            torch.zeros(1).expand(size)
+        )  # stored as a single number
         path = save(tmp_path / "wide.pth.tar", {"encoder": encoder, "decoder": decoder}, legacy)
         with fails("wide.pth.tar is not a readable file of tensors.*4 bytes are too few"):
             models.load_captioner(path, word_map=word_map)
@@ -361,9 +461,13 @@ class Call:
 
 
 def calls(victim):
-    return {"system": Call(os.system, f"touch {victim}"), "exec": Call(exec, f"open({str(victim)!r}, 'w')"),
-            "eval": Call(eval, f"open({str(victim)!r}, 'w')"), "open": Call(open, str(victim), "w"),
-            "touch": Call(Path.touch, victim)}
+    return {
+        "system": Call(os.system, f"touch {victim}"),
+        "exec": Call(exec, f"open({str(victim)!r}, 'w')"),
+        "eval": Call(eval, f"open({str(victim)!r}, 'w')"),
+        "open": Call(open, str(victim), "w"),
+        "touch": Call(Path.touch, victim),
+    }
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -371,9 +475,13 @@ def calls(victim):
 def test_code_in_it_is_not_run(kind, legacy, tmp_path, fails, word_map):
     victim, path = tmp_path / "victim", tmp_path / "hostile.pth.tar"
     call = calls(victim)[kind]
-    for checkpoint in (call, {"encoder": call, "decoder": call}, {**dict.fromkeys(utils.CHECKPOINT_KEYS, {}), "x": call}):
+    for checkpoint in (
+        call,
+        {"encoder": call, "decoder": call},
+        {**dict.fromkeys(models.CHECKPOINT_KEYS, {}), "x": call},
+    ):
         save(path, checkpoint, legacy)
-        for load in (utils.load_checkpoint, lambda p: models.load_captioner(p, word_map=word_map)):
+        for load in (models.load_checkpoint, lambda p: models.load_captioner(p, word_map=word_map)):
             with fails("hostile.pth.tar is not a readable file of tensors"):
                 load(path)
     module = nn.Linear(2, 2)
@@ -393,18 +501,27 @@ def test_an_attribute_that_would_call_is_left_lying(legacy, tmp_path, tutorial, 
     path = save(tmp_path / "hostile.pth.tar", {"encoder": encoder, "decoder": decoder}, legacy)
     captioner = models.load_captioner(path, word_map=datasets.load_word_map(word_map_file))
     weights = captioner.encoder.state_dict()
-    assert all(torch.equal(value, weights[f"cnn.{name}"]) for name, value in encoder.resnet.state_dict().items())
+    assert all(
+        torch.equal(value, weights[f"cnn.{name}"])
+        for name, value in encoder.resnet.state_dict().items()
+    )
     assert not (tmp_path / "victim").exists()
 
 
-@pytest.mark.parametrize("content", [
-    b"cos\nsystem\n(S'touch victim'\ntR.",  # protocol 0
-    b"(S'touch victim'\nios\nsystem\n.", b"(cos\nsystem\nS'touch victim'\no.",  # other ways to call
-    b"cbuiltins\nopen\nq\x00(S'victim'\nS'w'\ntRh\x00(S'victim'\nS'w'\ntR.",
-    b"\x80\x02cos\nsystem\n}S'__setstate__'\ncos\nsystem\ns\x86b.",  # attributes of a class
-    b"\x80\x02Nr\xff\xff\xff\x7f.",  # an index that asks for gigabytes
-    b"\x80\x04\x82\x01.", b"\x80\x02Q.", b"P12\n.",  # extension codes and persistent ids
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cos\nsystem\n(S'touch victim'\ntR.",  # protocol 0
+        b"(S'touch victim'\nios\nsystem\n.",
+        b"(cos\nsystem\nS'touch victim'\no.",  # other ways to call
+        b"cbuiltins\nopen\nq\x00(S'victim'\nS'w'\ntRh\x00(S'victim'\nS'w'\ntR.",
+        b"\x80\x02cos\nsystem\n}S'__setstate__'\ncos\nsystem\ns\x86b.",  # attributes of a class
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # an index that asks for gigabytes
+        b"\x80\x04\x82\x01.",
+        b"\x80\x02Q.",
+        b"P12\n.",  # extension codes and persistent ids
+    ],
+)
 def test_pickles_written_by_hand_do_nothing(content, tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     Path("plain.pth").write_bytes(content)
@@ -419,21 +536,35 @@ def test_pickles_written_by_hand_do_nothing(content, tmp_path, monkeypatch, fail
 
 def test_a_value_is_made_of_nothing_but_stand_ins(path):
     with open(path, "rb") as file:
-        value, _ = utils._unpickle(file)
+        value, _ = models._unpickle(file)
     kinds, left, seen = set(), [value], set()
     while left:
         value = left.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        kinds.add(next((kind for kind in (utils.StandIn, type(value)) if isinstance(value, kind))))
+        kinds.add(next(kind for kind in (models.StandIn, type(value)) if isinstance(value, kind)))
         if isinstance(value, dict):
             left += [*value, *value.values()]
         if isinstance(value, (list, tuple, set)):
             left += value
-        if isinstance(value, utils.StandIn):
+        if isinstance(value, models.StandIn):
             left += [value.args, value.state]
-    assert kinds <= {utils.StandIn, dict, list, tuple, set, str, bytes, int, float, bool, type(None), torch.dtype, type}
+    assert kinds <= {
+        models.StandIn,
+        dict,
+        list,
+        tuple,
+        set,
+        str,
+        bytes,
+        int,
+        float,
+        bool,
+        type(None),
+        torch.dtype,
+        type,
+    }
 
 
 def attempt(path, word_map):
@@ -451,18 +582,24 @@ def mutated(content, rng):
     content = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(len(content))
-        content[i:i + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+        content[i : i + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
     return bytes(content)
 
 
 def test_damaged_pickles_end_in_a_result_or_a_line(tutorial, tmp_path, word_map_file, monkeypatch):
-    word_map, rng, path = datasets.load_word_map(word_map_file), random.Random(0), tmp_path / "bad.pth.tar"
+    word_map, rng, path = (
+        datasets.load_word_map(word_map_file),
+        random.Random(0),
+        tmp_path / "bad.pth.tar",
+    )
     with zipfile.ZipFile(tutorial[2] / "zip.pth.tar") as archive:
         folder = archive.namelist()[0].split("/")[0]
         pickled = archive.read(f"{folder}/data.pkl")
         storages = {name: archive.read(name) for name in archive.namelist() if "/data/" in name}
     small = {name: content for name, content in storages.items() if len(content) < 4096}
-    for _ in range(80):  # without the large storages, which take long to write and are not what is damaged
+    for _ in range(
+        80
+    ):  # without the large storages, which take long to write and are not what is damaged
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(f"{folder}/data.pkl", mutated(pickled, rng))
             for name, content in small.items():

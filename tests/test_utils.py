@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import models
 import utils
 from utils import UserError
 
@@ -77,16 +78,32 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, fails):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
-                    lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text("aé\n", max_size=3), value, max_size=3)))
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(st.characters(exclude_categories=["Cs"])),
+        lambda value: (
+            st.lists(value, max_size=3)
+            | st.dictionaries(st.text("aé\n", max_size=3), value, max_size=3)
+        ),
+    )
+)
 def test_json_comes_back_as_it_was(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.json"
     utils.write_json(path, value)
     assert utils.read_json(path) == value
 
 
-@pytest.mark.parametrize("content, message", [(b'{"a": 1,\n "b" 2}', "line 2, column 6"), (b"", "line 1, column 1"),
-                                              (b'{"a": "\xff"}', "UTF-8")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"a": 1,\n "b" 2}', "line 2, column 6"),
+        (b"", "line 1, column 1"),
+        (b'{"a": "\xff"}', "UTF-8"),
+    ],
+)
 def test_what_is_no_json_is_refused(tmp_path, content, message, fails):
     (tmp_path / "bad.json").write_bytes(content)
     with fails(f"bad.json.*{message}"):
@@ -122,20 +139,25 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, fails):
     victim = tmp_path / "victim"
     torch.save({"config": Touch(victim)}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Touch(victim)))
-    torch.save({"encoder": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")  # a whole module, as older code keeps
+    torch.save(
+        {"encoder": torch.nn.Linear(2, 2)}, tmp_path / "module.pth"
+    )  # a whole module, as older code keeps
     for name in ("zip.pth", "plain.pth", "module.pth"):
         with fails(f"{name} is not a readable file of tensors"):
-            utils.load_checkpoint(tmp_path / name)
+            models.load_checkpoint(tmp_path / name)
     assert not victim.exists()
     pickle.loads((tmp_path / "plain.pth").read_bytes())
     assert victim.exists()  # it would have worked
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, world\n", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 9, b"\x00" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello, world\n", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 9, b"\x00" * 5000],
+)
 def test_what_is_no_file_of_tensors_is_refused(tmp_path, content, fails):
     (tmp_path / "bad.pth").write_bytes(content)
     with fails("bad.pth is not a readable file of tensors"):
-        utils.load_tensors(tmp_path / "bad.pth")
+        models.load_tensors(tmp_path / "bad.pth")
 
 
 @pytest.mark.parametrize("members", [1, 40])
@@ -145,7 +167,7 @@ def test_a_zip_bomb_is_refused_before_it_inflates(tmp_path, fails, members, monk
             archive.writestr(f"bomb/data/{i}", bytes(20_000_000 // members))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was opened"))
     with fails("bomb.pth is not a readable file of tensors.* bytes would become 20,000,000"):
-        utils.load_tensors(tmp_path / "bomb.pth")
+        models.load_tensors(tmp_path / "bomb.pth")
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path, fails):
@@ -154,42 +176,74 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, fails):
     for size in (1, 10, 100, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.pth").write_bytes(data[:size])
         with fails("cut.pth"):
-            utils.load_tensors(tmp_path / "cut.pth")
+            models.load_tensors(tmp_path / "cut.pth")
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path, fails):
     with fails("there is no file .*missing.pth"):
-        utils.load_tensors(tmp_path / "missing.pth")
+        models.load_tensors(tmp_path / "missing.pth")
     with fails(f"cannot read {tmp_path}"):
-        utils.load_tensors(tmp_path)
+        models.load_tensors(tmp_path)
 
 
 PARTS = {"config": {}, "word_map": {}, "encoder": {}, "decoder": {}, "history": []}
 
 
-@pytest.mark.parametrize("value", [{}, {"config": {}, "word_map": {}}, [1, 2], 5, torch.zeros(2), None,
-                                   *({**PARTS, key: 5} for key in PARTS), {**PARTS, "history": {}},
-                                   {"conv1.weight": torch.zeros(2)}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"config": {}, "word_map": {}},
+        [1, 2],
+        5,
+        torch.zeros(2),
+        None,
+        *({**PARTS, key: 5} for key in PARTS),
+        {**PARTS, "history": {}},
+        {"conv1.weight": torch.zeros(2)},
+    ],
+)
 def test_tensors_of_something_else_are_no_checkpoint(tmp_path, value, fails):
     torch.save(value, tmp_path / "other.pth")
     with fails("other.pth is not a checkpoint of this suite"):
-        utils.load_checkpoint(tmp_path / "other.pth")
+        models.load_checkpoint(tmp_path / "other.pth")
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    checkpoint = {"config": {"a": 1, "b": None, "c": [1.5]}, "word_map": {"é": 1}, "encoder": {"w": torch.randn(3)},
-                  "decoder": {}, "history": [{"epoch": 1}]}
-    utils.save_checkpoint(tmp_path / "checkpoint.pth.tar", checkpoint)
-    loaded = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")
+    checkpoint = {
+        "config": {"a": 1, "b": None, "c": [1.5]},
+        "word_map": {"é": 1},
+        "encoder": {"w": torch.randn(3)},
+        "decoder": {},
+        "history": [{"epoch": 1}],
+    }
+    models.save_checkpoint(tmp_path / "checkpoint.pth.tar", checkpoint)
+    loaded = models.load_checkpoint(tmp_path / "checkpoint.pth.tar")
     torch.testing.assert_close(loaded["encoder"], checkpoint["encoder"], rtol=0, atol=0)
-    assert {k: loaded[k] for k in ("config", "word_map", "history")} == {k: checkpoint[k] for k in ("config", "word_map", "history")}
+    assert {k: loaded[k] for k in ("config", "word_map", "history")} == {
+        k: checkpoint[k] for k in ("config", "word_map", "history")
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("value, good", [(0, True), (1, True), (0.5, True), (None, True), (-1e-9, False), (1.001, False),
-                                         (math.nan, False), (math.inf, False), ([0, 1], True), ([0, 2], False), ([], True)])
+@pytest.mark.parametrize(
+    "value, good",
+    [
+        (0, True),
+        (1, True),
+        (0.5, True),
+        (None, True),
+        (-1e-9, False),
+        (1.001, False),
+        (math.nan, False),
+        (math.inf, False),
+        ([0, 1], True),
+        ([0, 2], False),
+        ([], True),
+    ],
+)
 def test_ranges(value, good, fails):
     args = argparse.Namespace(ratio=value)
     if good:
@@ -201,7 +255,11 @@ def test_ranges(value, good, fails):
 
 def test_an_error_is_one_line_of_bearable_length_that_ends_in_what_to_do():
     message = str(UserError(f"unknown {'x' * 10**6}\n; choose another"))
-    assert len(message) < 1000 and message.startswith("unknown xxx") and message.endswith("\\n; choose another")
+    assert (
+        len(message) < 1000
+        and message.startswith("unknown xxx")
+        and message.endswith("\\n; choose another")
+    )
     assert str(UserError(message)) == message  # and so it stays when it comes from another process
 
 
@@ -228,15 +286,29 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("body, code, message", [
-    ('raise utils.UserError("--img x: no such picture")', 2, "script.py: error: --img x: no such picture\n"),
-    ("raise utils.UserError('two\\nlines\\x1b[2J of caf\\udce9 漢')", 2,
-     "script.py: error: two\\nlines\\x1b[2J of caf\\udce9 漢\n"),
-    ("open('missing/file')", 2, "script.py: error: cannot use missing/file: No such file or directory; expected a path "
-                                "that you may use\n"),
-    ("raise KeyboardInterrupt", 130, "script.py: stopped by the user\n"),
-    ("print(1)", 0, ""),
-])
+@pytest.mark.parametrize(
+    "body, code, message",
+    [
+        (
+            'raise utils.UserError("--img x: no such picture")',
+            2,
+            "script.py: error: --img x: no such picture\n",
+        ),
+        (
+            "raise utils.UserError('two\\nlines\\x1b[2J of caf\\udce9 漢')",
+            2,
+            "script.py: error: two\\nlines\\x1b[2J of caf\\udce9 漢\n",
+        ),
+        (
+            "open('missing/file')",
+            2,
+            "script.py: error: cannot use missing/file: No such file or directory; expected a path "
+            "that you may use\n",
+        ),
+        ("raise KeyboardInterrupt", 130, "script.py: stopped by the user\n"),
+        ("print(1)", 0, ""),
+    ],
+)
 def test_a_user_sees_one_line_and_no_traceback(body, code, message, tmp_path):
     done = run_script(SCRIPT.format(body=body), tmp_path)
     assert (done.returncode, done.stderr) == (code, message)
@@ -250,8 +322,12 @@ def test_a_log_that_is_not_utf_8_holds_what_it_can(tmp_path, monkeypatch):
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(body='[print("line", i) for i in range(100000)]')))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    script.write_text(
+        textwrap.dedent(SCRIPT.format(body='[print("line", i) for i in range(100000)]'))
+    )
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(30) == 128 + signal.SIGPIPE
@@ -262,12 +338,22 @@ def test_our_own_mistakes_keep_their_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(utils.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(utils.__file__).parent),
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
 
 
 def run_script(text, folder):
     (folder / "script.py").write_text(textwrap.dedent(text))
-    return subprocess.run([sys.executable, folder / "script.py"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return subprocess.run(
+        [sys.executable, folder / "script.py"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
 
 
 def test_progress_counts_and_hands_on(capsys):
@@ -279,10 +365,17 @@ def test_progress_counts_and_hands_on(capsys):
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 CAPTIONS = [  # candidate, references
-    ("a dog runs on the grass", ["a dog runs on the green grass", "the dog is running", "a brown dog on grass"]),
+    (
+        "a dog runs on the grass",
+        ["a dog runs on the green grass", "the dog is running", "a brown dog on grass"],
+    ),
     ("two men play football", ["two men are playing football on a field", "men play a game"]),
     ("a a a a", ["a cat sits on a mat", "the cat is on the mat"]),
-    ("a child in a red shirt climbs a rope", ["a child in a red shirt climbs up a rope", "a child climbs a rope"])]
+    (
+        "a child in a red shirt climbs a rope",
+        ["a child in a red shirt climbs up a rope", "a child climbs a rope"],
+    ),
+]
 HYPOTHESES = [candidate.split() for candidate, _ in CAPTIONS]
 REFERENCES = [[text.split() for text in texts] for _, texts in CAPTIONS]
 
@@ -293,10 +386,10 @@ def bleu(references, hypotheses, n):
     for order in range(1, n + 1):
         hits = total = 0
         for texts, words in zip(references, hypotheses):
-            grams = Counter(tuple(words[i:i + order]) for i in range(len(words) - order + 1))
+            grams = Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
             limits = Counter()
             for text in texts:
-                limits |= Counter(tuple(text[i:i + order]) for i in range(len(text) - order + 1))
+                limits |= Counter(tuple(text[i : i + order]) for i in range(len(text) - order + 1))
             hits += sum((grams & limits).values())
             total += sum(grams.values())
         precisions.append(hits / total)
@@ -315,8 +408,10 @@ def test_bleu_equals_the_papers_formula():
 
 
 def as_coco():
-    return ({i: [" ".join(text) for text in texts] for i, texts in enumerate(REFERENCES)},
-            {i: [" ".join(words)] for i, words in enumerate(HYPOTHESES)})
+    return (
+        {i: [" ".join(text) for text in texts] for i, texts in enumerate(REFERENCES)},
+        {i: [" ".join(words)] for i, words in enumerate(HYPOTHESES)},
+    )
 
 
 def test_metrics_equal_their_published_implementations():
@@ -327,7 +422,8 @@ def test_metrics_equal_their_published_implementations():
     scores = utils.score_captions(REFERENCES, HYPOTHESES)
     gts, res = as_coco()
     assert [scores[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(
-        [100 * b for b in Bleu().compute_score(gts, res, verbose=0)[0]], rel=1e-4)
+        [100 * b for b in Bleu().compute_score(gts, res, verbose=0)[0]], rel=1e-4
+    )
     assert scores["ROUGE-L"] == pytest.approx(100 * Rouge().compute_score(gts, res)[0])
     assert scores["CIDEr"] == pytest.approx(100 * Cider().compute_score(gts, res)[0])
     assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
@@ -337,7 +433,9 @@ def test_metrics_equal_their_published_implementations():
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 def test_meteor():
     assert 10 < utils.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] < 80
-    perfect = utils.score_captions(REFERENCES, [texts[0] for texts in REFERENCES], meteor=True)["METEOR"]
+    perfect = utils.score_captions(REFERENCES, [texts[0] for texts in REFERENCES], meteor=True)[
+        "METEOR"
+    ]
     assert perfect == pytest.approx(100)
 
 
@@ -349,6 +447,7 @@ def test_without_java_there_is_no_meteor(monkeypatch):
 @pytest.fixture
 def fake_java(tmp_path, monkeypatch):
     """``fake_java("exit 1")``: from now on java is this line of shell."""
+
     def install(line):
         (tmp_path / "java").write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "java").chmod(0o755)
@@ -378,7 +477,9 @@ def test_ctrl_c_leaves_the_scorer_alive(fake_java):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("hypotheses", [[[]] * 4, [["zebra"]] * 4, [["a"]] * 4, [["zebra"] * 9] * 4])
+@pytest.mark.parametrize(
+    "hypotheses", [[[]] * 4, [["zebra"]] * 4, [["a"]] * 4, [["zebra"] * 9] * 4]
+)
 def test_poor_captions_score_low_and_quietly(hypotheses, recwarn):
     scores = utils.score_captions(REFERENCES, hypotheses)
     assert all(0 <= score < 40 for score in scores.values())
@@ -399,11 +500,19 @@ def test_reward_is_the_published_cider():
     rewards = [scorer(i, words) for i, words in enumerate(HYPOTHESES)]
     assert rewards == pytest.approx(list(Cider().compute_score(*as_coco())[1]))
     with_end = utils.CiderD(REFERENCES)
-    assert with_end(0, REFERENCES[0][0]) > with_end(0, REFERENCES[0][0][:-1]) > with_end(0, HYPOTHESES[2]) >= 0
+    assert (
+        with_end(0, REFERENCES[0][0])
+        > with_end(0, REFERENCES[0][0][:-1])
+        > with_end(0, HYPOTHESES[2])
+        >= 0
+    )
     assert with_end(0, []) >= 0 and json.dumps(rewards)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim"), reason="glibc only")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim"),
+    reason="glibc only",
+)
 def test_memory_between_used_pieces_goes_back_to_the_system():
     def held():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
