@@ -146,9 +146,16 @@ def main(args):
     )
 
 
+def check_ranges(args, **bounds):
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
+
+
 def check_flags(args):
     """:raises UserError: if a value is out of bounds, or two flags contradict each other"""
-    utils.check_ranges(
+    check_ranges(
         args,
         captions_per_image=(1, 100),
         min_word_freq=(1, 10**6),

@@ -1150,7 +1150,7 @@ def write_split(
         len(kept) * (3 * image_size**2 + 100) + rows * (4 * (max_len + 2) + 8) + len(texts) + 2**20
     )
     _reserve(path, room)
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+    with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
         _reserve(path, room)
         readable, unreadable, digest = _write_images(
             file, split, [record for record, _, _ in kept], image_size, workers
@@ -1187,7 +1187,7 @@ def write_split(
             **attributes,
         }.items():
             file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
-    h5py.File(path, "r+").close()  # gives back what was reserved and not needed
+    h5py.File(path, "r+", locking=False).close()  # gives back what was reserved and not needed
     return {
         **summary,
         "pictures": len(kept),
@@ -1208,7 +1208,7 @@ def _valid_text(name):
 def _reserve(path, size):
     """Claim disk space for a file before libhdf5 writes it, since libhdf5 crashes where it finds none."""
     if hasattr(os, "posix_fallocate"):
-        with open(path, "ab") as file:
+        with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
