@@ -570,6 +570,8 @@ def busy_cores(seconds=0.1):
 
 def prepare_libraries():
     """Set what torch and OpenMP read when they are loaded; what the user has set wins."""
+    if "torch._C" in sys.modules:
+        return
     # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     # threads that spin while they wait take the cores that their own partners are waiting for
