@@ -69,6 +69,10 @@ def ending(prog, error):
         if isinstance(error, OSError) and error.errno == fault.errno:
             error.filename = "standard output"
     is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
+    cause = error  # an import that is interrupted can fail in any way
+    while not isinstance(cause, (KeyboardInterrupt, UserError, type(None))):
+        cause = cause.__context__
+    error = cause or error
     if isinstance(error, KeyboardInterrupt):
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         return 128 + stop.signal, f"{prog}: {stop}\n" if is_first else None

@@ -34,7 +34,7 @@ def source(module):
     return (ROOT / f"{module}.py").read_text(encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------- house
+# ------------------------------------------------------------ house
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -143,7 +143,7 @@ def test_every_flag_is_explained_and_read(script):
         )
 
 
-# flags that a command needs; none of what they name is there, so that a command without a fault ends soon, too
+# flags that a command needs; what they name is not there, so that every command ends soon
 NEEDED = {
     "create_input_files": ["--source", "nowhere"],
     "train": ["--data_folder", "nowhere"],
@@ -238,7 +238,7 @@ def test_every_documented_command_is_understood(where):
         importlib.import_module(script).get_args_parser().parse_args(argv)
 
 
-# -------------------------------------------------------------------------------- as a user
+# ------------------------------------------------------------ as a user
 
 
 def as_user(script, *argv, cwd, **environment):
