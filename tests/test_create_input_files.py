@@ -116,7 +116,7 @@ def test_captions_that_cannot_be_used_end_in_one_line(caption, message, own_data
             "--data_folder",
             tmp_path / "out",
         )
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()  # a failure leaves no empty folder
 
 
 def test_a_folder_without_pictures_is_named(own_data, tmp_path, fails):
@@ -234,37 +234,24 @@ def test_a_missing_file_is_made_again(own_data, tmp_path):
     [
         (["--dataset", "../mine"], "--dataset '../mine'"),
         (["--dataset", "mine"], "give --images and --captions"),
-        (["--dataset", "coco"], "needs --karpathy_json dataset_coco.json"),
-        (["--dataset", "mine", "--captions", "c.csv"], "--images needs"),
+        (["--dataset", "coco"], "needs --captions and --images.*dataset_coco.json"),
+        (["--dataset", "flikr8k"], "none of flickr8k, flickr30k, coco, shapes.*mean flickr8k?"),
+        (["--dataset", "mine", "--captions", "c.csv"], "--captions needs --images"),
         (["--dataset", "mine", "--images", "i"], "--images needs"),
         (["--images", "i", "--captions", "c.csv"], "another name"),
-        (
-            ["--dataset", "mine", "--images", "i", "--captions", "c", "--karpathy_json", "k"],
-            "give one of them",
-        ),
         (
             ["--dataset", "mine", "--images", "i", "--captions", "c", "--source", "s"],
             "--source is for Flickr8k",
         ),
         (["--dataset", "shapes", "--source", "s"], "is generated"),
-        (["--source", "nowhere"], "nowhere lacks Flickr8k_Dataset.zip and Flickr8k_text.zip"),
+        (["--source", "nowhere"], "/nowhere lacks Flickr8k_Dataset.zip and Flickr8k_text.zip"),
         (
             ["--dataset", "mine", "--images", "nowhere", "--captions", "nowhere.csv"],
-            "cannot read nowhere.csv",
+            "cannot read nowhere.csv: there is no such file",
         ),
         (
             ["--dataset", "coco", "--images", "nowhere", "--karpathy_json", "no.json"],
             "cannot read no.json",
-        ),
-        *(
-            ([f"--{flag}", value], f"--{flag} {value}")
-            for flag, value in (
-                ("captions_per_image", "0"),
-                ("max_len", "0"),
-                ("seed", "-1"),
-                ("workers", "0"),
-                ("max_len", "9999999"),
-            )
         ),
     ],
 )

@@ -125,7 +125,7 @@ def read_hdf5(path):
         evaluation.judge_caption(scene, ["red", "circle", "left", "star"])
         evaluation.pointing(scene, ["red", "circle"], np.ones((2, 4)), (2, 2))
     data.check_word_map(datasets.load_word_map(path.parent.parent / "word_map.json"))
-    datasets.caption_rows(data, np.arange(len(data)))
+    datasets.collate(data, np.arange(len(data)))
 
 
 def read_word_map(path):
