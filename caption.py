@@ -94,12 +94,18 @@ def get_args_parser():
     return parser
 
 
+def check_ranges(args, **bounds):
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
+
+
 def main(args):
     warnings.filterwarnings(
         "ignore", module=r"PIL\."
     )  # what is wrong with a picture is said in our own words
-    utils.check_shared_flags(args)
-    utils.check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
+    check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
     if args.json and args.json.is_dir():
         raise UserError(
             f"--json {args.json} is a folder; expected a file, {args.json / 'captions.json'} for example"

@@ -88,9 +88,8 @@ KNOWN = ("flickr8k", "flickr30k", "coco", "shapes")
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(
-        description="Prepare a data set for train.py.", examples=__doc__.split("\n\n")[1]
-    )
+    examples = __doc__.strip().partition("\n\n")[2]
+    parser = utils.ArgumentParser(description=__doc__.split("\n")[0], examples=examples)
     group = parser.add_argument_group("where the pictures and captions come from")
     group.add_argument(
         "--dataset",
@@ -110,6 +109,7 @@ def get_args_parser():
     group.add_argument(
         "--captions",
         "--karpathy_json",
+        action="extend",
         type=Path,
         nargs="+",
         metavar="FILE",

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import random
-import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -1245,34 +1244,20 @@ def _new_file(path, size):
     """Create an HDF5 file for which ``size`` bytes are reserved, and give back what it leaves."""
     try:
         reserve(path, size)
-        with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
             reserve(path, size)  # again, since the file was emptied
             yield file
-        h5py.File(path, "r+").close()  # cuts off the rest
+        h5py.File(path, "r+", locking=False).close()  # cuts off the rest
     except OSError as error:  # h5py's text runs over many lines
         raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
 
 
 def reserve(path, size):
-    """Claim disk space for a file: libhdf5 and mapped files crash where they find none.
-
-    It is a precaution: not every file system can, and then the file is written without it.
-    """
-    try:
+    """Claim disk space for a file: libhdf5 and mapped files crash where they find none."""
+    if hasattr(os, "posix_fallocate"):
         # not opened for appending, which glibc's emulation refuses
         with open(path, "rb+" if os.path.exists(path) else "wb+") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except AttributeError:  # Windows, macOS
-        pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _note_once(f"{path.parent} cannot reserve disk space; see that enough of it is free")
-
-
-@functools.cache  # so that each text is printed once
-def _note_once(text):
-    print(f"Note: {text}", file=sys.stderr, flush=True)
+            utils.precaution("reserving of space", os.posix_fallocate, file.fileno(), 0, size)
 
 
 def _write_images(file, kept, size, workers):
@@ -1465,7 +1450,7 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     """
     if path is not None and not utils.broadcast(path.exists() or _is_writable(path.parent)):
         where = f"{path.parent.absolute()} may not be written"
-        _note_once(f"{where}: {dataset.split}'s features are computed anew and kept in memory")
+        utils.note(f"{where}: {dataset.split}'s features are computed anew and kept in memory")
         path = rows = None
     if path is None:
         numbers = np.arange(len(dataset))[rows or slice(None)]
@@ -1565,7 +1550,7 @@ def _write_features(path, dataset, encode, batch_size, workers):
     finally:
         save()
         if not done.all() and utils.world_size() == 1:
-            _note_once(
+            utils.note(
                 f"{done.sum():,} of {len(done):,} pictures are encoded; the next run goes on"
             )
     utils.barrier()  # all have written

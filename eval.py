@@ -89,13 +89,12 @@ def get_args_parser():
         type=Path,
         help="folder for captions and metrics, as JSON (default: the first checkpoint's, or --average's)",
     )
-    utils.add_search_flags(parser, beam_sizes="+")
+    utils.add_search_flags(parser, several=True)
     utils.add_device_flags(parser)
     return parser
 
 
 def main(args):
-    utils.check_shared_flags(args)
     if args.consensus and args.split == "train":
         raise UserError(
             "--consensus asks what people said of training pictures, so --split train cannot be scored with it"

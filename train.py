@@ -292,7 +292,7 @@ def get_args_parser():
 
 def check_args(args):
     """Refuse values that cannot work, before anything is read or written."""
-    utils.check_ranges(
+    check_ranges(
         args,
         encoded_image_size=(0, 64),
         attention_dim=(1, 65536),
@@ -355,7 +355,13 @@ def check_args(args):
         raise UserError(
             "--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule"
         )
-    utils.check_shared_flags(args)
+
+
+def check_ranges(args, **bounds):
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
 
 
 def main(args):
@@ -461,7 +467,6 @@ def train(args, stack):
                 save()
                 write_reports(args, config, history)
                 print_epoch(record, args, is_best, val_data, hypotheses)
-            utils.give_back_memory()
     except utils.Stopped as signal:
         save()
         signal.args = (
