@@ -1,10 +1,9 @@
 """Prepare a data set: three HDF5 files of pictures and captions, and the word map.
 
-python create_input_files.py                      # Flickr8k, downloaded to data/ if it is not there
-python create_input_files.py --source downloads   # Flickr8k, from archives or folders that you have
-python create_input_files.py --dataset shapes     # generated pictures: no download
-python create_input_files.py --dataset coco --captions dataset_coco.json --images coco_pictures
-python create_input_files.py --dataset mine --captions captions.csv --images pictures
+python create_input_files.py                     # Flickr8k, downloaded to data/
+python create_input_files.py --source downloads  # Flickr8k from what you have
+python create_input_files.py --dataset shapes    # generated pictures
+python create_input_files.py --dataset mine --captions mine.csv --images mine.zip
 """
 
 import contextlib
@@ -14,6 +13,7 @@ import hashlib
 import http.client
 import os
 import re
+import sys
 import textwrap
 import time
 import urllib.error
@@ -23,6 +23,8 @@ from pathlib import Path
 
 import lazy_loader as lazy
 
+if sys.flags.safe_path:
+    sys.exit("create_input_files.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 
@@ -249,7 +251,8 @@ def name_of(paths):
         try:
             content = b"" if path.is_dir() else path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {path.absolute()}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise UserError(f"cannot read {path.absolute()}: {reason}") from error
         digest = f" (SHA-256 {hashlib.sha256(content).hexdigest()[:12]})" if content else ""
         names.append(f"{path.name}{digest}")
     return ", ".join(names)

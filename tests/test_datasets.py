@@ -447,7 +447,7 @@ def test_karpathys_files(tmp_path, own_data, fails):
         {},
         {**good, "split": "extra"},
         {**good, "sentences": [5]},
-        {**good, "split": []},
+        {**good, "split": [1]},
     ):
         path.write_text(json.dumps({"images": [entries[0], broken]}))
         with fails("image 2: (malformed|unknown split)"):
