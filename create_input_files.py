@@ -3,7 +3,7 @@
 python create_input_files.py                     # Flickr8k, downloaded to data/
 python create_input_files.py --source downloads  # Flickr8k from what you have
 python create_input_files.py --dataset shapes    # generated pictures
-python create_input_files.py --dataset mine --captions mine.csv --images mine.zip
+python create_input_files.py --dataset own --captions own.csv --images own
 """
 
 import contextlib

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -292,6 +293,51 @@ def test_command_line(tmp_path):
         check=True,
     )
     assert "Flickr8k" in result.stdout
+
+
+def test_each_form_of_data_takes_one_command(tmp_path, capsys):
+    for i in range(10):
+        for folder in ("Images", "train2014"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{i}.jpg").write_bytes(picture_bytes(i))
+    rows = [f"{i}.jpg,a dog runs" for i in range(10)]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *rows]))
+    metadata = "\n".join(["file_name,text", *rows])
+    (tmp_path / "Images" / "metadata.csv").write_text(metadata)
+    coco = {
+        "images": [{"file_name": f"{i}.jpg", "id": 900 + i} for i in range(10)],
+        "annotations": [{"image_id": 900 + i, "caption": "a dog"} for i in range(10)],
+    }
+    (tmp_path / "captions_train2014.json").write_text(json.dumps(coco))
+    for flags in (
+        ["--dataset", "Flickr8k", "--source", tmp_path],
+        ["--dataset", "folder", "--images", tmp_path / "Images"],
+        [
+            *("--dataset", "coco", "--captions", tmp_path / "captions_train2014.json"),
+            *("--images", tmp_path / "train2014"),
+        ],
+    ):
+        prepare(*flags, "--data_folder", tmp_path / "out")
+        said = capsys.readouterr().out
+        assert "as 8 train, 1 val, 1 test" in said and " words and 4 special tokens" in said
+        name = datasets.base_name(flags[1].lower(), 5, 1)
+        train = datasets.CaptionDataset(datasets.split_path(tmp_path / "out", "train", name))
+        assert len(train) == 8 and train.image_ids[0] == (902 if flags[1] == "coco" else None)
+        assert ("split by seed" in train.attributes["source"]) == (flags[1] == "Flickr8k")
+        prepare(*flags, "--data_folder", tmp_path / "out")
+        assert "already" in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_misses_many_words_is_a_warning(own_data, tmp_path, capsys):
+    images, captions = own_data
+    rows = [f"{i:02d}.jpg,word{i} other{i} dog" for i in range(20)]
+    captions.write_text("\n".join(["image,caption", *rows]))
+    flags = ["--dataset", "mine", "--images", images, "--captions", captions, "--data_folder"]
+    args = create_input_files.get_args_parser().parse_args([*map(str, flags), str(tmp_path / "o")])
+    create_input_files.main(args)
+    said = capsys.readouterr().out
+    assert "67% of the words of the training captions are <unk>" in said
+    assert "Vocabulary: 1 words and 4 special tokens" in said
 
 
 # ------------------------------------------------------------------------------------------------------------ download

@@ -1,5 +1,7 @@
 """Words, pictures, sources, scenes and the HDF5 files."""
 
+import errno
+import hashlib
 import io
 import json
 import multiprocessing
@@ -8,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -1078,3 +1081,294 @@ def test_words_with_spaces_among_embeddings_are_passed_over(tmp_path, fails):
     path.write_text("dog 1 2 3\ncat 1 2\n")
     with fails("line 2: 2 values, expected --embed_dim 3"):
         datasets.load_embeddings(path, {"cat": 0}, 3)
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_disk_that_cannot_reserve_space_gets_the_same_bytes(code, tmp_path, monkeypatch):
+    records, _ = datasets.shapes_records(4, 2, 2, size=32)
+    options = {"dataset": "shapes", "source": "x", "image_size": 32, "min_word_freq": 1}
+    datasets.write_dataset(tmp_path / "a", records, **options)
+
+    def refuse(*_):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    datasets.write_dataset(tmp_path / "b", records, **options)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    encode = lambda images: torch.ones(len(images), 4, 3)
+    data = CaptionDataset(next((tmp_path / "b").glob("TRAIN*")))
+    assert (datasets.encode_split(data, encode, tmp_path / "f.npy") == 1).all()
+
+
+def test_features_of_a_folder_that_may_not_be_written_are_kept_in_memory(
+    shapes_train, tmp_path, monkeypatch, capsys
+):
+    encode = lambda images: images[:, :, :2, 0].float().transpose(1, 2)
+    expected = datasets.encode_split(shapes_train, encode)
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    features = datasets.encode_split(shapes_train, encode, tmp_path / "f.npy", slice(0, 3))
+    assert (features == expected).all() and not list(tmp_path.iterdir())
+    assert "may not be written: train's features" in capsys.readouterr().err
+
+
+def test_features_that_were_interrupted_are_continued(shapes_train, tmp_path, capsys):
+    path, seen = tmp_path / "f.npy", []
+
+    def encode(images, stop=2):
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return images[:, :, :2, 0].float().transpose(1, 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        datasets.encode_split(shapes_train, encode, path, batch_size=5)
+    assert not path.exists() and "10 of 24 pictures are encoded" in capsys.readouterr().err
+    features = datasets.encode_split(shapes_train, lambda x: encode(x, 9), path, batch_size=5)
+    assert seen == [5, 5, 5, 5, 4] and [p.name for p in tmp_path.iterdir()] == ["f.npy"]
+    assert (features == shapes_train.images(range(24))[:, :, :2, 0].transpose(0, 2, 1)).all()
+
+
+def test_files_written_before_have_no_ids(shapes_train):
+    assert shapes_train.image_ids == [None] * 24 and "image_ids" not in h5py.File(shapes_train.path)
+
+
+# --------------------------------------------------------------------------- data as people have it
+
+
+def save_pictures(folder, names, start=0):
+    for i, name in enumerate(names, start):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(make_picture(i)).save(folder / name, "PNG")
+    return folder
+
+
+def shown(record):
+    """The number of the picture that a record shows."""
+    pixels = np.array(record.image(36))
+    return next(i for i in range(99) if np.array_equal(pixels, make_picture(i)))
+
+
+def write_csv(path, rows):
+    path.write_text("".join(f"{','.join(row)}\n" for row in [("image", "caption"), *rows]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "on_disk, listed, expected",
+    [
+        (["day/0.png", "night/0.png"], ["night/0.png", "day/0.png"], [1, 0]),
+        (["a/0.png", "b/1.png"], ["x/y/pictures/a/0.png", "1.png"], [0, 1]),
+        (["a/0.JPG", "a/1.jpeg"], ["a/0.jpg", "A/1"], [0, 1]),
+        (["0", "0.png"], ["0", "0.png"], [0, 1]),
+        (["Caf\u00e9.png", "u\u0308.png"], ["Cafe\u0301.png", "\u00fc.png"], [0, 1]),
+        (["0.png", "a/0.png"], ["0.png", "./a/0.png"], [0, 1]),
+    ],
+)
+def test_a_picture_is_found_by_the_end_of_its_path(on_disk, listed, expected, tmp_path):
+    folder = save_pictures(tmp_path / "pictures", on_disk)
+    shutil.make_archive(tmp_path / "pictures", "zip", folder)
+    path = write_csv(tmp_path / "c.csv", [(name, "a dog") for name in listed])
+    for images in (folder, tmp_path / "pictures.zip"):
+        records, _ = datasets.custom_records(images, path, 0)
+        assert [shown(record) for record in records] == expected
+
+
+def test_a_picture_of_another_folder_is_not_taken(tmp_path, fails):
+    folder = save_pictures(tmp_path / "pictures", ["night/0.png"])
+    for name in ("day/0.png", "0.jpg"):
+        with fails(f"1 of 1 pictures are missing in .*'{name}'"):
+            datasets.custom_records(folder, write_csv(tmp_path / "c.csv", [(name, "a")]), 0)
+    clips = [f"clip{c}/{i}.png" for c in (1, 2) for i in range(20)]
+    folder = save_pictures(tmp_path / "clips", clips[:-1])
+    rows = [(name, "a dog") for name in clips]
+    records, notes = datasets.custom_records(folder, write_csv(tmp_path / "c.csv", rows), 0)
+    assert [shown(record) for record in records] == list(range(39))
+    assert any("'clip2/19.png' is missing" in note for note in notes)
+
+
+def test_a_name_that_two_pictures_have_is_an_error_that_names_both(tmp_path, fails):
+    folder = save_pictures(tmp_path / "pictures", ["a/0.png", "b/0.png"])
+    with fails("'0.png' may be .*/(a|b)/0.png or .*/(a|b)/0.png"):
+        datasets.custom_records(folder, write_csv(tmp_path / "c.csv", [("0.png", "a")]), 0)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "gztar"])
+def test_a_tar_archive_is_to_be_unpacked(suffix, tmp_path, fails):
+    folder = save_pictures(tmp_path / "pictures", ["0.png"])
+    archive = Path(shutil.make_archive(tmp_path / "packed", suffix, folder))
+    with fails("a tar archive.*unpack it"):
+        datasets.custom_records(archive, write_csv(tmp_path / "c.csv", [("0.png", "a")]), 0)
+
+
+def test_cocos_own_files_and_their_ids(tmp_path, fails):
+    files = []
+    for k, split in enumerate(("train2014", "val2014")):  # the same names in both
+        save_pictures(tmp_path / "coco" / split, [f"{split}_{i}.jpg" for i in range(4)], 4 * k)
+        shutil.make_archive(tmp_path / split, "zip", tmp_path / "coco" / split)
+        ids = [100 * k + i for i in range(4)]
+        content = {
+            "info": {},
+            "images": [{"id": n, "file_name": f"{split}_{n % 100}.jpg"} for n in ids],
+            "annotations": [
+                {"id": 9 * n + k, "image_id": n, "caption": f"A dog {k}."}
+                for n in ids
+                for k in (0, 1)
+            ],
+        }
+        files.append(tmp_path / f"captions_{split}.json")
+        files[-1].write_text(json.dumps(content, indent=1))
+    zips = [tmp_path / "train2014.zip", tmp_path / "val2014.zip"]
+    for images in (tmp_path / "coco", zips):
+        records, notes = datasets.custom_records(images, files, 0)
+        assert [shown(record) for record in records] == list(range(8))
+        assert [record.image_id for record in records] == [0, 1, 2, 3, 100, 101, 102, 103]
+        splits = Counter(record.split for record in records)
+        assert splits == {"train": 4, "val": 2, "test": 2} and records[3].split == "train"
+        assert records[5].captions == ["A dog 0.", "A dog 1."] and "--seed 0" in notes[0]
+    (train, val, test), _, _ = write(tmp_path / "out", records)
+    assert train.image_ids == [0, 1, 2, 3] and sorted(val.image_ids + test.image_ids)[0] == 100
+    records, _ = datasets.custom_records(tmp_path / "coco", files[0], 0)
+    assert Counter(r.split for r in records) == {"train": 2, "val": 1, "test": 1}
+    files[0].write_text('{"images": [], "annotations": [{"bbox": []}]}')
+    with fails("captions_train2014.json: annotations without image_id and caption"):
+        datasets.custom_records(tmp_path / "coco", files[0], 0)
+
+
+def test_equal_names_in_two_folders_of_karpathys_file(tmp_path):
+    folder = save_pictures(tmp_path / "coco", ["train2014/0.png", "val2014/0.png"])
+    images = [
+        {
+            **{"filepath": name, "filename": "0.png", "split": split, "cocoid": i},
+            "sentences": [{"raw": "a dog"}],
+        }
+        for i, (name, split) in enumerate((("train2014", "train"), ("val2014", "val")), 7)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": [*images], "dataset": "coco"}))
+    records, _ = datasets.karpathy_records(tmp_path / "k.json", folder)
+    assert [(shown(r), r.image_id) for r in records] == [(0, 7), (1, 8)]
+
+
+def test_kaggles_flickr8k(tmp_path):
+    names = [f"{i}_x.jpg" for i in range(10)]
+    folder = tmp_path / "archive"
+    save_pictures(folder / "Images", names)
+    rows = [(name, f'"A dog , number {k} ."') for name in names for k in range(5)]
+    write_csv(folder / "captions.txt", rows)
+    records, notes = datasets.flickr8k_records(folder, seed=3)
+    assert Counter(r.split for r in records) == {"train": 8, "val": 1, "test": 1}
+    assert records[0].captions[2] == "A dog , number 2 ."
+    assert any("--seed 3" in n for n in notes) and any("official split" in n for n in notes)
+    lists = {"train": names[4:], "dev": names[:2], "test": names[2:4]}
+    for place in (folder, tmp_path):  # in the folder or beside it, as files or in the archive
+        for part, listed in lists.items():
+            (place / f"Flickr_8k.{part}Images.txt").write_text("\n".join(listed))
+        records, _ = datasets.flickr8k_records(folder)
+        assert [r.split for r in records] == ["train"] * 6 + ["val"] * 2 + ["test"] * 2
+        with zipfile.ZipFile(place / "Flickr8k_text.zip", "w") as archive:
+            for path in place.glob("Flickr_8k.*"):
+                archive.write(path, path.name)
+                path.unlink()
+        assert [r.name for r in datasets.flickr8k_records(folder)[0]][6:] == names[:4]
+        (place / "Flickr8k_text.zip").unlink()
+
+
+def test_kaggles_flickr30k_with_its_broken_row(tmp_path):
+    names = [f"{i}.jpg" for i in range(10)]
+    folder = save_pictures(tmp_path / "flickr30k_images", names)
+    rows = [f'{name}| {k}| A "dog", {k} .' for name in names for k in range(5)]
+    rows[29] = "5.jpg| 4   A dog runs across the grass ."
+    header = "image_name| comment_number| comment"
+    (folder / "results.csv").write_text("\n".join([header, *rows]))
+    records, notes = datasets.custom_records(folder, folder / "results.csv", 0)
+    assert [len(r.captions) for r in records] == [5] * 5 + [4] + [5] * 4
+    assert records[0].captions[1].strip() == 'A "dog", 1 .'
+    assert "line 31: a field is missing; left out: 5.jpg| 4   A dog runs" in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_hugging_faces_image_folders(kind, tmp_path, fails):
+    folder, expected = tmp_path / "data", []
+    for k, (part, split) in enumerate(
+        (("train", "train"), ("validation", "val"), ("test", "test"))
+    ):
+        save_pictures(folder / part, ["0.png", "1.png"], 2 * k)
+        rows = [{"file_name": f"{i}.png", "text": f"a dog, {i}"} for i in (0, 1)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if kind == "csv":
+            text = "file_name,text\n" + "".join('{file_name},"{text}"\n'.format(**r) for r in rows)
+        (folder / part / f"metadata.{kind}").write_text(text)
+        expected += [(2 * k + i, split, [f"a dog, {i}"]) for i in (0, 1)]
+    records, notes = datasets.custom_records(folder, folder, 0)
+    assert sorted((shown(r), r.split, r.captions) for r in records) == expected and not notes
+    (tmp_path / "none").mkdir()
+    with fails("none holds no metadata.csv or .jsonl"):
+        datasets.custom_records(folder, tmp_path / "none", 0)
+
+
+def test_json_arrays_with_one_caption_or_several(tmp_path):
+    folder = save_pictures(tmp_path / "p", ["0.png", "1.png", "2.png"])
+    entries = [
+        {"image": "0.png", "caption": "a dog"},
+        {"image": "1.png", "caption": ["a dog", "a cat"], "image_id": 5},
+        {"image": "2.png", "caption": "a cat", "split": "test"},
+        {"image": "0.png", "caption": "a cat"},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(entries, indent=2))
+    records, _ = datasets.custom_records(folder, tmp_path / "c.json", 0)
+    assert [r.captions for r in records] == [["a dog", "a cat"], ["a dog", "a cat"], ["a cat"]]
+    assert [r.image_id for r in records] == [None, 5, None] and records[2].split == "test"
+
+
+def test_captions_with_commas_and_no_quotes(tmp_path):
+    folder = save_pictures(tmp_path / "p", ["0.png", "1.png", "2.png"])
+    rows = [("0.png", "a dog", " a cat"), ("1.png", '"a, b"'), ("2.png", "a bird")]
+    records, notes = datasets.custom_records(folder, write_csv(tmp_path / "c.csv", rows), 0)
+    assert [r.captions for r in records] == [["a dog, a cat"], ["a, b"], ["a bird"]]
+    assert notes[0].startswith("1 captions of ") and "was read as the caption" in notes[0]
+
+
+def test_a_split_that_the_source_lacks_is_dealt_out():
+    names = [f"{i}" for i in range(40)]
+    for given, expected in (
+        ([None] * 40, {"train": 32, "val": 4, "test": 4}),
+        (["train"] * 40, {"train": 32, "val": 4, "test": 4}),
+        (["train"] * 30 + ["val"] * 10, {"train": 27, "val": 10, "test": 3}),
+        (["train"] * 30 + [None] * 10, {"train": 30, "val": 5, "test": 5}),
+        (["train"] * 20 + ["val"] * 10 + ["test"] * 10, {"train": 20, "val": 10, "test": 10}),
+    ):
+        splits, notes = datasets._deal_splits(dict(zip(names, given)), 0)
+        assert Counter(splits.values()) == expected and len(notes) == (expected["train"] != 20)
+
+
+def test_a_jpeg_of_104_megapixels_is_read_at_a_fraction(fails):
+    data = encoded(Image.new("L", (11_776, 8_832), 77), "JPEG")
+    image = datasets.open_image(data, size=224)
+    assert image.size == (1472, 1104) and image.getpixel((9, 9)) == (77, 77, 77)
+    with fails("too many pixels"):
+        datasets.open_image(data)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("一只狗在草地上奔跑。", list("一只狗在草地上奔跑")),
+        ("犬が走る、ラーメン2杯", [*"犬が走るラ", "ー", *"メン", "2", "杯"]),
+        ("หมาวิ่ง", ["ห", "ม", "า", "วิ่", "ง"]),
+        ("ឆ្កែ ໝາ", ["ឆ្", "កែ", "ໝ", "າ"]),
+        ("개가 달린다 iPhone手机", ["개가", "달린다", "iphone", "手", "机"]),
+    ],
+)
+def test_scripts_without_spaces_are_split_by_letter(text, words):
+    assert datasets.tokenize(text) == words
+
+
+def test_the_shapes_are_the_same_as_ever():
+    digest = hashlib.sha256()
+    for r in datasets.shapes_records(12, 2, 2, seed=0, size=64)[0]:
+        digest.update("\n".join([r.name, *r.captions]).encode() + np.asarray(r.image(64)).tobytes())
+    assert digest.hexdigest().startswith("e70f5e309730e38d0487dc301a8b14dc")
