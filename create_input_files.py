@@ -1,6 +1,6 @@
 """Prepare a data set: three HDF5 files of pictures and captions, and the word map.
 
-python create_input_files.py                     # Flickr8k, downloaded to data/
+python create_input_files.py                     # downloads Flickr8k to data/
 python create_input_files.py --source downloads  # Flickr8k from what you have
 python create_input_files.py --dataset shapes    # generated pictures
 python create_input_files.py --dataset own --captions own.csv --images own
@@ -43,43 +43,32 @@ def main(args):
     with no_empty_folder(args.data_folder):
         records, notes, source = find_records(args)
         utils.check_disk(args.data_folder, len(records) * 3 * args.image_size**2)
+        sizes = {"image_size": args.image_size, "captions_per_image": args.captions_per_image}
+        limits = {"min_word_freq": args.min_word_freq, "max_len": args.max_len, "seed": args.seed}
+        about = {"dataset": args.dataset, "source": source, "workers": args.workers}
         summaries, word_map = datasets.write_dataset(
-            args.data_folder,
-            records,
-            dataset=args.dataset,
-            source=source,
-            captions_per_image=args.captions_per_image,
-            min_word_freq=args.min_word_freq,
-            max_len=args.max_len,
-            image_size=args.image_size,
-            seed=args.seed,
-            workers=args.workers,
+            args.data_folder, records, **about, **sizes, **limits
         )
     sheet = draw_examples(args, name, anew=True)
     for note in [*notes, *describe_losses(summaries, args)]:
         print(f"Note: {note}.")
     print(describe(summaries, word_map, args))
     print(
-        f"\nMade {name} in {args.data_folder} in {time.monotonic() - start:.0f} s. Look at {sheet}: "
+        f"\nMade {name} in {args.data_folder} in {time.monotonic() - start:.0f} s. See {sheet}: "
         "are the pictures right, and do the captions fit them?"
     )
 
 
 def find_records(args):
-    """:return: list of ``datasets.Record``, notes for the user, and in words where they come from"""
+    """:return: list of ``datasets.Record``, notes for the user, and where they come from"""
     if args.dataset == "shapes":
         return *datasets.shapes_records(seed=args.seed, size=args.image_size), "generated"
     if args.images:
         captions = captions_of(args)
         return *datasets.custom_records(args.images, captions, args.seed), name_of(captions)
     folders = args.source or [args.data_folder]
-    missing = datasets.missing_flickr8k_archives(folders)
-    if missing and args.source:
-        where, lacking = " ".join(str(f.absolute()) for f in folders), " and ".join(missing)
-        raise UserError(
-            f"{where} lacks {lacking} (packed or unpacked); leave out --source to download"
-        )
-    download(args.data_folder, missing)
+    if not args.source:
+        download(args.data_folder, datasets.missing_flickr8k_archives(folders))
     split = "official split" if datasets.flickr8k_split_lists(folders) else "split by seed"
     return *datasets.flickr8k_records(folders, args.seed), f"Flickr8k, {split}"
 
@@ -87,120 +76,75 @@ def find_records(args):
 # ---------------------------------------------------------------- beyond the main path
 
 KNOWN = ("flickr8k", "flickr30k", "coco", "shapes")
+NUMBERS = {  # flags: lowest, highest and default value, help
+    "captions_per_image": (1, 100, 5, "captions to train on; more are drawn from by --seed"),
+    "min_word_freq": (1, 10**6, 5, "rarer words of the training captions become <unk>"),
+    "max_len": (1, 1000, 50, "do not train on captions of more words than this"),
+    "image_size": (32, 1024, 256, "side of the stored pictures, in pixels"),
+    "seed": (0, 2**32 - 1, 0, "seed of everything that is drawn by lot"),
+    "workers": (1, 256, utils.available_cores(), "threads that decode pictures"),
+}
 
 
 def get_args_parser():
-    examples = __doc__.strip().partition("\n\n")[2]
-    parser = utils.ArgumentParser(description=__doc__.split("\n")[0], examples=examples)
+    description, _, examples = __doc__.strip().partition("\n\n")
+    parser = utils.ArgumentParser(description=description, examples=examples)
     group = parser.add_argument_group("where the pictures and captions come from")
     group.add_argument(
         "--dataset",
         type=lambda name: name.lower() if name.lower() in KNOWN else name,
         default="flickr8k",
-        metavar="NAME",
-        help="flickr8k, flickr30k, coco, shapes (generated), or a name for your own data",
+        help=f"{', '.join(KNOWN)} (generated), or a name for your own data",
     )
-    group.add_argument(
-        "--source",
-        type=Path,
-        nargs="+",
-        metavar="FOLDER",
-        help="folder with Flickr8k's archives, with what they unpack to, or with Kaggle's Flickr8k; "
-        "if not given, they are looked for in --data_folder and downloaded to it",
-    )
-    group.add_argument(
-        "--captions",
-        "--karpathy_json",
-        action="extend",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="captions, with --images: CSV with the header image,caption[,split], JSON with the same keys, "
-        "name.jpg#0<TAB>caption, COCO's or Karpathy's JSON files, Kaggle's Flickr30k",
-    )
-    group.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="FOLDER",
-        help="folder or zip archive of the pictures; without --captions a Hugging Face image folder, "
-        "which holds metadata.csv or metadata.jsonl",
-    )
-    group = parser.add_argument_group("what is made of them")
-    group.add_argument(
-        "--data_folder",
-        type=Path,
-        default=Path("data"),
-        metavar="FOLDER",
-        help="folder that the files are written to",
-    )
-    for flag, low, high, default, text in (
+    for flags, metavar, text in (
+        (["--source"], "FOLDER", "Flickr8k: its archives, what they unpack to, or Kaggle's folder"),
         (
-            "captions_per_image",
-            1,
-            100,
-            5,
-            "captions of each picture to train on; more are drawn from by --seed",
+            ["--captions", "--karpathy_json"],
+            "FILE",
+            "CSV with the header image,caption[,split], JSON with the same keys, name.jpg#0<TAB>"
+            "caption, COCO's or Karpathy's JSON files, Kaggle's Flickr30k",
         ),
         (
-            "min_word_freq",
-            1,
-            10**6,
-            5,
-            "rarer words of the training captions become <unk>; raise it for a smaller vocabulary",
+            ["--images"],
+            "FOLDER",
+            "folder or zip archive of pictures; without --captions it holds metadata.csv or .jsonl",
         ),
-        ("max_len", 1, 1000, 50, "do not train on captions of more words than this"),
-        ("image_size", 32, 1024, 256, "side of the stored pictures, in pixels"),
-        ("seed", 0, 2**32 - 1, 0, "seed of everything that is drawn by lot"),
-        ("workers", 1, 256, utils.available_cores(), "threads that decode pictures"),
     ):
-        group.add_argument(
-            f"--{flag}", type=utils.bounded(int, low, high), default=default, metavar="N", help=text
-        )
-    group.add_argument(
-        "--force", action="store_true", help="make the files again if they are there"
-    )
+        options = {"action": "extend", "type": Path, "nargs": "+", "metavar": metavar}
+        group.add_argument(*flags, **options, help=text)
+    group = parser.add_argument_group("what is made of them")
+    folder = Path("data")
+    group.add_argument("--data_folder", type=Path, default=folder, help="where the files go")
+    for flag, (low, high, default, text) in NUMBERS.items():
+        bounds = utils.bounded(int, low, high)
+        group.add_argument(f"--{flag}", type=bounds, default=default, help=text)
+    group.add_argument("--force", action="store_true", help="make the files again")
     return parser
 
 
 def check_flags(args):
     """:raises UserError: if two flags contradict each other, or one is missing"""
+    name, listed = f"--dataset {args.dataset}", args.images or args.captions
     datasets.check_name(args.dataset, "--dataset", 64)
-    own, close = (
-        args.dataset not in KNOWN,
-        difflib.get_close_matches(args.dataset.lower(), KNOWN, 1),
-    )
+    near = difflib.get_close_matches(args.dataset.lower(), KNOWN, 1)
+    hint = f"did you mean {near[0]}? Else" if near else "for your own data"
     for is_wrong, message in (
-        (
-            args.dataset == "shapes" and (args.images or args.captions or args.source),
-            "--dataset shapes is generated: leave out --source, --images and --captions",
-        ),
-        (
-            args.source and (args.images or args.captions or args.dataset != "flickr8k"),
-            "--source is for Flickr8k; other data is given by --images and --captions",
-        ),
-        (
-            args.captions and not args.images,
-            "--captions needs --images, the folder of the pictures",
-        ),
+        (args.dataset == "shapes" and (listed or args.source), f"{name} takes no other data"),
+        (args.source and args.dataset != "flickr8k", f"--source is for Flickr8k, not for {name}"),
+        (args.source and listed, "--source is for Flickr8k; leave out --images and --captions"),
+        (args.captions and not args.images, "--captions needs --images, the folder of pictures"),
+        (listed and args.dataset == "flickr8k", f"{name} is for --source; give another name"),
         (
             args.images and not captions_of(args),
-            "--images needs --captions, unless it is a Hugging Face image folder",
+            "--images needs --captions, or metadata in a folder",
         ),
         (
-            not args.images and args.dataset in ("flickr30k", "coco"),
-            f"--dataset {args.dataset} needs --captions and --images, for instance --captions "
-            f"dataset_{args.dataset}.json --images FOLDER",
+            not listed and args.dataset in ("flickr30k", "coco"),
+            f"{name} needs --captions and --images, such as dataset_{args.dataset}.json and FOLDER",
         ),
         (
-            not args.images and own,
-            f"--dataset {args.dataset} is none of {', '.join(KNOWN)}"
-            + (f" (did you mean {close[0]}?)" if close else "")
-            + "; for your own data give --images and --captions too",
-        ),
-        (
-            args.images and args.dataset == "flickr8k",
-            "--images with --dataset flickr8k: give your own data another name, and Flickr8k's folder by --source",
+            not listed and args.dataset not in KNOWN,
+            f"{name} is none of {', '.join(KNOWN)}; {hint} give --images and --captions too",
         ),
     ):
         if is_wrong:
@@ -213,10 +157,7 @@ def captions_of(args):
 
 
 def is_prepared(args, name):
-    """Whether all files are there.
-
-    :raises UserError: if they are, but broken or made with other settings
-    """
+    """Whether all files are there; raises UserError if they are broken or of other settings."""
     paths = [datasets.split_path(args.data_folder, split, name) for split in datasets.SPLITS]
     word_map = datasets.word_map_path(args.data_folder, name)
     if not all(path.exists() for path in [*paths, word_map]):
@@ -225,22 +166,15 @@ def is_prepared(args, name):
         word_map = datasets.load_word_map(word_map)
     except UserError as error:
         raise UserError(f"{error}; --force makes it again") from error
-    source = args.images and name_of(captions_of(args))
+    wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
+    wanted |= {"source": name_of(captions_of(args))} if args.images else {}
     for path in paths:
         dataset = datasets.CaptionDataset(path)
         dataset.check_word_map(word_map)
-        made = dataset.attributes
-        for key in ("max_len", "image_size", "seed"):
-            if made[key] != getattr(args, key):
-                raise UserError(
-                    f"{path} was made with --{key} {made[key]}, not {getattr(args, key)}; give "
-                    "--force to make it again, or another --data_folder"
-                )
-        if source and made["source"] != source:
-            raise UserError(
-                f"{path} was made from {made['source']}, not {source}; give --force to make it "
-                "again, or another --dataset name"
-            )
+        for key, value in wanted.items():
+            if dataset.attributes[key] != value:
+                what = f"{path} was made with {key} {dataset.attributes[key]}, not {value}"
+                raise UserError(f"{what}; give --force to make it again, or another --data_folder")
     return True
 
 
@@ -249,12 +183,10 @@ def name_of(paths):
     names = []
     for path in paths:
         try:
-            content = b"" if path.is_dir() else path.read_bytes()
+            digest = "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot read {path.absolute()}: {reason}") from error
-        digest = f" (SHA-256 {hashlib.sha256(content).hexdigest()[:12]})" if content else ""
-        names.append(f"{path.name}{digest}")
+            raise UserError(f"cannot read {path.absolute()}: {error.strerror or error}") from error
+        names.append(f"{path.name} (SHA-256 {digest})" if digest else path.name)
     return ", ".join(names)
 
 
@@ -351,9 +283,7 @@ def _fetch(url, part, size, timeout):
             while chunk := response.read1(2**18):  # what has come, so that a stall loses nothing
                 have += len(chunk)
                 if have > 2 * size:
-                    raise OSError(
-                        f"the server sends more than {2 * size:,} bytes, expected about {size:,}"
-                    )
+                    raise OSError(f"the server sends more than {2 * size:,} bytes")
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and have < total:
@@ -365,28 +295,21 @@ def _fetch(url, part, size, timeout):
 
 def describe_losses(summaries, args):
     """:return: list of lines that say what was left out, and why"""
-    lines = []
+    lines, train = [], summaries["train"]
     for split, summary in summaries.items():
         for key, what in (
             ("empty", "captions without a word were left out"),
-            (
-                "too_long",
-                "captions longer than --max_len are kept as references, but not trained on",
-            ),
+            ("too_long", "captions longer than --max_len are references, but not trained on"),
             ("without_captions", "pictures without a usable caption were left out"),
         ):
-            if summary[key]:
-                lines.append(f"{split}: {summary[key]:,} {what}")
+            lines += [f"{split}: {summary[key]:,} {what}"] * (summary[key] > 0)
         unreadable = summary["unreadable"]
         lines += [f"{split}: left out, {message}" for message in unreadable[:20]]
         if len(unreadable) > 20:
             lines.append(f"{split}: left out, {len(unreadable) - 20:,} more that cannot be read")
-    train = summaries["train"]
     if train["unknown"] > 0.2 * train["words"]:
-        lines.append(
-            f"{train['unknown'] / train['words']:.0%} of the words of the training captions are <unk>, since they occur "
-            f"fewer than {args.min_word_freq} times; lower --min_word_freq, or give more captions"
-        )
+        share = f"{train['unknown'] / train['words']:.0%} of the words of the training captions"
+        lines.append(f"{share} are <unk>; lower --min_word_freq {args.min_word_freq}")
     return lines
 
 
@@ -394,22 +317,18 @@ def describe(summaries, word_map, args):
     """:return: table of what was written, as text"""
     lines = ["", "split   pictures   captions  references     words    <unk>       size"]
     for split, s in summaries.items():
-        unknown = 100 * s["unknown"] / max(s["words"], 1)
-        lines.append(
-            f"{split:<6}{s['pictures']:>10,}{s['captions']:>11,}{s['references']:>12,}{s['words']:>10,}"
-            f"{unknown:>7.1f} %{s['bytes'] / 1e6:>8,.0f} MB"
-        )
-    lines.append(
-        f"Vocabulary: {len(word_map) - 4:,} words and 4 special tokens. Words that occur fewer than "
-        f"{args.min_word_freq:,} times in the training captions become <unk>."
+        unknown, size = 100 * s["unknown"] / max(s["words"], 1), s["bytes"] / 1e6
+        counts = f"{s['pictures']:>10,}{s['captions']:>11,}{s['references']:>12,}{s['words']:>10,}"
+        lines.append(f"{split:<6}{counts}{unknown:>7.1f} %{size:>8,.0f} MB")
+    return "\n".join(lines) + (
+        f"\nVocabulary: {len(word_map) - 4:,} words and 4 special tokens. Words that occur fewer "
+        f"than {args.min_word_freq:,} times in the training captions become <unk>."
     )
-    return "\n".join(lines)
 
 
 def draw_examples(args, name, anew=False):
-    """Draw the contact sheet, and write a few generated test pictures for caption.py.
+    """Draw the contact sheet, and a few generated pictures for caption.py, if not there or anew.
 
-    :param anew: even if they are there
     :return: path of the contact sheet
     """
     from PIL import Image

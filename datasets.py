@@ -133,8 +133,8 @@ def open_image(source, size=None, name=None):
     except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
         name = name or ("the picture" if isinstance(source, bytes) else source)
         raise UserError(
-            f"cannot read {name} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, BMP, "
-            f"WebP or TIFF file of at most {MAX_PIXELS:,} pixels"
+            f"cannot read {name} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, WebP "
+            f"or TIFF file of at most {MAX_PIXELS:,} pixels"
         ) from error
 
 
@@ -380,12 +380,16 @@ def collate(dataset, indices):
 
 
 # ---------------------------------------------------------------- beyond the main path
+
 # Each gives the path of a file in a folder; `name` is what all files of a data set share.
 split_path = lambda folder, split, name: Path(folder) / f"{split.upper()}_{name}.hdf5"
 word_map_path = lambda folder, name: Path(folder) / f"WORDMAP_{name}.json"
 contact_sheet_path = lambda folder, name: Path(folder) / f"CONTACT_SHEET_{name}.png"
 pictures_folder = lambda folder, name: Path(folder) / f"PICTURES_{name}"  # generated ones, as PNG
 features_path = lambda at, name, split, key: Path(at) / f"FEATURES_{split.upper()}_{name}_{key}.npy"
+checkpoint_path = lambda at, name, best=False: (
+    Path(at) / f"{'BEST_' * best}checkpoint_{name}.pth.tar"
+)
 log_path = lambda folder, name: Path(folder) / f"log_{name}.jsonl"
 curves_path = lambda folder, name: Path(folder) / f"curves_{name}.png"
 captions_path = lambda at, name, split, beam: Path(at) / f"captions_{split}_{name}_beam{beam}.json"
@@ -394,24 +398,17 @@ attention_path = lambda folder, image, suffix: Path(folder) / f"{image}_attentio
 lock_path = lambda path: Path(path).with_name(f".{Path(path).name}.lock")
 
 
-def checkpoint_path(folder, name, best=False):
-    """Path of the last checkpoint, or of the best one."""
-    return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{name}.pth.tar"
-
-
 def base_name(dataset, captions_per_image, min_word_freq):
     """Name that all files of one data set share: ``flickr8k_5_cap_per_img_5_min_word_freq``."""
     return f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
 
 
 def check_name(name, what="the data's name", longest=120):
-    """:raises UserError: if a name cannot be part of a file's name, or would lead to another folder"""
+    """:raises UserError: if a name cannot be part of a file's name or leads to another folder"""
     pattern = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{longest - 1}}}"
     if not isinstance(name, str) or not regex.fullmatch(pattern, name):
-        raise UserError(
-            f"{what} {name!r}: expected a name of at most {longest} letters, digits, dots, dashes "
-            "and underscores, since files are called by it"
-        )
+        known = f"at most {longest} letters, digits, dots, dashes and underscores"
+        raise UserError(f"{what} {name!r}: expected {known}, since files are called by it")
 
 
 TOKENIZER = "NFC, lower case, runs of letters, marks and digits"
@@ -429,12 +426,8 @@ def load_word_map(path):
     """
     word_map = utils.read_json(path)
     ids = list(word_map.values()) if isinstance(word_map, dict) else [None]
-    if (
-        any(type(i) is not int for i in ids)
-        or sorted(ids) != list(range(len(ids)))
-        or not {PAD, UNK, START, END} <= set(word_map)
-        or word_map[PAD] != PAD_ID
-    ):
+    has_ids = all(type(i) is int for i in ids) and sorted(ids) == list(range(len(ids)))
+    if not has_ids or not {UNK, START, END} <= set(word_map) or word_map.get(PAD) != PAD_ID:
         raise UserError(
             f"{path} is no word map: expected a JSON object that numbers words from {PAD}'s 0 on, "
             f"each number once, with {UNK}, {START} and {END}; create_input_files.py makes it"
@@ -505,8 +498,6 @@ def _read_bytes(source):
 
 def _why(error):
     """What an exception of reading a file means to the user."""
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
     if isinstance(error, UnidentifiedImageError):
         return "not in a known format"
     if isinstance(error, Image.DecompressionBombError):
@@ -595,9 +586,8 @@ class _Pictures:
                 found.append(((common, common == depth, _common_end(parts, wanted)), path))
         found.sort(key=lambda item: item[0], reverse=True)
         if len(found) > 1 and found[0][0] == found[1][0]:
-            raise UserError(
-                f"{name!r} may be {found[0][1]} or {found[1][1]}: give more of its path"
-            )
+            several = f"{found[0][1]} or {found[1][1]}"
+            raise UserError(f"{name!r} may be {several}: give more of its path")
         return found[0][1] if found else None
 
     def count(self):
@@ -606,8 +596,7 @@ class _Pictures:
         return sum(_suffix(parts[-1]) != "" for parts, *_ in files)
 
 
-def _parts(name):
-    return tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+_parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
 
 
 def _suffix(name):
@@ -638,11 +627,10 @@ def _list_files(place):
         raise UserError(f"there is no folder and no zip archive {place.absolute()}")
     seen = set()
     for folder, subfolders, files in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
+            subfolders[:], files = [], []
+        seen.add(real)
         subfolders.sort()
-        if os.path.realpath(folder) in seen:  # links may lead in a circle
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
         for path in (Path(folder, name) for name in sorted(files)):
             yield path.relative_to(place).as_posix(), path
 
@@ -807,8 +795,6 @@ READERS = ((r"[\[{]", _json_rows), (_TOKEN.pattern, _token_rows), ("", _csv_rows
 
 # ----------------------------------------------------------------------------------------- sources
 
-MAX_LOST = 0.03  # a data set that lacks a larger share of its pictures is damaged or another one
-
 
 def custom_records(images, captions, seed):
     """The user's own pictures and captions, or a published data set in one of the known formats.
@@ -853,7 +839,7 @@ def flickr8k_records(folder, seed=0):
     :raises UserError: if something is missing or damaged
     """
     places, notes = _as_list(folder), []
-    where = ", ".join(map(str, places))
+    where = ", ".join(str(place.absolute()) for place in places)
     for archive in missing_flickr8k_archives(places):
         raise UserError(f"{where} holds none of {', '.join((*FLICKR8K[archive], archive))}")
     images = _first(places, [*FLICKR8K["Flickr8k_Dataset.zip"], "Flickr8k_Dataset.zip"])
@@ -869,10 +855,10 @@ def flickr8k_records(folder, seed=0):
         captions[row.image] += row.captions
     rows = [Row(name, texts) for name, texts in captions.items()]
     if lists:
-        names = (
-            (split, name) for split, path in lists.items() for name in _read_text(path).split("\n")
-        )
-        rows = [Row(n.strip(), captions[n.strip()], split) for split, n in names if n.strip()]
+        names = [
+            (name, s) for s in lists for name in map(str.strip, _read_text(lists[s]).split("\n"))
+        ]
+        rows = [Row(name, captions[name], split) for name, split in names if name]
         notes += _check_missing([row.image for row in rows if not row.captions], len(rows), source)
     else:
         notes.append("for the official split put Flickr8k_text.zip beside captions.txt")
@@ -907,8 +893,7 @@ def _first(places, names):
     return next((path for path in paths if path.exists()), None)
 
 
-def _as_list(paths):
-    return [Path(path) for path in (paths if isinstance(paths, (list, tuple)) else [paths])]
+_as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
 
 
 def _records(rows, pictures, where, seed, notes):
@@ -945,12 +930,11 @@ def _records(rows, pictures, where, seed, notes):
             image = functools.partial(open_image, path)
             records.append(Record(name, splits[name], row.captions, image, None, row.image_id))
     notes = [*notes, *dealt, *_check_missing(missing, len(described), pictures.places)]
-    if len(described) < len(gathered):
-        without = len(gathered) - len(described)
-        notes.append(f"{without:,} pictures have no caption in {where}; they are left out")
-    if repeated:
-        what = f"{repeated:,} rows of {where} repeat a caption of the same picture"
-        notes.append(f"{what}; they are left out")
+    for count, what in (
+        (len(gathered) - len(described), f"pictures have no caption in {where}"),
+        (repeated, f"rows of {where} repeat a caption of the same picture"),
+    ):
+        notes += [f"{count:,} {what}; they are left out"] * (count > 0)
     return records, notes
 
 
@@ -964,9 +948,8 @@ def _check_missing(missing, total, where):
     return [f"{name!r} is missing in {where} (or has no caption); left out" for name in missing]
 
 
-def too_many_lost(lost, total):
-    """Whether so many pictures are lost that the data set should not be used."""
-    return lost > max(1, MAX_LOST * total)  # one may always be
+# one picture may always be lost; a data set that lacks more than 3 % is damaged or another one
+too_many_lost = lambda lost, total: lost > max(1, 0.03 * total)
 
 
 def _deal_splits(splits, seed):
@@ -1012,10 +995,14 @@ SHAPE_COLORS = {
     "black": (18, 18, 20),
 }
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
-_TINTS = "98a0aa b0a090 94a698 aa98a8 92a0b8 a6a6a0".split()
+_TINTS = ("98a0aa", "b0a090", "94a698", "aa98a8", "92a0b8", "a6a6a0")
 PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _INVERSE = {"left": "right", "above": "below"}
-_COLUMNS, _ROWS = ("left", "", "right"), ("top", "", "bottom")
+_PLACES = (
+    *("at the top left", "at the top", "at the top right"),
+    *("on the left", "in the middle", "on the right"),
+    *("at the bottom left", "at the bottom", "at the bottom right"),
+)
 _MARGIN = 0.03
 
 
@@ -1116,15 +1103,7 @@ def _describe_one(rng, scene, place):
     thing = scene["objects"][0]
     short = f"{thing['color']} {thing['shape']}"
     long = f"{thing['size']} {short}"
-    column, row = _COLUMNS[place[0]], _ROWS[place[1]]
-    where = (
-        f"at the {row} {column}".strip()
-        if row
-        else f"on the {column}"
-        if column
-        else "in the middle"
-    )
-    on = f"on a {scene['background']} background"
+    where, on = _PLACES[place[0] + 3 * place[1]], f"on a {scene['background']} background"
     sentences = [
         f"a {long} {on}",
         f"a {long} {where}",
@@ -1187,9 +1166,7 @@ def _draw_background(rng, kind, size):
     elif kind == "speckled":
         grain = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
         light = 0.86 + grain * np.float32(0.28 / 255)
-    return (tint * light[..., None]).astype(
-        np.uint8
-    )  # at most 255, since the tints are dark enough
+    return (tint * light[..., None]).astype(np.uint8)  # the tints are dark enough for that
 
 
 # ------------------------------------------------------------------------------------ HDF5 and disk
@@ -1200,16 +1177,12 @@ FORMAT = ("show-attend-and-tell captions", 1)  # with its version
 
 
 def _check_parts(parts, word_map, dataset, min_word_freq):
-    for split, records in parts.items():
-        if not records:
-            raise UserError(
-                f"{dataset} has no pictures in its {split} split; each split needs some"
-            )
+    lacking = [split for split in SPLITS if not parts[split]]
+    if lacking:
+        raise UserError(f"{dataset} has no pictures in its {lacking[0]} split; each needs some")
     if len(word_map) == len((PAD, UNK, START, END)):
-        raise UserError(
-            f"no word of the training captions occurs {min_word_freq} times; check that they hold "
-            "words, or lower --min_word_freq"
-        )
+        what = f"no word of the training captions occurs {min_word_freq} times"
+        raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")
 
 
 def _choose_captions(records, settings):
@@ -1282,8 +1255,7 @@ def _write_images(file, kept, size, workers):
                     f"read, too many to go on; the last: {image}"
                 ) from image
         else:
-            # a chunk is a picture, so there is nothing to select or filter
-            images.id.write_direct_chunk((len(readable), 0, 0, 0), image)
+            images.id.write_direct_chunk((len(readable), 0, 0, 0), image)  # a chunk is a picture
             digest.update(image)
             readable.append(i)
     if not readable:
@@ -1300,18 +1272,9 @@ def _load_square(record, size):
         return error
 
 
-def _valid_text(name):
-    """A name that UTF-8 can hold: Linux allows names that are no text."""
-    return name.encode("utf-8", "replace").decode()
-
-
-def _pack(value):
-    """JSON as uint8; :func:`_unpack` is its inverse."""
-    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
-
-
-def _unpack(data):
-    return json.loads(data[:].tobytes())
+_valid_text = lambda name: name.encode("utf-8", "replace").decode()  # Linux allows any bytes
+_pack = lambda value: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
+_unpack = lambda data: json.loads(data[:].tobytes())
 
 
 def _write_attributes(file, split, settings, word_map, images_digest, about):
@@ -1354,9 +1317,8 @@ def _attributes(file):
     }
     if (attributes.get("format"), attributes.get("format_version")) != FORMAT:
         raise ValueError("it is of another format or version")
-    size = os.path.getsize(file.filename)
-    if any(item.nbytes > size for item in file.values()):  # nothing in it is compressed
-        raise ValueError("it claims more than it holds")
+    if any(item.nbytes > os.path.getsize(file.filename) for item in file.values()):
+        raise ValueError("it claims more than it holds")  # for nothing in it is compressed
     return attributes
 
 
@@ -1389,8 +1351,9 @@ def _stored_list(dataset, key, is_valid):
     return values
 
 
-def _is_list_of(value, kind):
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+_is_list_of = lambda value, kind: (
+    isinstance(value, list) and all(isinstance(v, kind) for v in value)
+)
 
 
 def _is_scene(scene):
@@ -1432,7 +1395,7 @@ def feature_key(encoder_digest, images_digest, dtype):
 
 
 def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2):
-    """Features of the pictures of a split, from the feature store ``path`` or computed and kept there.
+    """Features of the pictures of a split: read from the feature store ``path``, or computed for it.
 
     With several processes each computes its share of a store. A run that is stopped leaves what it
     has computed, and the next one goes on from there. Where no file can be written, the features
@@ -1498,9 +1461,8 @@ def _encoded(dataset, encode, numbers, batch_size, workers):
     import torch
 
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    with utils.progress(
-        total=len(numbers), desc=f"encoding {dataset.split}", unit="picture"
-    ) as bar:
+    bar = utils.progress(total=len(numbers), desc=f"encoding {dataset.split}", unit="picture")
+    with bar:
         for batch, images in zip(batches, read_ahead(dataset.images, batches, workers)):
             yield batch, encode(torch.from_numpy(images)).to(torch.float16).cpu().numpy()
             bar.update(len(batch))
@@ -1509,13 +1471,14 @@ def _encoded(dataset, encode, numbers, batch_size, workers):
 def _write_features(path, dataset, encode, batch_size, workers):
     """Write a feature store; each process of the run fills in its share.
 
-    It grows as ``.NAME.partial.npy``, and ``.NAME.finished.npy`` says which pictures' features are
-    in it, so that a run that was stopped can be continued.
+    It grows as ``.NAME.growing``, and ``.NAME.finished``, a byte for each picture, says what is in
+    it already, so that a run that was stopped can be continued.
     """
-    partial, finished = (path.with_name(f".{path.stem}.{p}.npy") for p in ("partial", "finished"))
+    partial, finished = (path.with_name(f".{path.name}.{p}") for p in ("growing", "finished"))
     is_new = utils.broadcast(not (partial.exists() and finished.exists()))
     numbers = np.arange(len(dataset))[utils.share(len(dataset))]
-    numbers = numbers if is_new else numbers[~np.load(finished)[numbers]]
+    if not is_new:
+        numbers = numbers[~np.fromfile(finished, bool)[numbers]]
     parts = _encoded(dataset, encode, numbers, batch_size, workers)
     first = next(parts, None)
     shapes = utils.all_gather(first and first[1].shape[1:])
@@ -1525,12 +1488,13 @@ def _write_features(path, dataset, encode, batch_size, workers):
         try:
             np.lib.format.open_memmap(partial, "w+", np.float16, shape)
             reserve(partial, partial.stat().st_size)
-            np.lib.format.open_memmap(finished, "w+", bool, (len(dataset),))
+            with utils.atomic_path(finished) as temporary:
+                temporary.write_bytes(bytes(len(dataset)))
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"cannot write {path}: {error.strerror}; make room for it") from error
     utils.barrier()
-    features, done = (np.lib.format.open_memmap(file, "r+") for file in (partial, finished))
+    features, done = np.load(partial, mmap_mode="r+"), np.memmap(finished, bool, "r+")
     fresh = []
 
     def save():
@@ -1550,9 +1514,8 @@ def _write_features(path, dataset, encode, batch_size, workers):
     finally:
         save()
         if not done.all() and utils.world_size() == 1:
-            utils.note(
-                f"{done.sum():,} of {len(done):,} pictures are encoded; the next run goes on"
-            )
+            count = f"{done.sum():,} of {len(done):,} pictures are encoded"
+            utils.note(f"{count}; the next run goes on from there")
     utils.barrier()  # all have written
     if utils.is_main():
         os.replace(partial, path)
