@@ -477,8 +477,8 @@ def load_embeddings(path, word_map, embed_dim):
 # ----------------------------------------------------------------------------------- reading files
 
 MAX_BYTES = 2**28  # of a file of a picture or a text
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp"))
-PICTURE_SUFFIXES |= {".avif", ".tif", ".tiff", ".ppm", ".pgm"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp", ".avif"}
+PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def _read_bytes(source):
@@ -488,10 +488,8 @@ def _read_bytes(source):
     packed = isinstance(source, zipfile.Path)
     source = source if packed else Path(source)
     size = source.root.getinfo(source.at).file_size if packed else source.stat().st_size
-    if not source.is_file():  # a named pipe would be waited for, for ever
-        raise UserError("it is no regular file")
-    if size > MAX_BYTES:
-        raise UserError(f"it says it has {size:,} bytes, expected at most {MAX_BYTES:,}")
+    if size > MAX_BYTES or not source.is_file():  # a named pipe would be waited for, for ever
+        raise UserError(f"it is no regular file of at most {MAX_BYTES:,} bytes")
     with source.open("rb") as file:
         return file.read()
 
@@ -507,12 +505,10 @@ def _why(error):
 
 
 def _read_text(path):
-    data = b""
     try:
-        data = _read_bytes(path)
-        return data.decode("utf-8-sig")
+        return _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
     except Exception as error:  # zipfile raises several types on damaged archives
         raise UserError(f"cannot read {path}: {_why(error)}") from error
@@ -531,26 +527,21 @@ def _open_zip(path):
 
 
 def _to_rgb(image):
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_scale_to_bytes(np.asarray(image), image.mode)).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        if image.mode.startswith("I;16"):
+            low, high = 0, 65535
+        elif low >= 0:
+            scales = (1, 255) if image.mode == "F" else (255, 65535)
+            low, high = 0, next((scale for scale in scales if high <= scale), high)
+        values = np.rint((values - low) * (255 / max(high - low, 1e-12)))
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _scale_to_bytes(values, mode):
-    """A 16-bit, 32-bit or float picture as uint8; its mode and extremes tell the scale."""
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    if mode.startswith("I;16"):
-        low, high = 0, 65535
-    elif low >= 0:
-        scales = (1, 255) if mode == "F" else (255, 65535)
-        low, high = 0, next((scale for scale in scales if high <= scale), high)
-    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
 class _Pictures:
@@ -560,7 +551,7 @@ class _Pictures:
     """
 
     def __init__(self, places):
-        self.places = ", ".join(map(str, _as_list(places)))  # for messages
+        self.places, self.count = ", ".join(map(str, _as_list(places))), 0  # for messages
         self._files = collections.defaultdict(list)  # by normalised name without suffix
         for place in _as_list(places):
             root = _parts(os.path.abspath(place.with_suffix("") if place.is_file() else place))
@@ -568,6 +559,7 @@ class _Pictures:
                 parts = _parts(name)
                 if "__MACOSX" not in parts and not parts[-1].startswith("._"):  # macOS adds these
                     self._files[_normal(parts)[-1]].append((root + parts, len(parts), path))
+                    self.count += _suffix(parts[-1]) != ""
 
     def find(self, name):
         """The path of a picture that a source calls by its name or by a longer or shorter path.
@@ -589,11 +581,6 @@ class _Pictures:
             several = f"{found[0][1]} or {found[1][1]}"
             raise UserError(f"{name!r} may be {several}: give more of its path")
         return found[0][1] if found else None
-
-    def count(self):
-        """Number of files that are pictures by their names."""
-        files = itertools.chain.from_iterable(self._files.values())
-        return sum(_suffix(parts[-1]) != "" for parts, *_ in files)
 
 
 _parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
@@ -812,8 +799,8 @@ def custom_records(images, captions, seed):
     rows = itertools.chain.from_iterable(read_rows(path, notes) for path in captions)
     pictures, where = _Pictures(images), ", ".join(map(str, captions))
     records, notes = _records(rows, pictures, where, seed, notes)
-    if pictures.count() > len(records):
-        unused = f"{pictures.count() - len(records):,} pictures of {pictures.places}"
+    if pictures.count > len(records):
+        unused = f"{pictures.count - len(records):,} pictures of {pictures.places}"
         notes.append(f"{unused} have no caption in {where}; they are left out")
     return records, notes
 
@@ -823,9 +810,15 @@ def karpathy_records(json_path, images, seed=0):
     return custom_records(images, json_path, seed)
 
 
-FLICKR8K = {  # each archive, what it unpacks to, and what Kaggle makes of it
-    "Flickr8k_Dataset.zip": ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"],
-    "Flickr8k_text.zip": ["Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"],
+FLICKR8K = {  # each archive, and what may stand for it: what it unpacks to, Kaggle's form, itself
+    "Flickr8k_Dataset.zip": (
+        *("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),
+        "Flickr8k_Dataset.zip",
+    ),
+    "Flickr8k_text.zip": (
+        *("Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"),
+        "Flickr8k_text.zip",
+    ),
 }
 
 
@@ -838,26 +831,21 @@ def flickr8k_records(folder, seed=0):
     :return: list of :class:`Record`, list of notes for the user
     :raises UserError: if something is missing or damaged
     """
-    places, notes = _as_list(folder), []
+    places, notes, captions = _as_list(folder), [], collections.defaultdict(list)
     where = ", ".join(str(place.absolute()) for place in places)
-    for archive in missing_flickr8k_archives(places):
-        raise UserError(f"{where} holds none of {', '.join((*FLICKR8K[archive], archive))}")
-    images = _first(places, [*FLICKR8K["Flickr8k_Dataset.zip"], "Flickr8k_Dataset.zip"])
-    token = _flickr8k_text(places, "Flickr8k.token.txt")
-    source, lists = token or _first(places, ["captions.txt"]), flickr8k_split_lists(places)
-    if not source or (token and not lists):
+    images = _first(places, FLICKR8K["Flickr8k_Dataset.zip"])
+    token, lists = _flickr8k_text(places, "Flickr8k.token.txt"), flickr8k_split_lists(places)
+    source = token or _first(places, ["captions.txt"])
+    if not images or not source or (token and not lists):
         raise UserError(
-            f"{where} lacks Flickr8k.token.txt or one of the lists Flickr_8k.trainImages.txt, "
-            "devImages.txt and testImages.txt; download Flickr8k_text.zip again"
+            f"{where} is not the whole of Flickr8k: expected {' and '.join(FLICKR8K)}, packed or "
+            "unpacked, or Kaggle's Images and captions.txt"
         )
-    captions = collections.defaultdict(list)
     for row in read_rows(source, notes):
         captions[row.image] += row.captions
     rows = [Row(name, texts) for name, texts in captions.items()]
     if lists:
-        names = [
-            (name, s) for s in lists for name in map(str.strip, _read_text(lists[s]).split("\n"))
-        ]
+        names = [(name.strip(), s) for s in lists for name in _read_text(lists[s]).split("\n")]
         rows = [Row(name, captions[name], split) for name, split in names if name]
         notes += _check_missing([row.image for row in rows if not row.captions], len(rows), source)
     else:
@@ -867,8 +855,7 @@ def flickr8k_records(folder, seed=0):
 
 def missing_flickr8k_archives(places):
     """Names of the archives that folders lack, and lack in any other form, too."""
-    places = _as_list(places)
-    return [name for name, forms in FLICKR8K.items() if not _first(places, [*forms, name])]
+    return [name for name, forms in FLICKR8K.items() if not _first(_as_list(places), forms)]
 
 
 def flickr8k_split_lists(places):
@@ -963,24 +950,21 @@ def _deal_splits(splits, seed):
     """
     known = set(splits.values())
     lacking = [split for split in ("test", "val") if split not in known]
-    pool = [name for name, split in splits.items() if not split]
-    if not pool and not lacking:
+    pool, parts = [name for name, split in splits.items() if not split], lacking or ["test", "val"]
+    size = max(1, round(len(pool) / 10))
+    if lacking and "train" in known:
+        size = math.ceil(len(pool) / len(lacking))
+        if not pool:
+            pool = [name for name, split in splits.items() if split == "train"]
+            size = max(1, round(len(pool) / 10))
+    if not pool:
         return splits, []
-    share = 1 / len(lacking) if pool and lacking and "train" in known else 0.1
-    pool = pool or [name for name, split in splits.items() if split == "train"]
-    dealt = _deal(pool, seed, lacking or ("test", "val"), share)
+    pool.sort(key=lambda n: hashlib.sha256(f"{seed}/{n}".encode("utf-8", "replace")).digest())
+    dealt = {name: [*parts, "train"][min(i // size, len(parts))] for i, name in enumerate(pool)}
     counts = collections.Counter(dealt.values())
-    parts = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
-    note = f"no split is named for {len(pool):,} pictures: dealt out by --seed {seed} as {parts}"
+    said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
+    note = f"no split is named for {len(pool):,} pictures: dealt out by --seed {seed} as {said}"
     return {**splits, **dealt}, [note]
-
-
-def _deal(names, seed, parts=("test", "val"), share=0.1):
-    """Give each part its share of the names, at least one, and train the rest: dict."""
-    digest = lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "replace")).digest()
-    size = max(1, round(len(names) * share) if share < 0.5 else math.ceil(len(names) * share))
-    ranked = enumerate(sorted(names, key=digest))
-    return {name: (*parts, "train")[min(i // size, len(parts))] for i, name in ranked}
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -1242,9 +1226,15 @@ def _write_images(file, kept, size, workers):
     images = file.create_dataset(
         "images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=(None, *shape[1:])
     )
+
+    def load(item):  # a picture as it is stored, or why it cannot be read
+        try:
+            return resize_image(item[0].image(size), size)
+        except UserError as error:
+            return error
+
     readable, unreadable, digest = [], [], hashlib.sha256()
-    load = functools.partial(_load_square, size=size)
-    squares = read_ahead(load, [record for record, *_ in kept], workers or utils.available_cores())
+    squares = read_ahead(load, kept, workers or utils.available_cores())
     split = kept[0][0].split if kept else "nothing"
     for i, image in enumerate(utils.progress(squares, total=len(kept), desc=f"writing {split}")):
         if isinstance(image, UserError):
@@ -1262,14 +1252,6 @@ def _write_images(file, kept, size, workers):
         raise UserError("a split has no picture with a caption; check the captions and --max_len")
     images.resize(len(readable), axis=0)
     return readable, unreadable, digest.hexdigest()
-
-
-def _load_square(record, size):
-    """A picture as it is stored, or why it cannot be read."""
-    try:
-        return resize_image(record.image(size), size)
-    except UserError as error:
-        return error
 
 
 _valid_text = lambda name: name.encode("utf-8", "replace").decode()  # Linux allows any bytes
@@ -1311,10 +1293,8 @@ def _damaged(path, reason):
 
 def _attributes(file):
     """What an HDF5 file says of itself, as dict; checked before the rest is read."""
-    attributes = {
-        key: value.decode() if isinstance(value, bytes) else value.item()
-        for key, value in file.attrs.items()
-    }
+    decode = lambda value: value.decode() if isinstance(value, bytes) else value.item()
+    attributes = {key: decode(value) for key, value in file.attrs.items()}
     if (attributes.get("format"), attributes.get("format_version")) != FORMAT:
         raise ValueError("it is of another format or version")
     if any(item.nbytes > os.path.getsize(file.filename) for item in file.values()):
@@ -1444,12 +1424,11 @@ def _open_features(path, count):
     """Map a feature store of ``count`` pictures: float16 (count, n, encoder_dim)."""
     try:
         features = np.load(path, mmap_mode="c")  # copy on write: torch wants to be able to write
+        is_whole = features.offset + features.nbytes == os.path.getsize(path)
         if features.dtype != np.float16 or features.ndim != 3 or not features.flags.c_contiguous:
             raise ValueError("it is no float16 array of three dimensions")
-        if features.offset + features.nbytes != os.path.getsize(path):
-            raise ValueError("it has another size than it says")
-        if len(features) != count:
-            raise ValueError(f"it has {len(features):,} pictures, expected {count:,}")
+        if len(features) != count or not is_whole:
+            raise ValueError(f"it has not the features of {count:,} pictures")
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
         what = f"the feature store {path} is damaged ({_why(error)})"
         raise UserError(f"{what}; delete it and run again") from error
