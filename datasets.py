@@ -762,21 +762,19 @@ def _csv_rows(text, path, notes):
                     notes.append(f"{where}: a field is missing; left out: {'|'.join(fields)}")
                     continue
                 if not has_picture or len(header) > 2 or len(fields) < 2:
-                    raise UserError(
-                        f"{where}: {len(fields)} fields, expected {len(header)} "
-                        f"({','.join(header)}); put captions that hold a comma in double quotes"
-                    )
+                    what = f"{where}: {len(fields)} fields, expected {len(header)}"
+                    raise UserError(f"{what}; put captions that hold a comma in double quotes")
                 fields = [fields[0], ",".join(fields[1:])]
             yield _row(dict(zip(header, fields)), where)
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
     if unlike and not bars:
-        notes.append(
-            f"{unlike:,} captions of {path} hold commas without quotes: all that follows the "
-            "picture's name was read as the caption"
-        )
+        what = f"{unlike:,} captions of {path} hold commas without quotes"
+        notes.append(f"{what}: all that follows the picture's name was read as the caption")
 
 
+# CSV with the header image,caption[,split]; JSON lines or an array with the same keys; COCO's and
+# Karpathy's JSON files; name.jpg#0<TAB>caption; Kaggle's Flickr30k
 _TOKEN = regex.compile(r"\s*(\S[^\t\n]*?)\s*#\s*\d+\s*\t(.*)")
 READERS = ((r"[\[{]", _json_rows), (_TOKEN.pattern, _token_rows), ("", _csv_rows))  # by beginnings
 
@@ -787,10 +785,7 @@ def custom_records(images, captions, seed):
     """The user's own pictures and captions, or a published data set in one of the known formats.
 
     :param images: folder or zip archive of the pictures, or a list of them
-    :param captions: file of captions, or a list: CSV with the header ``image,caption[,split]``,
-        JSON lines or a JSON array with the same keys, ``name.jpg#0<TAB>caption``, COCO's or
-        Karpathy's JSON, Kaggle's Flickr30k; or a folder with ``metadata.csv`` or
-        ``metadata.jsonl``. A picture is found by its path, above ``images`` of any beginning.
+    :param captions: file of captions, or a list of them, see ``READERS`` and :func:`read_rows`
     :param seed: pictures without a split are dealt out with it, see ``_deal_splits``
     :return: list of :class:`Record`, list of notes for the user
     :raises UserError: if a row is malformed (its line is named) or the pictures are not there
@@ -810,15 +805,9 @@ def karpathy_records(json_path, images, seed=0):
     return custom_records(images, json_path, seed)
 
 
-FLICKR8K = {  # each archive, and what may stand for it: what it unpacks to, Kaggle's form, itself
-    "Flickr8k_Dataset.zip": (
-        *("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),
-        "Flickr8k_Dataset.zip",
-    ),
-    "Flickr8k_text.zip": (
-        *("Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"),
-        "Flickr8k_text.zip",
-    ),
+FLICKR8K = {  # each archive, and what may stand for it: what it unpacks to, Kaggle's form
+    "Flickr8k_Dataset.zip": ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"],
+    "Flickr8k_text.zip": ["Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"],
 }
 
 
@@ -833,7 +822,7 @@ def flickr8k_records(folder, seed=0):
     """
     places, notes, captions = _as_list(folder), [], collections.defaultdict(list)
     where = ", ".join(str(place.absolute()) for place in places)
-    images = _first(places, FLICKR8K["Flickr8k_Dataset.zip"])
+    images = _first(places, [*FLICKR8K["Flickr8k_Dataset.zip"], "Flickr8k_Dataset.zip"])
     token, lists = _flickr8k_text(places, "Flickr8k.token.txt"), flickr8k_split_lists(places)
     source = token or _first(places, ["captions.txt"])
     if not images or not source or (token and not lists):
@@ -855,7 +844,8 @@ def flickr8k_records(folder, seed=0):
 
 def missing_flickr8k_archives(places):
     """Names of the archives that folders lack, and lack in any other form, too."""
-    return [name for name, forms in FLICKR8K.items() if not _first(_as_list(places), forms)]
+    places = _as_list(places)
+    return [name for name, forms in FLICKR8K.items() if not _first(places, [*forms, name])]
 
 
 def flickr8k_split_lists(places):
@@ -970,14 +960,8 @@ def _deal_splits(splits, seed):
 # ------------------------------------------------------------------------------------------- shapes
 
 SHAPES = ("circle", "square", "triangle", "star")
-SHAPE_COLORS = {
-    "red": (214, 34, 38),
-    "green": (28, 152, 58),
-    "blue": (32, 74, 214),
-    "yellow": (250, 212, 22),
-    "white": (250, 250, 250),
-    "black": (18, 18, 20),
-}
+SHAPE_COLORS = {"red": (214, 34, 38), "green": (28, 152, 58), "blue": (32, 74, 214)}
+SHAPE_COLORS |= {"yellow": (250, 212, 22), "white": (250, 250, 250), "black": (18, 18, 20)}
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
 _TINTS = ("98a0aa", "b0a090", "94a698", "aa98a8", "92a0b8", "a6a6a0")
 PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
@@ -1223,9 +1207,8 @@ def _write_images(file, kept, size, workers):
     :return: numbers of the readable ones, messages on the others, SHA-256 of all
     """
     shape = (len(kept), 3, size, size)
-    images = file.create_dataset(
-        "images", shape, np.uint8, chunks=(1, *shape[1:]), maxshape=(None, *shape[1:])
-    )
+    chunked = {"chunks": (1, *shape[1:]), "maxshape": (None, *shape[1:])}  # a chunk is a picture
+    images = file.create_dataset("images", shape, np.uint8, **chunked)
 
     def load(item):  # a picture as it is stored, or why it cannot be read
         try:
@@ -1240,12 +1223,10 @@ def _write_images(file, kept, size, workers):
         if isinstance(image, UserError):
             unreadable.append(str(image))
             if too_many_lost(len(unreadable), len(kept)):
-                raise UserError(
-                    f"{len(unreadable)} of the first {i + 1:,} of {len(kept):,} pictures cannot be "
-                    f"read, too many to go on; the last: {image}"
-                ) from image
+                what = f"{len(unreadable)} of the first {i + 1:,} pictures cannot be read"
+                raise UserError(f"{what}, too many to go on; the last: {image}") from image
         else:
-            images.id.write_direct_chunk((len(readable), 0, 0, 0), image)  # a chunk is a picture
+            images.id.write_direct_chunk((len(readable), 0, 0, 0), image)
             digest.update(image)
             readable.append(i)
     if not readable:
@@ -1377,23 +1358,19 @@ def feature_key(encoder_digest, images_digest, dtype):
 def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2):
     """Features of the pictures of a split: read from the feature store ``path``, or computed for it.
 
-    With several processes each computes its share of a store. A run that is stopped leaves what it
-    has computed, and the next one goes on from there. Where no file can be written, the features
-    are kept in memory.
+    With several processes each computes its share. A run that is stopped leaves what it has, and
+    the next one goes on from there. Where no file can be written, they are kept in memory.
 
     :param dataset: ``CaptionDataset``
     :param encode: function of uint8 (B, 3, S, S) torch tensors to float (B, n, encoder_dim) tensors
     :param path: feature store, a .npy file whose name holds the key; None computes into memory
     :param rows: without a store: slice of the pictures to encode; None: all
-    :param batch_size: pictures per call of ``encode``
-    :param workers: threads that read pictures
-    :return: float16 array (N, n, encoder_dim), memory-mapped if stored: the page cache keeps what
-        fits in RAM, and all processes share it
+    :return: float16 array (N, n, encoder_dim), memory-mapped if stored
     :raises UserError: if the store is damaged or the disk is full
     """
     if path is not None and not utils.broadcast(path.exists() or _is_writable(path.parent)):
         where = f"{path.parent.absolute()} may not be written"
-        utils.note(f"{where}: {dataset.split}'s features are computed anew and kept in memory")
+        utils.note(f"{where}: {dataset.split}'s features are kept in memory")
         path = rows = None
     if path is None:
         numbers = np.arange(len(dataset))[rows or slice(None)]
@@ -1453,51 +1430,45 @@ def _write_features(path, dataset, encode, batch_size, workers):
     It grows as ``.NAME.growing``, and ``.NAME.finished``, a byte for each picture, says what is in
     it already, so that a run that was stopped can be continued.
     """
-    partial, finished = (path.with_name(f".{path.name}.{p}") for p in ("growing", "finished"))
-    is_new = utils.broadcast(not (partial.exists() and finished.exists()))
+    growing, finished = (path.with_name(f".{path.name}.{what}") for what in ("growing", "finished"))
+    is_new = utils.broadcast(not (growing.exists() and finished.exists()))
     numbers = np.arange(len(dataset))[utils.share(len(dataset))]
-    if not is_new:
-        numbers = numbers[~np.fromfile(finished, bool)[numbers]]
+    numbers = numbers if is_new else numbers[~np.fromfile(finished, bool)[numbers]]
     parts = _encoded(dataset, encode, numbers, batch_size, workers)
-    first = next(parts, None)
-    shapes = utils.all_gather(first and first[1].shape[1:])
+    first = list(itertools.islice(parts, 1))
+    shapes = utils.all_gather([part[1].shape[1:] for part in first])
     if utils.is_main() and is_new:
-        shape = (len(dataset), *next(filter(None, shapes)))
+        shape = (len(dataset), *next(filter(None, shapes))[0])
         utils.check_disk(path.parent, 2 * math.prod(shape))
         try:
-            np.lib.format.open_memmap(partial, "w+", np.float16, shape)
-            reserve(partial, partial.stat().st_size)
-            with utils.atomic_path(finished) as temporary:
-                temporary.write_bytes(bytes(len(dataset)))
+            np.lib.format.open_memmap(growing, "w+", np.float16, shape)
+            reserve(growing, growing.stat().st_size)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            growing.unlink(missing_ok=True)
             raise UserError(f"cannot write {path}: {error.strerror}; make room for it") from error
+        with utils.atomic_path(finished) as temporary:
+            temporary.write_bytes(bytes(len(dataset)))
     utils.barrier()
-    features, done = np.load(partial, mmap_mode="r+"), np.memmap(finished, bool, "r+")
+    features, done = np.load(growing, mmap_mode="r+"), np.memmap(finished, bool, "r+")
     fresh = []
 
-    def save():
-        features.flush()  # the features first, so that none counts as finished before it is
-        done[fresh] = True
-        fresh.clear()
-
-    def store(part):
+    def store(part, at_once=1000):
         features[part[0]] = part[1]  # (B, n, encoder_dim)
         fresh.extend(part[0])
-        if len(fresh) >= 1000:
-            save()
+        if len(fresh) >= at_once:
+            features.flush()  # before they count as finished
+            done[fresh] = True
+            fresh.clear()
 
-    try:
-        # in a thread, so that the CNN need not wait for the disk
-        collections.deque(read_ahead(store, itertools.chain([first] if first else [], parts), 1), 0)
+    try:  # in a thread, so that the CNN need not wait for the disk
+        collections.deque(read_ahead(store, itertools.chain(first, parts), 1), maxlen=0)
     finally:
-        save()
-        if not done.all() and utils.world_size() == 1:
-            count = f"{done.sum():,} of {len(done):,} pictures are encoded"
-            utils.note(f"{count}; the next run goes on from there")
+        store(([], features[:0]), at_once=0)
+        if not done[numbers].all():
+            utils.note("the features made so far are kept: the next run goes on from there")
     utils.barrier()  # all have written
     if utils.is_main():
-        os.replace(partial, path)
+        os.replace(growing, path)
         finished.unlink()
     utils.barrier()  # and the file has its name
 
