@@ -307,6 +307,8 @@ def describe_losses(summaries, args):
         lines += [f"{split}: left out, {message}" for message in unreadable[:20]]
         if len(unreadable) > 20:
             lines.append(f"{split}: left out, {len(unreadable) - 20:,} more that cannot be read")
+    if summaries["val"]["pictures"] == 1:
+        lines.append("val: CIDEr is always 0 on a split of one picture; choose the best by BLEU-4")
     if train["unknown"] > 0.2 * train["words"]:
         share = f"{train['unknown'] / train['words']:.0%} of the words of the training captions"
         lines.append(f"{share} are <unk>; lower --min_word_freq {args.min_word_freq}")

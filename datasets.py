@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import tarfile
@@ -133,8 +134,8 @@ def open_image(source, size=None, name=None):
     except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
         name = name or ("the picture" if isinstance(source, bytes) else source)
         raise UserError(
-            f"cannot read {name} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, WebP "
-            f"or TIFF file of at most {MAX_PIXELS:,} pixels"
+            f"cannot read {name} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, WebP"
+            f" or TIFF file of at most {MAX_PIXELS:,} pixels"
         ) from error
 
 
@@ -220,13 +221,12 @@ def write_split(path, records, word_map, settings, about, workers=None):
         ``without_captions`` (pictures), ``bytes``; and ``unreadable``, a list of messages
     :raises UserError: if more than 3 % of the pictures cannot be read (a single one may always be)
     """
-    width = settings.max_len + 2
     kept, summary = _choose_captions(records, settings)
     with _new_file(path, _bytes_needed(kept, settings)) as file:
         readable, unreadable, digest = _write_images(file, kept, settings.image_size, workers)
         kept = [kept[i] for i in readable]
         encoded = [words for _, _, usable in kept for words in usable]
-        captions = np.empty((len(encoded), width), np.int32)
+        captions = np.empty((len(encoded), settings.max_len + 2), np.int32)
         for i, words in enumerate(encoded):
             captions[i] = encode_caption(words, word_map, settings.max_len)  # (max_len + 2,)
         file["captions"] = captions  # (num_captions, max_len + 2)
@@ -562,20 +562,20 @@ class _Pictures:
                     self.count += _suffix(parts[-1]) != ""
 
     def find(self, name):
-        """The path of a picture that a source calls by its name or by a longer or shorter path.
+        """The path of a picture by its name or the end of its path; None if it is not there.
 
         Case and Unicode's composition (NFC, NFD) do not matter, and a suffix may be missing.
 
-        :return: path to open, the same object each time; None if there is none
         :raises UserError: if several match equally well
         """
+        common_end = lambda a, b: sum(itertools.takewhile(bool, map(str.__eq__, a[::-1], b[::-1])))
         wanted, found = _parts(name) or ("",), []
         for parts, depth, path in self._files.get(_normal(wanted)[-1], ()):
-            common = _common_end(_normal(parts), _normal(wanted))
+            common = common_end(_normal(parts), _normal(wanted))
             # where the two paths differ, it must be above the folder that was given
             is_same = common == len(wanted) or common >= max(depth, 2)
             if is_same and len({_suffix(parts[-1]), _suffix(wanted[-1]), ""}) < 3:  # jpg, png
-                found.append(((common, common == depth, _common_end(parts, wanted)), path))
+                found.append(((common, common == depth, common_end(parts, wanted)), path))
         found.sort(key=lambda item: item[0], reverse=True)
         if len(found) > 1 and found[0][0] == found[1][0]:
             several = f"{found[0][1]} or {found[1][1]}"
@@ -586,22 +586,13 @@ class _Pictures:
 _parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
 
 
-def _suffix(name):
-    """A picture's suffix in lower case, or nothing."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix if suffix in PICTURE_SUFFIXES else ""
+_suffix = lambda name: s if (s := os.path.splitext(name)[1].lower()) in PICTURE_SUFFIXES else ""
 
 
 def _normal(parts):
     """Parts of a path as they are compared: in one case and composition, without suffix."""
     stem = parts[-1][: len(parts[-1]) - len(_suffix(parts[-1]))]
     return [unicodedata.normalize("NFC", part).casefold() for part in (*parts[:-1], stem)]
-
-
-def _common_end(parts, wanted):
-    """Number of parts, counted from the end, in which two paths agree."""
-    same = (a == b for a, b in zip(reversed(parts), reversed(wanted)))
-    return sum(itertools.takewhile(bool, same))
 
 
 def _list_files(place):
@@ -876,9 +867,7 @@ _as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) e
 def _records(rows, pictures, where, seed, notes):
     """Gather rows by picture, find the pictures, and deal out those without a split.
 
-    :param pictures: ``_Pictures``
     :param where: what messages call the source
-    :param notes: list of notes for the user
     :return: list of :class:`Record`, list of all notes
     """
     gathered, repeated = {}, 0
@@ -932,8 +921,8 @@ too_many_lost = lambda lost, total: lost > max(1, 0.03 * total)
 def _deal_splits(splits, seed):
     """Deal out the pictures whose source names no split, by the order of their names' hashes.
 
-    Without any split: 80 % train, 10 % val, 10 % test. If the source has a training split but lacks
-    val or test, these get the pictures without a split, or else 10 % of the training pictures each.
+    Without any split: 80 % train, 10 % val, 10 % test. If there is a training split, but no val or
+    test, these get the pictures without a split, or else 10 % of the training pictures each.
 
     :param splits: dict of names to splits or None
     :return: the same without None, list of notes
@@ -1219,7 +1208,8 @@ def _write_images(file, kept, size, workers):
     readable, unreadable, digest = [], [], hashlib.sha256()
     squares = read_ahead(load, kept, workers or utils.available_cores())
     split = kept[0][0].split if kept else "nothing"
-    for i, image in enumerate(utils.progress(squares, total=len(kept), desc=f"writing {split}")):
+    bar = utils.progress(squares, total=len(kept), desc=f"writing {split}", unit="picture")
+    for i, image in enumerate(bar):
         if isinstance(image, UserError):
             unreadable.append(str(image))
             if too_many_lost(len(unreadable), len(kept)):
@@ -1268,8 +1258,9 @@ def _opened(path):
 
 
 def _damaged(path, reason):
-    advice = "make it again with create_input_files.py --force"
-    return UserError(f"{path} cannot be used ({reason}); {advice}")
+    return UserError(
+        f"{path} cannot be used ({reason}); make it with create_input_files.py --force"
+    )
 
 
 def _attributes(file):
@@ -1356,7 +1347,7 @@ def feature_key(encoder_digest, images_digest, dtype):
 
 
 def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2):
-    """Features of the pictures of a split: read from the feature store ``path``, or computed for it.
+    """Features of the pictures of a split, read from the feature store ``path`` or computed for it.
 
     With several processes each computes its share. A run that is stopped leaves what it has, and
     the next one goes on from there. Where no file can be written, they are kept in memory.
@@ -1368,9 +1359,9 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     :return: float16 array (N, n, encoder_dim), memory-mapped if stored
     :raises UserError: if the store is damaged or the disk is full
     """
-    if path is not None and not utils.broadcast(path.exists() or _is_writable(path.parent)):
-        where = f"{path.parent.absolute()} may not be written"
-        utils.note(f"{where}: {dataset.split}'s features are kept in memory")
+    if path is not None and not utils.broadcast(path.exists() or _can_hold_features(path.parent)):
+        where = path.parent.absolute()
+        utils.note(f"{where} may not be written: {dataset.split}'s features are kept in memory")
         path = rows = None
     if path is None:
         numbers = np.arange(len(dataset))[rows or slice(None)]
@@ -1385,16 +1376,18 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     return _open_features(path, len(dataset))
 
 
-def _is_writable(folder):
-    """Whether files can be made in a folder, which is made if it is missing."""
+def _can_hold_features(folder):
+    """Whether files can be made and mapped in a folder, which is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(1)
+            mmap.mmap(file.fileno(), 1).close()
             return True
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return False
-        raise UserError(f"cannot write in {folder}: {error.strerror}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write in {folder}: {error.strerror}") from error
+        return False
 
 
 def _open_features(path, count):

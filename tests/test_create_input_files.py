@@ -1,4 +1,4 @@
-"""Preparing a data set as a user does: flags, downloads, running twice, what is printed and written."""
+"""Preparing a data set as a user does: flags, downloads, running twice, what is printed."""
 
 import argparse
 import contextlib
@@ -346,13 +346,13 @@ def test_a_vocabulary_that_misses_many_words_is_a_warning(own_data, tmp_path, ca
     assert "Vocabulary: 1 words and 4 special tokens" in said
 
 
-# ------------------------------------------------------------------------------------------------------------ download
+# ----------------------------------------------------------------------------------------- download
 
 ARCHIVE = np.random.default_rng(0).bytes(300_000)
 
 
 def serve(behaviour):
-    """A server on 127.0.0.1 that answers request number n with ``behaviour(handler, n, start)``; None: as it should.
+    """A server on 127.0.0.1 that answers request n with ``behaviour(handler, n, start)``, if that is None.
 
     :return: context manager of (its address, list of the first byte asked for in each request)
     """

@@ -38,7 +38,7 @@ def read_image(*args, **options):
     return np.array(datasets.open_image(*args, **options))
 
 
-# --------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 
 @given(st.text(max_size=60))
@@ -115,7 +115,7 @@ def test_vocabulary_of_flickr8k():
     assert (len(counts), sum(count >= 5 for count in counts.values())) == (7370, 2535)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def encoded(image, kind, **options):
@@ -296,11 +296,11 @@ def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path, fails):
         datasets.open_image(datasets._Pictures(tmp_path).find("a.jpg"))
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def make_flickr8k(folder, pictures=10, line_end="\n"):
-    """A miniature of Flickr8k's two archives, with macOS's extra members and the odd caption of the real one."""
+    """A miniature of Flickr8k's two archives, with macOS's extra members and an odd caption."""
     names = [f"{i:02d}_ab.jpg" for i in range(pictures)]
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -564,7 +564,7 @@ def test_pictures_and_captions_without_each_other_are_said(own_data):
     assert len(notes) == 3 and all(words in note for words, note in zip(expected, notes))
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def test_scenes_are_told_truly():
@@ -661,7 +661,7 @@ def test_a_generated_picture_depends_on_seed_split_and_number_alone():
     assert len({pixels for *_, pixels in many.values()}) == len(many)
 
 
-# ---------------------------------------------------------------------------------------------------------------- HDF5
+# --------------------------------------------------------------------------------------------- HDF5
 
 
 def record(i, split="train", captions=("a dog runs",), image=None):
@@ -873,7 +873,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 records, _ = datasets.shapes_records(60, 6, 6, size=32)
 try:
-    datasets.write_dataset(sys.argv[1], records, dataset="shapes", source="generated", image_size=32)
+    datasets.write_dataset(sys.argv[1], records, dataset="shapes", source="x", image_size=32)
 except utils.UserError as error:
     print(error)
 """
@@ -1015,7 +1015,10 @@ def test_every_file_name_tells_what_it_is():
 
 
 def test_reading_data_does_not_import_what_is_slow():
-    program = "import sys, datasets, create_input_files; print({'torch', 'matplotlib', 'skimage'} & set(sys.modules))"
+    program = (
+        "import sys, datasets, create_input_files; "
+        "print({'torch', 'matplotlib', 'skimage'} & set(sys.modules))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(datasets.__file__).parent,
@@ -1026,7 +1029,7 @@ def test_reading_data_does_not_import_what_is_slow():
     assert result.stdout.strip() == "set()"
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def test_batches_hold_every_picture_once_among_captions_of_similar_length():
@@ -1057,13 +1060,13 @@ def test_batches_hold_every_picture_once_among_captions_of_similar_length():
         assert not all(np.array_equal(a, b) for a, b in zip(batches, different))
 
 
-# -------------------------------------------------------------------------------------------- features and embeddings
+# -------------------------------------------------------------------------- features and embeddings
 
 
 def test_a_finished_feature_store_needs_no_right_to_write(tmp_path, shapes_train, monkeypatch):
     encode = lambda images: torch.ones(len(images), 4, 3)
     made = datasets.encode_split(shapes_train, encode, tmp_path / "f.npy")
-    monkeypatch.setattr(datasets, "_is_writable", lambda folder: False)
+    monkeypatch.setattr(datasets, "_can_hold_features", lambda folder: False)
     assert (datasets.encode_split(shapes_train, None, tmp_path / "f.npy") == made).all()
 
 
@@ -1334,14 +1337,14 @@ def test_captions_with_commas_and_no_quotes(tmp_path):
 
 def test_a_split_that_the_source_lacks_is_dealt_out():
     names = [f"{i}" for i in range(40)]
-    for given, expected in (
+    for source, expected in (
         ([None] * 40, {"train": 32, "val": 4, "test": 4}),
         (["train"] * 40, {"train": 32, "val": 4, "test": 4}),
         (["train"] * 30 + ["val"] * 10, {"train": 27, "val": 10, "test": 3}),
         (["train"] * 30 + [None] * 10, {"train": 30, "val": 5, "test": 5}),
         (["train"] * 20 + ["val"] * 10 + ["test"] * 10, {"train": 20, "val": 10, "test": 10}),
     ):
-        splits, notes = datasets._deal_splits(dict(zip(names, given)), 0)
+        splits, notes = datasets._deal_splits(dict(zip(names, source)), 0)
         assert Counter(splits.values()) == expected and len(notes) == (expected["train"] != 20)
 
 
