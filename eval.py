@@ -320,7 +320,7 @@ def judge_caption(scene, words):
         whether all it says so is true by at least 5 % of the picture (it is not, of a shape that is not there)
     """
     mentions = [
-        (i, (words[i - 1] if i and words[i - 1] in datasets.COLORS else None, word))
+        (i, (words[i - 1] if i and words[i - 1] in datasets.SHAPE_COLORS else None, word))
         for i, word in enumerate(words)
         if word in datasets.SHAPES
     ]
