@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import itertools
+import logging
 import math
 import os
 import re
@@ -57,11 +58,9 @@ def main(args):
         if args.json and results:
             utils.write_json(args.json, results)
             print(f"written: {utils.printable(args.json)}", file=sys.stderr)
-    if not results:
-        raise UserError(f"no picture could be read, of {len(paths):,} found")
     if unreadable:
-        print(f"{unreadable:,} of {len(paths):,} pictures left out", file=sys.stderr)
-        sys.exit(1)
+        print(f"{unreadable:,} of {len(paths):,} pictures could not be read", file=sys.stderr)
+        sys.exit(1 if results else 2)
 
 
 # ---------------------------------------------------------------- beyond the main path
@@ -73,50 +72,28 @@ def get_args_parser():
         examples=__doc__.partition("\n\n")[2],
     )
     flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
-    preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
-    flag(
-        "--img",
-        nargs="+",
-        required=True,
-        metavar="PICTURE",
-        help="picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'; a "
-        "name that begins with a dash is written ./-name.jpg",
-    )
+    text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
+    flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
     switch("--recursive", help="look into the sub-folders of folders too")
-    flag(
-        "--model",
-        type=Path,
-        default=preset if preset.exists() else None,
-        required=not preset.exists(),
-        metavar="FILE",
-        help="checkpoint written by train.py, or a run's folder, whose best checkpoint is taken",
-    )
-    flag(
-        "--word_map",
-        type=Path,
-        metavar="FILE",
-        help="word map, checked against the checkpoint's own; only a checkpoint of the PyTorch "
-        "captioning tutorial needs it, since that holds none",
-    )
-    flag(
-        "--data_folder",
-        type=Path,
-        default=Path("data"),
-        metavar="FOLDER",
-        help="with --consensus: folder with the data that the model was trained on",
-    )
-    one_up = functools.partial(utils.bounded, int, 1)
+    preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
+    preset = {"default": preset} if preset.exists() else {"required": True}
+    text = "checkpoint written by train.py, or the folder of a run, whose best one is taken"
+    flag("--model", type=Path, help=text, **preset)
+    text = "word map, checked against the checkpoint's own; the PyTorch tutorial's hold none"
+    flag("--word_map", type=Path, help=text)
+    text = "with --consensus: folder with the data that the model was trained on"
+    flag("--data_folder", type=Path, default=Path("data"), help=text)
     text = "captions printed per picture, best first; at most --beam_size"
-    flag("--n_best", type=one_up(100), default=1, metavar="N", help=text)
+    flag("--n_best", type=utils.bounded(int, 1, 100), default=1, help=text)
     text = "pictures captioned together; lower it if memory runs out"
-    flag("--batch_size", type=one_up(65536), default=32, metavar="N", help=text)
+    flag("--batch_size", type=utils.bounded(int, 1, 65536), default=32, help=text)
     text = "folder for the drawings"
-    flag("--output_folder", type=Path, default=Path("captions"), metavar="FOLDER", help=text)
+    flag("--output_folder", type=Path, default=Path("captions"), help=text)
     switch("--no_plot", help="draw no <picture>_attention.png, print only")
     switch("--gif", help="also draw <picture>_attention.gif, word by word")
     switch("--show", help="also open each drawing in a window, where there is a screen")
     text = "also write all captions to this file; - is standard output, with nothing else on it"
-    flag("--json", type=Path, metavar="FILE", help=text)
+    flag("--json", type=Path, help=text)
     switch("--force", help="let --json replace a file that is not JSON")
     utils.add_search_flags(parser)
     utils.add_device_flags(parser)
@@ -124,7 +101,7 @@ def get_args_parser():
 
 
 def check_flags(args):
-    """:raises UserError: for flags that do not fit each other, or name what could not be written"""
+    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
     if args.n_best > args.beam_size:
         raise UserError(f"--n_best {args.n_best}: expected at most --beam_size {args.beam_size}")
     if args.no_plot and (args.gif or args.show):
@@ -132,7 +109,7 @@ def check_flags(args):
     if args.json:
         args.json = utils.output_path(args.json, args.force)
     if not args.no_plot:
-        utils.output_folder(args.output_folder)
+        utils.check_disk(args.output_folder, 0)
     # Pillow and matplotlib warn of pictures and letters, which are named in our own words
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -152,7 +129,7 @@ def load(args):
         name, known = captioner.config["data_name"], (args.consensus, args.workers)
         if not name:
             raise UserError(f"--consensus: {args.model} does not say on what it was trained")
-        # the arithmetic of the training, so that the features that it stored serve
+        # in the arithmetic of the training, so that the features that it stored serve
         with utils.autocast(device, captioner.config.get("amp", args.amp)):
             options["consensus"] = models.Consensus.of([captioner], args.data_folder, name, *known)
     return captioner, options
@@ -182,7 +159,7 @@ def find_pictures(patterns, recursive=False):
             what = f"is a folder without pictures{skipped}" if path.is_dir() else "matches no file"
             raise UserError(f"--img {pattern}: {what}; expected pictures, folders or patterns")
         if skipped:
-            print(f"{utils.printable(path)}{skipped}", file=sys.stderr)
+            utils.note(f"{utils.printable(path)}{skipped}")
         for file in files:
             paths.setdefault(os.path.abspath(file), file)
     return list(paths.values())
@@ -317,6 +294,7 @@ def font_families(letters):
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
+    logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # else it tells of weights
     own = "DejaVu Sans"  # comes with matplotlib and speaks most alphabets
     missing = set(map(ord, letters)) - FT2Font(font_manager.findfont(own)).get_charmap().keys()
     if not missing:
@@ -326,14 +304,13 @@ def font_families(letters):
     lacks = {font.name: missing - FT2Font(font.fname).get_charmap().keys() for font in fonts}
     best = min(lacks, key=lambda name: len(lacks[name]))
     if lacks[best]:
-        shown = utils.printable("".join(map(chr, sorted(lacks[best])[:8])))
-        print(
-            f"no font here has {shown}, drawn as boxes: install one that does, Noto for example "
+        letters = "".join(map(chr, sorted(lacks[best])[:8]))
+        utils.note(
+            f"no font here has {letters}, drawn as boxes; install one that has, such as Noto "
             "(Debian, Ubuntu: apt install fonts-noto-cjk for Chinese, Japanese and Korean, else "
-            "fonts-noto-core)",
-            file=sys.stderr,
+            "fonts-noto-core)"
         )
-    return [own, best]
+    return [own] if lacks[best] == missing else [own, best]
 
 
 def spotlight(picture, alpha):
@@ -363,7 +340,7 @@ def attention_sheet(picture, words, alphas, fonts=None):
     :return: matplotlib figure, 100 dots per inch
     """
     scale = 230 / math.sqrt(picture.width * picture.height)  # panels have the area of 230 x 230
-    small = picture.resize((_pixels(picture.width, scale, 90), _pixels(picture.height, scale, 60)))
+    small = _scaled(picture, scale, 90)
     panels = [("the picture", np.asarray(small))]
     panels += [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
     # as many columns as bring the sheet near the shape of a screen
@@ -379,17 +356,19 @@ def attention_frames(picture, words, alphas, fonts=None):
 
     :return: list of uint8 (height, width, 3)
     """
-    # so many pixels in all that a GIF of 32 colours stays below 600 KB, and none that it has not
-    scale = min(1, math.sqrt(800_000 / (len(words) + 2) / picture.width / picture.height))
-    small = picture.resize((_pixels(picture.width, scale, 160), _pixels(picture.height, scale, 60)))
+    # a GIF of 32 colours and so many pixels in all stays below 600 KB
+    scale = math.sqrt(800_000 / (len(words) + 2) / picture.width / picture.height)
+    scale = min(1, scale, 480 / max(picture.size))
+    small = _scaled(picture, scale, 160)
     whole = ("", np.asarray(small))
     views = [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
     pages = (_page([view], 1, " ".join(words), "", fonts) for view in [whole, *views, whole])
     return [np.asarray(page.canvas.buffer_rgba())[..., :3] for page in pages]
 
 
-def _pixels(length, scale, least):
-    return max(least, round(length * scale))
+def _scaled(picture, scale, least_width):
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    return picture.resize((max(width, least_width), max(height, 60)))
 
 
 def _page(panels, columns, caption, note, fonts):
@@ -412,8 +391,8 @@ def _page(panels, columns, caption, note, fonts):
     def write(text, x, y, size, room, color=INK):
         label = figure.text(x / width, 1 - y / height, text, color=color, family=fonts)
         label.set(size=0.72 * size, parse_math=False)  # points of 1/72 inch from pixels of 1/100
-        if (needed := label.get_window_extent().width) > room:
-            label.set_size(0.72 * size * room / needed)
+        while label.get_window_extent().width > room and label.get_size() > 2:
+            label.set_size(0.9 * label.get_size())
 
     for row, line in enumerate(lines):
         write(line, margin, margin + 20 + 28 * row, 20, room)
@@ -430,9 +409,9 @@ def show(png):
     """Open a window with the sheet, or say why there is none."""
     from PIL import Image, ImageShow
 
-    screen = {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     with Image.open(png) as sheet:
-        if sys.platform.startswith("linux") and not screen or not ImageShow.show(sheet):
+        if not screen or not ImageShow.show(sheet):
             print(f"--show: there is no screen here; the picture is {png}", file=sys.stderr)
 
 
