@@ -69,7 +69,7 @@ def main(args):
 def get_args_parser():
     parser = utils.ArgumentParser(
         description="Caption pictures and draw where the model looked at each word.",
-        examples=__doc__.partition("\n\n")[2],
+        examples=__doc__.partition("\n\n")[2].strip(),
     )
     flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
     text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
@@ -79,7 +79,7 @@ def get_args_parser():
     preset = {"default": preset} if preset.exists() else {"required": True}
     text = "checkpoint written by train.py, or the folder of a run, whose best one is taken"
     flag("--model", type=Path, help=text, **preset)
-    text = "word map, checked against the checkpoint's own; the PyTorch tutorial's hold none"
+    text = "word map, checked against the checkpoint's own; the PyTorch tutorial's need it"
     flag("--word_map", type=Path, help=text)
     text = "with --consensus: folder with the data that the model was trained on"
     flag("--data_folder", type=Path, default=Path("data"), help=text)

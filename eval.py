@@ -1,8 +1,8 @@
 """Caption the pictures of a split with beam search and score the captions against people's.
 
 python eval.py --model checkpoints --beam_size 1 3 5
-python eval.py --model seed0 seed1 --output_folder both            # an ensemble
-python eval.py --model before after --average mean/BEST.pth.tar    # the mean of their weights
+python eval.py --model seed0 seed1 --output_folder both   # an ensemble
+python eval.py --model before after --average mean.pth.tar
 """
 
 import collections
@@ -47,7 +47,7 @@ def main(args):
                 captions = [captioners[0].text(hypothesis) for hypothesis in best]
                 write_captions(data, captions, files[beam_size])
                 rows[beam_size] = score(data, captions, [h.alphas for h in best])
-                if len(captioners) == 1 and captioners[0].decoder.attention_kind != "mean":
+                if len(captioners) == 1 and captioners[0].config["attention"] != "mean":
                     rows[beam_size] |= measure_gaze(captioners[0], features[0], best)
                 rows[beam_size]["ms per picture"] = 1000 * seconds / len(captions)
         if utils.is_main():
@@ -75,38 +75,33 @@ def score(data, captions, alphas):
 def get_args_parser():
     parser = utils.ArgumentParser(
         description="Caption the pictures of a split and score the captions.",
-        examples=__doc__.partition("\n\n")[2],
+        examples=__doc__.partition("\n\n")[2].strip(),
     )
     flag = parser.add_argument
     preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
-    flag(
-        "--model",
-        type=Path,
-        nargs="+",
-        default=[preset] if preset.exists() else None,
-        required=not preset.exists(),
-        metavar="FILE",
-        help="checkpoint written by train.py, or a run's folder, whose best checkpoint is taken; "
-        "several of one word map decode together, as an ensemble",
+    preset = {"default": [preset]} if preset.exists() else {"required": True}
+    text = (
+        "checkpoint written by train.py, or the folder of a run, whose best one is taken; several "
+        "of one word map decode together, as an ensemble"
     )
+    flag("--model", type=Path, nargs="+", help=text, **preset)
     text = (
         "instead of an ensemble: one model with the mean of the models' weights, saved as this "
         "checkpoint; for models of which one was trained from another (--init_from)"
     )
-    flag("--average", type=Path, metavar="FILE", help=text)
+    flag("--average", type=Path, help=text)
     text = (
         "word map, checked against the checkpoint's own; for a checkpoint of the PyTorch "
         "captioning tutorial, which holds none, or for data with another vocabulary"
     )
-    flag("--word_map", type=Path, metavar="FILE", help=text)
+    flag("--word_map", type=Path, help=text)
     text = "folder with the files that create_input_files.py wrote"
-    flag("--data_folder", type=Path, default=Path("data"), metavar="FOLDER", help=text)
-    text = "their common name (default: what the checkpoint was trained on)"
-    flag("--data_name", metavar="NAME", help=text)
+    flag("--data_folder", type=Path, default=Path("data"), help=text)
+    flag("--data_name", help="their common name (default: what the checkpoint was trained on)")
     text = "which pictures; choose models on val, report on test"
     flag("--split", choices=("train", "val", "test"), default="test", help=text)
     text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
-    flag("--output_folder", type=Path, metavar="FOLDER", help=text)
+    flag("--output_folder", type=Path, help=text)
     utils.add_search_flags(parser, several=True)
     utils.add_device_flags(parser)
     return parser
@@ -120,9 +115,13 @@ def load(args, device):
     :raises UserError: if something is missing or does not fit the rest
     """
     if args.consensus and args.split == "train":
-        raise UserError("--consensus asks the training captions, so it cannot score --split train")
-    if args.average and utils.broadcast(utils.output_path(args.average).exists()):
-        raise UserError(f"--average {args.average} exists: choose another name, or remove it")
+        raise UserError(
+            "--consensus asks training captions, so --split train cannot be scored with it"
+        )
+    if args.average:
+        if utils.broadcast(args.average.exists()):
+            raise UserError(f"--average {args.average} exists: choose another name, or remove it")
+        utils.output_path(args.average)
     paths = [models.run_checkpoint(path) for path in args.model]
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioners = [models.load_captioner(path, device, word_map) for path in paths]
@@ -142,12 +141,15 @@ def load(args, device):
     check_fit(captioners, data, asked=args.word_map is not None)
 
     label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
-    folder = utils.output_folder(args.output_folder or (args.average or paths[0]).parent)
+    folder = args.output_folder or (args.average or paths[0]).parent
+    utils.check_disk(folder, 0)
     files = {k: datasets.captions_path(folder, label, args.split, k) for k in args.beam_size}
     files |= {"metrics": datasets.metrics_path(folder, label, args.split), "made by": made_by}
     known = files["metrics"]
     if utils.broadcast(known.exists() and utils.read_json(known)["models"] != made_by["models"]):
-        raise UserError(f"{known} holds the scores of another model: choose an --output_folder")
+        raise UserError(
+            f"{known} holds the scores of another model: choose another --output_folder"
+        )
     if args.average and utils.is_main():
         first.config["init_from"] = " ".join(map(str, paths))
         parts = {"encoder": first.encoder.state_dict(), "decoder": first.decoder.state_dict()}
@@ -179,8 +181,8 @@ def check_fit(captioners, data, asked):
 
 
 def write_captions(data, captions, path):
-    """Write captions in COCO's results format, with the ids of the data's source if it has some."""
-    numbers = getattr(data, "image_ids", None) or range(len(data))
+    """Write captions in COCO's results format, with the source's ids if all pictures have one."""
+    numbers = range(len(data)) if None in data.image_ids else data.image_ids
     utils.write_json(
         path,
         [
@@ -207,7 +209,7 @@ def report(args, data, files, rows):
         print(f"METEOR left out: it needs {java}")
     if len(data) == 1:
         print("CIDEr left out: of a single picture it is always 0")
-    if getattr(data, "image_ids", None) is None:
+    if None in data.image_ids:
         print("image_id in the captions is the row number: the data's source gave no ids")
     print(f"written: {files['metrics']}", *(files[beam_size] for beam_size in rows), sep="\n  ")
 
@@ -226,8 +228,8 @@ LABELS = {  # where the table calls a figure otherwise than the JSON file
     "repeats itself": "repeats itself, %",
     "colours agreed": "colours agreed, %",
     "numbers agreed": "numbers agreed, %",
-    "pointing": "pointing (chance {by chance:.1f})",
-    "places": "places of {num_pixels:.0f}",
+    "pointing": "pointing (chance {by chance})",
+    "places": "places of {num_pixels}",
     "function places": "of function words",
     "peak": "largest weight, mean",
     "fall": "fall by deletion, nats",
@@ -237,7 +239,8 @@ LABELS = {  # where the table calls a figure otherwise than the JSON file
 
 def print_table(columns):
     """A column for each beam size and one for people, a row for each figure, in groups."""
-    first = {key: math.nan if v is None else v for key, v in next(iter(columns.values())).items()}
+    first = next(iter(columns.values()))
+    facts = {key: f"{v:.1f}" if isinstance(v, float) else v or "-" for key, v in first.items()}
     print(f"{'beam size':>26}" + "".join(f"{column:>9}" for column in columns))
     for name in first:
         if name in ("by chance", "num_pixels", "random fall"):
@@ -248,7 +251,7 @@ def print_table(columns):
         cells = [
             "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.2f}" for v in values
         ]
-        label = LABELS.get(name, name).format_map(first)
+        label = LABELS.get(name, name).format_map(facts)
         print(f"{label:>26}" + "".join(f"{cell:>9}" for cell in cells))
     print()
 
@@ -425,7 +428,7 @@ def measure_gaze(captioner, features, hypotheses, pictures=400, batch_size=16):
     :return: dict of means over content words (see ``FUNCTION_WORDS``), None where there are none:
         "places" (effective number: exp of the entropy of alpha), "peak" (largest weight),
         "movement" (half the L1 distance to the previous content word's alpha, 0 to 1), "fall" and
-        "random fall" (nats), "deletion ratio" (of the two, None where a random tenth costs
+        "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
         nothing); the other words' "function places"; and "num_pixels"
     """
     rows = [i for i in range(len(features)) if hypotheses[i].words][:pictures]
@@ -438,8 +441,11 @@ def measure_gaze(captioner, features, hypotheses, pictures=400, batch_size=16):
                 found[name].append(values.cpu())
     means = {name: torch.cat(values).mean().item() for name, values in found.items()}
     means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
-    worth = (means.get("random fall") or 0) > 0
-    return means | {"deletion ratio": means["fall"] / means["random fall"] if worth else None}
+    if rows:
+        means["num_pixels"] = int(means["num_pixels"])
+    if means.get("random fall", 0) > 0:
+        means["deletion ratio"] = means["fall"] / means["random fall"]
+    return means
 
 
 def _gaze_of(captioner, images, spoken, generator):
@@ -460,12 +466,14 @@ def _gaze_of(captioner, images, spoken, generator):
         alphas.append(attention.alpha[:, 0])
     alphas = torch.stack(alphas, dim=1).float()  # (B, T, num_pixels)
     places = torch.special.entr(alphas).sum(dim=2).exp()[row, step]
-    found = {"function places": places[~content], "places": places[content]}
+    found = {"places": places[content], "function places": places[~content]}
+    found["num_pixels"] = torch.tensor([float(alphas.shape[2])])
     row, step = row[content], step[content]
+    if not len(row):
+        return found
     alpha, words = alphas[row, step], spoken[row, step].unsqueeze(1)  # (W, num_pixels), (W, 1)
     moved = (alpha[1:] - alpha[:-1]).abs().sum(dim=1) / 2
     found |= {"peak": alpha.amax(dim=1), "movement": moved[row[1:] == row[:-1]]}
-    found["num_pixels"] = torch.tensor([float(alpha.shape[1])])
 
     side, size = math.isqrt(images.shape[1]), math.isqrt(alpha.shape[1])
     if side != size:  # the places that are taken away are those of the encoder's own grid
