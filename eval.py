@@ -81,19 +81,12 @@ def get_args_parser():
     preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
     preset = {"default": [preset]} if preset.exists() else {"required": True}
     text = (
-        "checkpoint written by train.py, or the folder of a run, whose best one is taken; several "
-        "of one word map decode together, as an ensemble"
+        "checkpoint of train.py, or the folder of a run, for its best; several vote as an ensemble"
     )
     flag("--model", type=Path, nargs="+", help=text, **preset)
-    text = (
-        "instead of an ensemble: one model with the mean of the models' weights, saved as this "
-        "checkpoint; for models of which one was trained from another (--init_from)"
-    )
+    text = "score, and save as this, the mean of models of which one was trained from another"
     flag("--average", type=Path, help=text)
-    text = (
-        "word map, checked against the checkpoint's own; for a checkpoint of the PyTorch "
-        "captioning tutorial, which holds none, or for data with another vocabulary"
-    )
+    text = "the model's own word map: for checkpoints of the PyTorch tutorial, or data of others"
     flag("--word_map", type=Path, help=text)
     text = "folder with the files that create_input_files.py wrote"
     flag("--data_folder", type=Path, default=Path("data"), help=text)
@@ -115,9 +108,7 @@ def load(args, device):
     :raises UserError: if something is missing or does not fit the rest
     """
     if args.consensus and args.split == "train":
-        raise UserError(
-            "--consensus asks training captions, so --split train cannot be scored with it"
-        )
+        raise UserError("--consensus asks the training captions, which cannot be scored with it")
     if args.average:
         if utils.broadcast(args.average.exists()):
             raise UserError(f"--average {args.average} exists: choose another name, or remove it")
@@ -145,11 +136,9 @@ def load(args, device):
     utils.check_disk(folder, 0)
     files = {k: datasets.captions_path(folder, label, args.split, k) for k in args.beam_size}
     files |= {"metrics": datasets.metrics_path(folder, label, args.split), "made by": made_by}
-    known = files["metrics"]
-    if utils.broadcast(known.exists() and utils.read_json(known)["models"] != made_by["models"]):
-        raise UserError(
-            f"{known} holds the scores of another model: choose another --output_folder"
-        )
+    old = files["metrics"]
+    if utils.broadcast(old.exists() and utils.read_json(old).get("models") != made_by["models"]):
+        raise UserError(f"{old} holds scores of another model: choose another --output_folder")
     if args.average and utils.is_main():
         first.config["init_from"] = " ".join(map(str, paths))
         parts = {"encoder": first.encoder.state_dict(), "decoder": first.decoder.state_dict()}
@@ -183,13 +172,9 @@ def check_fit(captioners, data, asked):
 def write_captions(data, captions, path):
     """Write captions in COCO's results format, with the source's ids if all pictures have one."""
     numbers = range(len(data)) if None in data.image_ids else data.image_ids
-    utils.write_json(
-        path,
-        [
-            {"image_id": number, "file_name": name, "caption": " ".join(words)}
-            for number, name, words in zip(numbers, data.image_names, captions)
-        ],
-    )
+    rows = zip(numbers, data.image_names, map(" ".join, captions))
+    names = ("image_id", "file_name", "caption")
+    utils.write_json(path, [dict(zip(names, row)) for row in rows])
 
 
 def report(args, data, files, rows):
@@ -221,13 +206,15 @@ GROUPS = {  # by the first figure of each
     "places": "gaze of content words",
     "ms per picture": "search",
 }
-LABELS = {  # where the table calls a figure otherwise than the JSON file
+PERCENT = (
+    "distinct captions",
+    "commonest caption",
+    "repeats itself",
+    "colours agreed",
+    "numbers agreed",
+)
+LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JSON file's
     "words used": "different words",
-    "distinct captions": "distinct captions, %",
-    "commonest caption": "commonest caption, %",
-    "repeats itself": "repeats itself, %",
-    "colours agreed": "colours agreed, %",
-    "numbers agreed": "numbers agreed, %",
     "pointing": "pointing (chance {by chance})",
     "places": "places of {num_pixels}",
     "function places": "of function words",
@@ -248,9 +235,7 @@ def print_table(columns):
         if name in GROUPS:
             print(GROUPS[name])
         values = (column.get(name) for column in columns.values())
-        cells = [
-            "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.2f}" for v in values
-        ]
+        cells = ["-" if v is None else format(v, "," if type(v) is int else ".2f") for v in values]
         label = LABELS.get(name, name).format_map(facts)
         print(f"{label:>26}" + "".join(f"{cell:>9}" for cell in cells))
     print()
@@ -279,8 +264,9 @@ def score_variety(references, captions):
 
     def agreed(words):
         pairs = [(w, said) for said, caption in zip(known, captions) for w in caption if w in words]
-        nobody = all(said.isdisjoint(words) for said in known)  # then none could be agreed with
-        return None if nobody else percentage([word in said for word, said in pairs])
+        if all(said.isdisjoint(words) for _, said in pairs):
+            return None  # nobody says any where the captions do
+        return percentage([word in said for word, said in pairs])
 
     return {
         "words per caption": sum(map(len, captions)) / len(captions),

@@ -253,7 +253,7 @@ def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(
         == evaluate(data, tmp_path / "again", *flags, "--consensus", 5)["beam_sizes"]["4"]["CIDEr"]
     )
     assert mean.stat().st_mtime_ns == written
-    with fails("--split train cannot be scored"):
+    with fails("--consensus asks the training captions"):
         evaluate(data, tmp_path / "train", *flags, "--consensus", 5, "--split", "train")
     datasets.split_path(data[0], "train", data[1]).unlink()
     with fails("TRAIN_.*hdf5"):
