@@ -1,216 +1,226 @@
-"""A made-up CUDA card for machines without one: fake_cuda.c sets the rules of a card, this file adds the numbers.
+"""A made-up CUDA card: fake_cuda.c has the rules of a card, this file adds the numbers.
 
-``environment`` gives the environment variables under which a command finds two made-up cards. In such a command torch's own
-code for cards runs: it takes memory, launches kernels, records graphs. ``OnCPU`` then computes each operation with the CPU's
-kernel on the same memory, and again whenever a graph that contains the operation is replayed.
+In a process with the variables of :func:`environment` torch finds two cards, and its own code for
+cards runs: it takes memory, launches kernels, records graphs. :class:`OnCPU` then computes each
+operation with the CPU's kernel on the same memory, and again at each replay of a graph that holds it.
 """
 
 import ctypes
 import functools
-import importlib.abc
-import importlib.util
 import os
+import re
 import subprocess
-import sys
 import sysconfig
 import traceback
 from pathlib import Path
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
 HERE = Path(__file__).resolve().parent
-# not supplied by NVIDIA's package of the runtime's headers
-EMPTY_WORDS = """__host__ __device__ __global__ __device_builtin__ __cudart_builtin__ __managed__ CUDARTAPI CUDARTAPI_CDECL
-    CUDART_CB __device_builtin_texture_type__ __device_builtin_surface_type__ __shared__ __constant__ __no_sanitize_memory__"""
+# words of CUDA's headers that mean nothing in C; the header that defines them is in another package
+NO_WORDS = """CUDARTAPI CUDARTAPI_CDECL CUDART_CB __host__ __device__ __device_builtin__
+    __cudart_builtin__ __device_builtin_texture_type__ __device_builtin_surface_type__"""
+OF_A_CARD = re.compile(r"_*(cuda|cu)[A-Z]|cublas|nccl")
+NO_NUMBERS = ("empty", "new_empty", "set_", "resize_", "record_stream", "pin_memory", "is_pinned")
+LARGEST = float(os.environ.get("FAKE_CUDA_LARGEST", "inf"))
+# Python starts with this; importing torch here would hide what a script must do before that
+START = f"""
+import importlib.util, sys
+
+class AfterTorch:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(AfterTorch)
+            spec = importlib.util.find_spec("torch")
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda torch: (load(torch), __import__("fake_cuda").begin())
+            return spec
+
+sys.path.append({str(HERE)!r})
+sys.meta_path.insert(0, AfterTorch)
+"""
 
 
 def environment(folder, **variables):
-    """The environment variables of a command that is to find two made-up cards.
+    """Environment variables of a process that is to find two made-up cards.
 
     :param folder: ``Path`` of a folder for the library, which is compiled at the first call
-    :param variables: more environment variables; see fake_cuda.c
+    :param variables: more of them, see fake_cuda.c; FAKE_CUDA_LARGEST=N leaves tensors of more than N
+        elements without numbers
     """
-    if not (folder / "sitecustomize.py").exists():
+    if not (folder / "libcuda.so.1").exists():
         compile_library(folder)
-        start = f"import sys\nsys.path.append({str(HERE)!r})\nimport fake_cuda\nfake_cuda.install()\n"
-        (folder / "sitecustomize.py").write_text(start, encoding="utf-8")  # Python runs it when it starts
-    return {
-        **os.environ,
-        "LD_PRELOAD": str(folder / "libcuda.so.1"),
-        "PYTHONPATH": str(folder),
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
+        (folder / "sitecustomize.py").write_text(START, encoding="utf-8")
+    paths = {"LD_PRELOAD": str(folder / "libcuda.so.1"), "PYTHONPATH": str(folder)}
+    return {**os.environ, **paths, "OMP_NUM_THREADS": "1", **variables}
 
 
 def compile_library(folder):
-    """Compile fake_cuda.c, with a do-nothing function for whatever else torch asks of CUDA's libraries."""
+    """Compile fake_cuda.c; what else torch asks of CUDA's libraries becomes functions without effect."""
     packages = Path(sysconfig.get_path("purelib"))
-    (folder / "crt").mkdir(parents=True)
+    (folder / "crt").mkdir()
     for name in ("host_defines.h", "host_config.h"):
         (folder / "crt" / name).touch()
     headers = next(packages.glob("nvidia/*/include/cuda_runtime_api.h")).parent
-    gcc = ["gcc", "-O1", "-w", "-fPIC", f"-I{folder}", f"-I{headers}", "-D__align__(n)=__attribute__((aligned(n)))"]
-    gcc += ["-D__builtin_align__=__align__", *(f"-D{word}=" for word in EMPTY_WORDS.split())]
+    gcc = ["gcc", "-O1", "-w", "-fPIC", f"-I{folder}", f"-I{headers}"]
+    gcc += ["-D__align__(n)=__attribute__((aligned(n)))", "-D__builtin_align__=__align__"]
+    gcc += [f"-D{word}=" for word in NO_WORDS.split()]
     subprocess.run([*gcc, "-c", HERE / "fake_cuda.c", "-o", folder / "fake.o"], check=True)
-    wanted = set()
-    for name in ("c10_cuda", "torch_cuda", "torch_python", "torch_cuda_linalg", "caffe2_nvrtc"):
-        wanted |= symbols(packages / "torch" / "lib" / f"lib{name}.so", "-D", "--undefined-only")
-    functions = []
-    for name in sorted(wanted - symbols(folder / "fake.o", "--defined-only")):
-        if name.startswith("cublas") and not name.startswith(("cublasLt", "cublasSet", "cublasDestroy")):
-            functions.append(f'int {name}(void *handle) {{ return fake_cublas(handle, "{name}"); }}')
-        elif name.startswith(("cublas", "nccl")) or name.lstrip("_").startswith("cu") and "A" <= name.lstrip("_").replace("cuda", "cu", 1)[2] <= "Z":
-            functions.append(f"int {name}(void) {{ return 0; }}")
-    (folder / "rest.c").write_text("int fake_cublas();\n" + "\n".join(functions), encoding="utf-8")
-    library = ["-shared", "-Wl,-soname,libcuda.so.1", folder / "fake.o", folder / "rest.c"]
-    subprocess.run([*gcc, *library, "-o", folder / "libcuda.so.1", "-ldl", "-lpthread"], check=True)
+    libraries = ("c10_cuda", "torch_cuda", "torch_python", "torch_cuda_linalg", "caffe2_nvrtc")
+    libraries = [packages / "torch" / "lib" / f"lib{name}.so" for name in libraries]
+    wanted = symbols("-D", "--undefined-only", *libraries)
+    lines = ["int fake_cublas();"]
+    for name in sorted(wanted - symbols("--defined-only", folder / "fake.o")):
+        product = re.match("cublas(?!Lt|Set|Get|Destroy)", name)
+        does = f'fake_cublas(handle, "{name}")' if product else "0"
+        if OF_A_CARD.match(name):
+            lines.append(f"int {name}(void *handle) {{ return {does}; }}")
+    (folder / "rest.c").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    gcc += ["-shared", "-Wl,-soname,libcuda.so.1", folder / "fake.o", folder / "rest.c"]
+    subprocess.run([*gcc, "-o", folder / "libcuda.so.1", "-ldl", "-lpthread"], check=True)
 
 
-def symbols(path, *kind):
-    out = subprocess.run(["nm", *kind, path], check=True, capture_output=True, text=True).stdout
-    return {line.split()[-1].split("@")[0] for line in out.splitlines()}
+def symbols(*flags):
+    done = subprocess.run(["nm", *flags], check=True, capture_output=True, text=True)
+    return {line.split()[-1].split("@")[0] for line in done.stdout.splitlines() if line}
 
 
-def card():
-    """The library in this process, to ask it what happened."""
+@functools.cache
+def library():
+    """The library, in a process that found the cards."""
     return ctypes.CDLL("libcuda.so.1")
 
 
-def install():
-    """Give the card's operations their numbers, from the moment when torch is imported."""
+def counter(name):
+    """How often this process's cards did something: ``refusals``, ``replays`` or ``graphs``."""
+    return getattr(library(), f"fake_cuda_{name}")()
 
-    class AfterTorch(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name != "torch":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec("torch")
-            load = spec.loader.exec_module
 
-            def exec_module(module):
-                load(module)
-                begin()
+# ---------------------------------------------------------------------------------------- numbers
 
-            spec.loader.exec_module = exec_module
-            return spec
 
-    sys.meta_path.insert(0, AfterTorch())
+def on_card(x):
+    return isinstance(x, torch.Tensor) and x.is_cuda
+
+
+def host(x):
+    """What the CPU's kernel is given for ``x``: for a tensor of the card, one on the same memory."""
+    if on_card(x):
+        memory = x.untyped_storage()
+        memory = torch._C._construct_storage_from_data_pointer(
+            memory.data_ptr(), torch.device("cpu"), memory.nbytes()
+        )
+        return torch.empty(0, dtype=x.dtype).set_(memory, x.storage_offset(), x.size(), x.stride())
+    if isinstance(x, torch.device) and x.type == "cuda":
+        return torch.device("cpu")
+    return None if isinstance(x, torch.Generator) else x
+
+
+def compute(function, args, kwargs, results):
+    """Do an operation on the CPU, into the memory of its results."""
+    out = CELLS.get(function, function)(*args, **kwargs)
+    for ours, found in zip(results, tree_leaves(out), strict=True):
+        # where a CPU leaves statistics empty, a card fills them
+        if isinstance(ours, torch.Tensor) and found.numel() and found.data_ptr() != ours.data_ptr():
+            ours.copy_(found)
+    return out
+
+
+RECORDED = [None]  # calls that graphs hold, by their number
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_long)
+def run_recorded(number):
+    try:
+        RECORDED[number]()
+    except BaseException:  # which ctypes would ignore
+        traceback.print_exc()
+        os._exit(70)
+
+
+def size_depends_on_numbers(name, function, args):
+    if name.startswith("index"):
+        masks = (torch.bool, torch.uint8)
+        return any(on_card(x) and x.dtype in masks for x in tree_leaves(args[1:2]))
+    return torch.Tag.dynamic_output_shape in function.tags
+
+
+class OnCPU(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function._schema.name.removeprefix("aten::").lstrip("_"), kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if on_card(x)]
+        if given and size_depends_on_numbers(name, function, args):
+            torch.cuda.current_stream(given[0].device).synchronize()  # as torch's own code does
+            out = function(*tree_map(host, args), **tree_map(host, kwargs))
+            return args[0] if function._schema.is_mutable else out.to(given[0].device)
+        result = function(*args, **kwargs)
+        results = tree_leaves(result)
+        tensors = [*given, *filter(on_card, results)]
+        view = function.is_view or torch.Tag.inplace_view in function.tags
+        if not tensors or view or function.namespace != "aten" or name.startswith(NO_NUMBERS):
+            return result
+        if max(x.numel() for x in tensors) > LARGEST:
+            return result
+        given, ours = (tree_map(host, args), tree_map(host, kwargs)), tree_map(host, results)
+        call = functools.partial(compute, function, *given, ours)
+        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
+        if library().fake_cuda_record(ctypes.c_void_p(stream), ctypes.c_long(len(RECORDED))):
+            RECORDED.append(call)
+            return result
+        out = call()
+        return result if any(isinstance(x, torch.Tensor) for x in results) else out
 
 
 def begin():
-    """Enter the mode that computes numbers; for the rest of this process."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves, tree_map
-
-    aten, library, recorded = torch.ops.aten, card(), [None]
-    largest = float(os.environ.get("FAKE_CUDA_LARGEST", "inf"))
+    """Give operations of this process's main thread their numbers, from now on."""
     torch.backends.cudnn.enabled = False  # cuDNN is not made up
     torch._C._set_cudnn_enabled = lambda _: None
-
-    def on_card(x):
-        return isinstance(x, torch.Tensor) and x.is_cuda
-
-    def host(x):
-        """The CPU's view of what an operation was given: tensors on the same memory."""
-        if on_card(x):
-            storage = x.untyped_storage()
-            memory = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), torch.device("cpu"), storage.nbytes())
-            return torch.empty(0, dtype=x.dtype).set_(memory, x.storage_offset(), x.size(), x.stride())
-        if isinstance(x, torch.device) and x.type == "cuda":
-            return torch.device("cpu")
-        return None if isinstance(x, torch.Generator) else x
-
-    def compute(function, args, kwargs, results):
-        out = OWN.get(function, function)(*args, **kwargs)
-        for ours, found in zip(results, tree_leaves(out), strict=True):
-            # a CPU leaves some statistics empty which a card fills
-            if ours is not None and found.numel() and found.data_ptr() != ours.data_ptr():
-                ours.copy_(found)
-        return out
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_long)
-    def run_call(number):
-        try:
-            recorded[number]()
-        except BaseException:  # ctypes would go on
-            traceback.print_exc()
-            os._exit(70)
-
-    def lstm(igates, hgates, cx, ibias=None, hbias=None):
-        gates = igates + hgates if ibias is None else igates + hgates + ibias + hbias
-        i, f, g, o = gates.chunk(4, 1)
-        cy = f.sigmoid() * cx + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cy.tanh(), cy, gates
-
-    def lstm_backward(grad_hy, grad_cy, cx, cy, gates, has_bias):
-        grad, _, grad_cx, *_ = aten._thnn_differentiable_lstm_cell_backward(
-            grad_hy, grad_cy, gates, torch.zeros_like(gates), None, None, cx, cy
-        )
-        return grad, grad_cx, grad.sum(0) if has_bias else None
-
-    def gru(igates, hgates, hx, ibias=None, hbias=None):
-        if ibias is not None:
-            igates, hgates = igates + ibias, hgates + hbias
-        (ir, iz, new), (hr, hz, hn) = igates.chunk(3, 1), hgates.chunk(3, 1)
-        z, n = (iz + hz).sigmoid(), (new + (ir + hr).sigmoid() * hn).tanh()
-        return n + z * (hx - n), torch.cat([ir + hr, iz + hz, new, hn, hx], 1)
-
-    def gru_backward(grad_hy, kept, has_bias):
-        r, z, new, hn, hx = kept.chunk(5, 1)
-        igates, hgates = torch.cat([r, z, new], 1), torch.cat([r * 0, z * 0, hn], 1)
-        grads = aten._thnn_differentiable_gru_cell_backward(grad_hy, igates, hgates, hx, None, None)
-        return (*grads[:3], *((g.sum(0) if has_bias else None) for g in grads[:2]))
-
-    OWN = {  # operations of cards alone; what they keep for the backward pass is not what a card keeps
-        aten._thnn_fused_lstm_cell.default: lstm,
-        aten._thnn_fused_lstm_cell_backward_impl.default: lstm_backward,
-        aten._thnn_fused_gru_cell.default: gru,
-        aten._thnn_fused_gru_cell_backward.default: gru_backward,
-    }
-    NO_NUMBERS = ("empty", "new_empty", "set_", "resize", "record_stream", "pin_memory", "is_pinned")
-
-    class OnCPU(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            given = tree_leaves((args, kwargs))
-            name = function._schema.name.removeprefix("aten::")
-            if torch.Tag.dynamic_output_shape in function.tags or name.startswith("index_put"):
-                masks = name.startswith("index") and not any(
-                    on_card(x) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])
-                )
-                if not masks and any(map(on_card, given)):
-                    return self.wait(function, args, kwargs)
-            result = function(*args, **kwargs)
-            results = tree_leaves(result)
-            tensors = [x for x in (*given, *results) if on_card(x)]
-            skip = function.is_view or torch.Tag.inplace_view in function.tags or name.lstrip("_").startswith(NO_NUMBERS)
-            if not tensors or skip or function.namespace != "aten":
-                return result
-            if max(x.numel() for x in tensors) > largest:
-                return result
-            call = functools.partial(
-                compute, function, tree_map(host, args), tree_map(host, kwargs), [host(x) if isinstance(x, torch.Tensor) else None for x in results]
-            )
-            stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
-            if library.fake_cuda_record(ctypes.c_void_p(stream), ctypes.c_long(len(recorded))):
-                recorded.append(call)
-                return result
-            out = call()
-            return result if any(isinstance(x, torch.Tensor) for x in results) else out
-
-        @staticmethod
-        def wait(function, args, kwargs):
-            """An operation whose result's size depends on the numbers: a card makes the host wait for it."""
-            device = next(x.device for x in tree_leaves((args, kwargs)) if on_card(x))
-            torch.cuda.current_stream(device).synchronize()
-            out = function(*tree_map(host, args), **tree_map(host, kwargs))
-            if function._schema.is_mutable:
-                return args[0]
-            return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, out)
-
     show = torch.Tensor.__repr__  # which leaves every mode
     torch.Tensor.__repr__ = lambda x, **options: show(x.cpu() if x.is_cuda else x, **options)
-    library.fake_cuda_set_run_call(run_call)
-    mode = OnCPU()
-    mode.__enter__()
-    begin.kept = mode, run_call
+    library().fake_cuda_set_run_call(run_recorded)
+    OnCPU().__enter__()
+
+
+# Cells have no kernel for CPUs; what they keep for the backward pass is their own affair.
+
+
+def lstm(igates, hgates, cx, ibias=None, hbias=None):
+    gates = igates + hgates if ibias is None else igates + hgates + ibias + hbias
+    i, f, g, o = gates.chunk(4, 1)
+    cy = f.sigmoid() * cx + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cy.tanh(), cy, gates
+
+
+def lstm_backward(grad_hy, grad_cy, cx, cy, gates, has_bias):
+    grad, _, grad_cx, *_ = torch.ops.aten._thnn_differentiable_lstm_cell_backward(
+        grad_hy, grad_cy, gates, torch.zeros_like(gates), None, None, cx, cy
+    )
+    return grad, grad_cx, grad.sum(0) if has_bias else None
+
+
+def gru(igates, hgates, hx, ibias=None, hbias=None):
+    if ibias is not None:
+        igates, hgates = igates + ibias, hgates + hbias
+    (r, z, new), (hr, hz, hn) = igates.chunk(3, 1), hgates.chunk(3, 1)
+    r, z = r + hr, z + hz
+    n = (new + r.sigmoid() * hn).tanh()
+    return n + z.sigmoid() * (hx - n), torch.cat([r, z, new, hn, hx], 1)
+
+
+def gru_backward(grad_hy, kept, has_bias):
+    r, z, new, hn, hx = kept.chunk(5, 1)
+    gates = torch.cat([r, z, new], 1), torch.cat([r * 0, z * 0, hn], 1)
+    backward = torch.ops.aten._thnn_differentiable_gru_cell_backward
+    grads = backward(grad_hy, *gates, hx, None, None)[:3]
+    return *grads, *(grad.sum(0) if has_bias else None for grad in grads[:2])
+
+
+CELLS = {
+    torch.ops.aten._thnn_fused_lstm_cell.default: lstm,
+    torch.ops.aten._thnn_fused_lstm_cell_backward_impl.default: lstm_backward,
+    torch.ops.aten._thnn_fused_gru_cell.default: gru,
+    torch.ops.aten._thnn_fused_gru_cell_backward.default: gru_backward,
+}
