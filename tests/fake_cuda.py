@@ -2,7 +2,7 @@
 
 In a process with the variables of :func:`environment` torch finds two cards, and its own code for
 cards runs: it takes memory, launches kernels, records graphs. :class:`OnCPU` then computes each
-operation with the CPU's kernel on the same memory, and again at each replay of a graph that holds it.
+operation with the CPU's kernel on the same memory, and again whenever a graph with it is replayed.
 """
 
 import ctypes
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 HERE = Path(__file__).resolve().parent
 # words of CUDA's headers that mean nothing in C; the header that defines them is in another package
@@ -48,8 +47,8 @@ def environment(folder, **variables):
     """Environment variables of a process that is to find two made-up cards.
 
     :param folder: ``Path`` of a folder for the library, which is compiled at the first call
-    :param variables: more of them, see fake_cuda.c; FAKE_CUDA_LARGEST=N leaves tensors of more than N
-        elements without numbers
+    :param variables: more of them, see fake_cuda.c; FAKE_CUDA_LARGEST=N leaves out the numbers of
+        operations on a tensor of more than N elements
     """
     if not (folder / "libcuda.so.1").exists():
         compile_library(folder)
@@ -59,7 +58,7 @@ def environment(folder, **variables):
 
 
 def compile_library(folder):
-    """Compile fake_cuda.c; what else torch asks of CUDA's libraries becomes functions without effect."""
+    """Compile fake_cuda.c; what torch asks of CUDA beyond it becomes functions that do nothing."""
     packages = Path(sysconfig.get_path("purelib"))
     (folder / "crt").mkdir()
     for name in ("host_defines.h", "host_config.h"):
@@ -102,12 +101,23 @@ def counter(name):
 # ---------------------------------------------------------------------------------------- numbers
 
 
+def leaves(x):
+    """What nested lists, tuples and dicts hold, in order."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    return [leaf for y in x for leaf in leaves(y)] if isinstance(x, (list, tuple)) else [x]
+
+
 def on_card(x):
     return isinstance(x, torch.Tensor) and x.is_cuda
 
 
 def host(x):
-    """What the CPU's kernel is given for ``x``: for a tensor of the card, one on the same memory."""
+    """What the CPU's kernel is given for ``x``: for a card's tensor, one on the same memory."""
+    if isinstance(x, (list, tuple)):
+        return [host(y) for y in x]
+    if isinstance(x, dict):
+        return {key: host(y) for key, y in x.items()}
     if on_card(x):
         memory = x.untyped_storage()
         memory = torch._C._construct_storage_from_data_pointer(
@@ -122,7 +132,7 @@ def host(x):
 def compute(function, args, kwargs, results):
     """Do an operation on the CPU, into the memory of its results."""
     out = CELLS.get(function, function)(*args, **kwargs)
-    for ours, found in zip(results, tree_leaves(out), strict=True):
+    for ours, found in zip(results, leaves(out), strict=True):
         # where a CPU leaves statistics empty, a card fills them
         if isinstance(ours, torch.Tensor) and found.numel() and found.data_ptr() != ours.data_ptr():
             ours.copy_(found)
@@ -144,28 +154,27 @@ def run_recorded(number):
 def size_depends_on_numbers(name, function, args):
     if name.startswith("index"):
         masks = (torch.bool, torch.uint8)
-        return any(on_card(x) and x.dtype in masks for x in tree_leaves(args[1:2]))
+        return any(on_card(x) and x.dtype in masks for x in leaves(args[1:2]))
     return torch.Tag.dynamic_output_shape in function.tags
 
 
 class OnCPU(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function._schema.name.removeprefix("aten::").lstrip("_"), kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if on_card(x)]
+        given = [x for x in leaves((args, kwargs)) if on_card(x)]
         if given and size_depends_on_numbers(name, function, args):
             torch.cuda.current_stream(given[0].device).synchronize()  # as torch's own code does
-            out = function(*tree_map(host, args), **tree_map(host, kwargs))
+            out = function(*host(args), **host(kwargs))
             return args[0] if function._schema.is_mutable else out.to(given[0].device)
         result = function(*args, **kwargs)
-        results = tree_leaves(result)
+        results = leaves(result)
         tensors = [*given, *filter(on_card, results)]
         view = function.is_view or torch.Tag.inplace_view in function.tags
         if not tensors or view or function.namespace != "aten" or name.startswith(NO_NUMBERS):
             return result
         if max(x.numel() for x in tensors) > LARGEST:
             return result
-        given, ours = (tree_map(host, args), tree_map(host, kwargs)), tree_map(host, results)
-        call = functools.partial(compute, function, *given, ours)
+        call = functools.partial(compute, function, host(args), host(kwargs), host(results))
         stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
         if library().fake_cuda_record(ctypes.c_void_p(stream), ctypes.c_long(len(RECORDED))):
             RECORDED.append(call)

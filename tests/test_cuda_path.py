@@ -1,7 +1,7 @@
 """The CUDA path without a card: trainings, searches and scripts on a made-up one (fake_cuda.py).
 
-What a card would refuse fails here, and the numbers are those of the CPU's kernels. The numbers of a
-card's kernels, races between streams, what NCCL exchanges, and speed are not seen here, but by
+What a card would refuse fails here, and the numbers are those of the CPU's kernels. The numbers of
+a card's kernels, races between streams, what NCCL exchanges, and speed are not seen here, but by
 tests/test_gpu.py and tests/benchmark.py on a card.
 """
 
@@ -88,12 +88,11 @@ def training(data, output_folder, *flags):
 @pytest.mark.parametrize("stage", ["no_compiler", "busy_card"])
 def test_scripts(stage, data, made_up, picture, tmp_path):
     """They need no compiler, and with --device cuda:1 never touch card 0, which is another's."""
-    environment = made_up(TRITON_CACHE_DIR=str(tmp_path / "triton"))
     if stage == "no_compiler":
-        environment = {**environment, "PATH": str(tmp_path)}
+        environment = made_up(PATH=str(tmp_path))
         device, flags = "cuda", ["--fine_tune_encoder", "--encoded_image_size", 1, "--epochs", 1]
     else:
-        environment = {**environment, "FAKE_CUDA_EXCLUSIVE": str(tmp_path)}
+        environment = made_up(FAKE_CUDA_EXCLUSIVE=str(tmp_path))
         device, flags = "cuda:1", ["--epochs", 3]
     for name in ("CC", "TORCH_DISABLE_NATIVE_JIT"):
         environment.pop(name, None)
@@ -103,17 +102,15 @@ def test_scripts(stage, data, made_up, picture, tmp_path):
     with open(tmp_path / "card0", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         finish(start(environment, *training(data, tmp_path / "run", *flags, "--device", device)))
-        scores = start(environment, "eval.py", *common, "--data_folder", data[0])
-        caption = start(
-            environment, "caption.py", *common, "--no_plot", "--img", tmp_path / "a.png"
-        )
-        assert "BLEU-4" in finish(scores) and "a.png" in finish(caption)
+        scores = finish(start(environment, "eval.py", *common, "--data_folder", data[0]))
+        flags = ["--no_plot", "--img", tmp_path / "a.png"]
+        assert "BLEU-4" in scores and finish(start(environment, "caption.py", *common, *flags))
 
 
 def test_each_process_opens_its_own_card(data, made_up, tmp_path):
     """As it must in exclusive-process mode."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = "--attention hard --amp --batch_size 23 --device cuda".split()
+    flags = ["--attention", "hard", "--amp", "--batch_size", 23, "--device", "cuda"]
     environment = made_up(FAKE_CUDA_EXCLUSIVE=str(tmp_path))
     finish(start(environment, *torchrun, *training(data, tmp_path / "run", *flags)))
     assert (tmp_path / "card0").exists() and (tmp_path / "card1").exists()
@@ -131,8 +128,8 @@ def test_out_of_memory_ends_in_one_line(moment, data, made_up, tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_runs_to_its_end(made_up):
     """Its figures mean nothing: what is large is not computed."""
-    sections = "ceiling encoders extraction decoder training flickr8k finetune beam caption".split()
-    flags = ["--device", "cuda", "--pictures", 2, "--sections", *sections]
+    sections = "ceiling encoders extraction decoder training flickr8k finetune beam caption"
+    flags = ["--device", "cuda", "--pictures", 2, "--sections", *sections.split(" ")]
     output = finish(start(made_up(FAKE_CUDA_LARGEST="1e6"), "tests/benchmark.py", *flags))
     assert "caption.py, a folder" in output
 
@@ -265,7 +262,7 @@ class TestInside:
     def test_rules(self, flags, training_data, tmp_path):
         """Every variant trains, in graphs, by the rules of capture."""
         replays, flags = fake_cuda.counter("replays"), ["--device", "cuda", *flags.split()]
-        history = run(training_data, tmp_path, "--epochs", 3, *flags)
+        history = run(training_data, tmp_path, *flags)
         assert all(math.isfinite(record["nll"]) for record in history)
         assert fake_cuda.counter("replays") > replays
 
@@ -275,7 +272,7 @@ class TestInside:
 
     def test_rules_for_features_in_main_memory(self, training_data, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1000))
-        run(training_data, tmp_path, "--epochs", 3, "--device", "cuda")
+        run(training_data, tmp_path, "--device", "cuda")
 
     @pytest.mark.parametrize(
         "plant, sign",
