@@ -397,6 +397,7 @@ class DecoderOutput(NamedTuple):
         torch.Tensor | None
     )  # hard attention: (B, max_decode_length), of the sampled locations
     rows: torch.Tensor  # int64 (num_words,), packed: the caption of each word
+    grounding: torch.Tensor | None = None  # scalar, the loss of an ``AttentionTeacher``
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -414,8 +415,9 @@ def doubly_stochastic_penalty(alphas):
 
 
 def caption_loss(
-    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None
-):
+    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, grounding=0.0,
+    decoder=None,
+):  # fmt: skip
     """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
 
     The paper sums both terms of eq. 14 over a caption. Here both are divided by the number of words,
@@ -428,6 +430,7 @@ def caption_loss(
     :param label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016)
     :param alpha_c: weight of the doubly stochastic penalty
     :param alpha_entropy_c: hard attention: weight of the entropy
+    :param grounding: weight of the attention teacher's loss
     :param decoder: hard attention: the decoder, whose moving average is updated
     :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient
     """
@@ -443,6 +446,8 @@ def caption_loss(
     if alpha_c:
         num_captions = (output.alphas.sum(dim=(1, 2)) > 0).sum()
         loss = loss + alpha_c * num_captions * doubly_stochastic_penalty(output.alphas)
+    if output.grounding is not None:
+        loss = loss + grounding * output.grounding
     if output.log_probs is not None:
         loss = loss + hard_attention_loss(output, word_nll.detach(), alpha_entropy_c, decoder)
     return loss / num_words, word_nll.detach().sum() / num_words
@@ -910,22 +915,65 @@ def live_rows(decode_lengths, group=8):
 
 
 class CaptioningNetwork(nn.Module):
-    """Encoder and decoder as one module, whose gradients DistributedDataParallel can average.
+    """What is trained, as one module, whose gradients DistributedDataParallel can average.
 
     :param encoder: ``Encoder`` that learns too; None: the features are given
     :param decoder: ``DecoderWithAttention``
+    :param teacher: ``AttentionTeacher``, or None
     """
 
-    def __init__(self, encoder, decoder):
+    def __init__(self, encoder, decoder, teacher=None):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.teacher = encoder, decoder, teacher
 
-    def forward(self, images, *inputs):
-        """``images`` are what the encoder takes or, without an encoder, its features; see the decoder's ``forward``."""
-        if not inputs[1]:  # fewer images in the last batch than processes
+    def forward(self, images, captions, decode_lengths, image_index, *sampling):
+        """``images`` or, without an encoder, features; the rest as in the decoder's ``forward``."""
+        if not decode_lengths:  # fewer images in the last batch than processes
             return None
         encoder_out = images if self.encoder is None else self.encoder(images)
-        return self.decoder(encoder_out, *inputs)
+        output = self.decoder(encoder_out, captions, decode_lengths, image_index, *sampling)
+        if self.teacher is None:
+            return output
+        return output._replace(
+            grounding=self.teacher(encoder_out, output.alphas, captions, image_index)
+        )
+
+
+class AttentionTeacher(nn.Module):
+    """Shows attention where to look, in training alone (``--grounding``).
+
+    Each place of the grid guesses the word to come from its own feature. The loss is the negative
+    log-likelihood of the true word when attention chooses whose guess counts, the marginal likelihood of a latent
+    alignment (Shankar et al. 2018; Deng et al. 2018). Its gradient draws attention to the places from
+    which the word can be read, which the decoder's own loss hardly does: it can live on the mean feature.
+    """
+
+    def __init__(self, encoder_dim, vocab_size):
+        super().__init__()
+        self.place_words = nn.Linear(encoder_dim, vocab_size)
+
+    def forward(self, encoder_out, alphas, captions, image_index):
+        """
+        :param encoder_out: float (num_images, n, encoder_dim)
+        :param alphas: float (B, max_decode_length, num_pixels)
+        :return: scalar, summed over the real words
+        """
+        side, new_side = math.isqrt(encoder_out.shape[1]), math.isqrt(alphas.shape[2])
+        if side != new_side:  # what attention weighs are means of the encoder's places
+            alphas = alphas @ pooling_matrix(
+                side, new_side, alphas.device
+            )  # (B, max_decode_length, n)
+        guesses = self.place_words(encoder_out.to(compute_dtype(encoder_out.device)))
+        guesses = (
+            guesses.float().log_softmax(dim=2).transpose(1, 2).flatten(0, 1)
+        )  # (num_images * vocab_size, n)
+        targets = captions[:, 1 : alphas.shape[1] + 1]  # (B, max_decode_length)
+        rows = image_index.unsqueeze(1) * self.place_words.out_features + targets
+        guesses = guesses.index_select(0, rows.flatten()).unflatten(
+            0, rows.shape
+        )  # (B, max_decode_length, n)
+        log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)
+        return -(log_likelihood * (targets != PAD_ID)).sum()
 
 
 class deferred_weight_gradients(TorchFunctionMode):
