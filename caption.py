@@ -1,411 +1,418 @@
 """Caption pictures and draw where the model looked at each word.
 
-python caption.py --img photo.jpg --model checkpoints/BEST_checkpoint_flickr8k_5_cap_per_img_5_min_word_freq.pth.tar
-python caption.py --img holiday/ 'more/*.png' --model MODEL --beam_size 3 --n_best 3 --json captions.json --no_plot
-python caption.py --img photo.jpg --model MODEL --gif
+python caption.py --img photo.jpg --model checkpoints
+python caption.py --img photo.jpg --model checkpoints --beam_size 3 --n_best 3 --gif
+python caption.py --img holiday/ 'more/*.png' --model checkpoints --no_plot --json captions.json
 """
 
-import argparse
+import collections
+import functools
 import glob
-import importlib.util
+import hashlib
+import io
 import itertools
+import logging
 import math
 import os
+import re
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+import lazy_loader as lazy
 
-import datasets
-import models
 import utils
 from utils import UserError
 
-INK, FAINT, PAPER = (30, 30, 34), (120, 120, 128), (255, 255, 255)
+# loaded when first used: --help and a mistake in a flag need not wait for them
+np, torch, datasets, models = map(lazy.load, ("numpy", "torch", "datasets", "models"))
+
+
+def main(args):
+    """Find the pictures; caption them batch by batch; print, draw and keep what was said."""
+    check_flags(args)
+    paths = find_pictures(args.img, args.recursive)
+    captioner, options = load(args)
+    read = functools.partial(read_picture, size=captioner.image_size, drawn=not args.no_plot)
+    pictures = datasets.read_ahead(read, paths, args.workers, ahead=args.batch_size)
+    results, unreadable = [], 0
+    bar = utils.progress(total=len(paths), unit="picture", disable=len(paths) <= args.batch_size)
+    say = functools.partial(bar.write, file=sys.stderr if str(args.json) == "-" else sys.stdout)
+    try:
+        while batch := list(itertools.islice(pictures, args.batch_size)):
+            for error in (picture[1] for picture in batch if isinstance(picture[1], UserError)):
+                bar.write(f"left out: {error}", file=sys.stderr)
+                unreadable += 1
+            if batch := [picture for picture in batch if not isinstance(picture[1], UserError)]:
+                images = np.stack([square for _, _, square in batch])  # (B, 3, S, S)
+                with utils.autocast(captioner.device, args.amp):
+                    found = captioner.caption(torch.from_numpy(images), **options)
+                for (path, picture, _), hypotheses in zip(batch, found):
+                    results.append(report(path, hypotheses, captioner, say))
+                    if not args.no_plot:
+                        draw(path, picture, captioner, hypotheses[0], args, say)
+            bar.update(len(results) + unreadable - bar.n)
+    finally:  # what is done is kept, whatever stops the rest
+        bar.close()
+        if args.json and results:
+            utils.write_json(args.json, results)
+            print(f"written: {utils.printable(args.json)}", file=sys.stderr)
+    if unreadable:
+        print(f"{unreadable:,} of {len(paths):,} pictures could not be read", file=sys.stderr)
+        sys.exit(1 if results else 2)
+
+
+# ---------------------------------------------------------------- beyond the main path
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description="Caption pictures.")
-    parser.add_argument(
-        "--img",
-        nargs="+",
-        required=True,
-        metavar="PICTURE",
-        help="picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'",
+    parser = utils.ArgumentParser(
+        description="Caption pictures and draw where the model looked at each word.",
+        examples=__doc__.partition("\n\n")[2].strip(),
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="CHECKPOINT",
-        help="checkpoint written by train.py; it says itself what model it holds",
-    )
-    parser.add_argument(
-        "--word_map",
-        type=Path,
-        help="word map, checked against the checkpoint's own (default: not needed, except for a "
-        "checkpoint of the PyTorch captioning tutorial, which keeps none)",
-    )
-    parser.add_argument(
-        "--data_folder",
-        type=Path,
-        default=Path("data"),
-        help="with --consensus: folder with the data that the model was trained on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--n_best",
-        type=int,
-        default=1,
-        help="captions printed per picture, at most beam_size (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=32,
-        help="pictures captioned together; lower it if memory runs out (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output_folder",
-        type=Path,
-        default=Path("captions"),
-        help="folder for the attention pictures (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--no_plot",
-        action="store_true",
-        help="print captions only (default: draw <picture>_attention.png)",
-    )
-    parser.add_argument(
-        "--gif",
-        action="store_true",
-        help="also draw <picture>_attention.gif, the gaze moving word by word",
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="also open a window, where there is a screen"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write all captions to this file"
-    )
+    flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
+    text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
+    flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
+    switch("--recursive", help="look into the sub-folders of folders too")
+    preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
+    preset = {"default": preset} if preset.exists() else {"required": True}
+    text = "checkpoint written by train.py, or the folder of a run, whose best one is taken"
+    flag("--model", type=Path, help=text, **preset)
+    text = "word map, checked against the checkpoint's own; the PyTorch tutorial's need it"
+    flag("--word_map", type=Path, help=text)
+    text = "with --consensus: folder with the data that the model was trained on"
+    flag("--data_folder", type=Path, default=Path("data"), help=text)
+    text = "captions printed per picture, best first; at most --beam_size"
+    flag("--n_best", type=utils.bounded(int, 1, 100), default=1, help=text)
+    text = "pictures captioned together; lower it if memory runs out"
+    flag("--batch_size", type=utils.bounded(int, 1, 65536), default=32, help=text)
+    text = "folder for the drawings"
+    flag("--output_folder", type=Path, default=Path("captions"), help=text)
+    switch("--no_plot", help="draw no <picture>_attention.png, print only")
+    switch("--gif", help="also draw <picture>_attention.gif, word by word")
+    switch("--show", help="also open each drawing in a window, where there is a screen")
+    text = "also write all captions to this file; - is standard output, with nothing else on it"
+    flag("--json", type=Path, help=text)
+    switch("--force", help="let --json replace a file that is not JSON")
     utils.add_search_flags(parser)
     utils.add_device_flags(parser)
     return parser
 
 
-def check_ranges(args, **bounds):
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
-
-
-def main(args):
-    warnings.filterwarnings(
-        "ignore", module=r"PIL\."
-    )  # what is wrong with a picture is said in our own words
-    check_ranges(args, n_best=(1, args.beam_size), batch_size=(1, 65536))
-    if args.json and args.json.is_dir():
-        raise UserError(
-            f"--json {args.json} is a folder; expected a file, {args.json / 'captions.json'} for example"
-        )
+def check_flags(args):
+    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
+    if args.n_best > args.beam_size:
+        raise UserError(f"--n_best {args.n_best}: expected at most --beam_size {args.beam_size}")
     if args.no_plot and (args.gif or args.show):
         raise UserError("--no_plot draws nothing, so --gif and --show cannot be had with it")
-    paths = find_pictures(args.img)
+    if args.json:
+        args.json = utils.output_path(args.json, args.force)
+    if not args.no_plot:
+        utils.check_disk(args.output_folder, 0)
+    # Pillow and matplotlib warn of pictures and letters, which are named in our own words
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", message="Glyph .* missing")
+
+
+def load(args):
+    """The captioner that ``--model`` names, and the options of its beam search, as a dict."""
+    if sys.stderr.isatty():
+        print(f"loading {utils.printable(args.model)} …", file=sys.stderr)
     device = utils.pick_device(args.device)
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
-    captioner = models.load_captioner(args.model, device, word_map)
+    captioner = models.load_captioner(models.run_checkpoint(args.model), device, word_map)
     captioner.decoder.sample_location = args.sample_location
-    dtype = torch.bfloat16 if args.amp else torch.float32
-    consensus = None
+    names = ("beam_size", "n_best", "length_penalty", "max_decode_steps")
+    options = {name: getattr(args, name) for name in names} | {"with_alphas": not args.no_plot}
     if args.consensus:
-        name = captioner.config["data_name"]
+        name, known = captioner.config["data_name"], (args.consensus, args.workers)
         if not name:
-            raise UserError(
-                f"{args.model} does not say on what it was trained, so --consensus cannot be had with it"
-            )
-        known = models.described_pictures([captioner], args.data_folder, name, dtype, args.workers)
-        consensus = models.Consensus([captioner], *known, args.consensus)
-
-    def load(path):
-        return read_picture(path, captioner.image_size, not args.no_plot)
-
-    results, unreadable, names = [], 0, set()
-    with utils.progress(
-        total=len(paths), unit="picture", disable=len(paths) <= args.batch_size
-    ) as bar:
-        waiting = datasets.read_ahead(load, paths, args.workers, ahead=args.batch_size)
-        while loaded := list(itertools.islice(waiting, args.batch_size)):
-            pictures = [picture for picture in loaded if not isinstance(picture[1], UserError)]
-            for path, error in (
-                picture[:2] for picture in loaded if isinstance(picture[1], UserError)
-            ):
-                bar.write(f"left out: {error}", file=sys.stderr)
-                unreadable += 1
-            if pictures:
-                images = torch.from_numpy(np.stack([square for _, _, square in pictures]))
-                found = captioner.caption(
-                    images,
-                    dtype,
-                    beam_size=args.beam_size,
-                    n_best=args.n_best,
-                    length_penalty=args.length_penalty,
-                    max_decode_steps=args.max_decode_steps,
-                    with_alphas=not args.no_plot,
-                    consensus=consensus,
-                )
-                for (path, picture, _), hypotheses in zip(pictures, found):
-                    results.append(report(path, hypotheses, captioner, bar))
-                    if not args.no_plot:
-                        draw(path, picture, hypotheses[0], captioner, args, names, bar)
-            bar.update(len(loaded))
-    if not results:
-        raise UserError(f"none of the {len(paths)} pictures could be read")
-    if unreadable:
-        print(f"{unreadable} of {len(paths)} pictures left out", file=sys.stderr)
-    if args.json:
-        utils.write_json(args.json, results)
+            raise UserError(f"--consensus: {args.model} does not say on what it was trained")
+        # in the arithmetic of the training, so that the features that it stored serve
+        with utils.autocast(device, captioner.config.get("amp", args.amp)):
+            options["consensus"] = models.Consensus.of([captioner], args.data_folder, name, *known)
+    return captioner, options
 
 
-def find_pictures(patterns):
+# ---------------------------------------------------------------- find and read
+
+
+def find_pictures(patterns, recursive=False):
     """Files named by paths, folders and patterns, each once, in order.
 
+    :param recursive: look into the sub-folders of folders
     :raises UserError: if one of them matches no picture
     """
     paths = {}
     for pattern in patterns:
-        path = Path(pattern)
+        path, skipped = Path(pattern), ""
         try:
             if path.is_dir():
-                found = sorted(
-                    p
-                    for p in path.iterdir()
-                    if p.suffix.lower() in datasets.PICTURE_SUFFIXES and p.is_file()
-                )
-            elif path.exists():
-                found = [path]
+                files, skipped = _pictures_of(path, recursive)
             else:
-                found = [
-                    Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()
-                ]
+                files = [path] if path.exists() else _matches(pattern)
         except (OSError, ValueError) as error:  # a name too long, a folder that may not be read
-            raise UserError(
-                f"--img {pattern}: {getattr(error, 'strerror', None) or error}"
-            ) from error
-        if not found:
-            what = "is a folder without pictures" if path.is_dir() else "matches no file"
-            raise UserError(
-                f"--img {pattern}: {what}; expected a picture, a folder of pictures or a pattern"
-            )
-        paths.update(dict.fromkeys(found))
-    return list(paths)
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--img {pattern}: {reason}") from error
+        if not files:
+            what = f"is a folder without pictures{skipped}" if path.is_dir() else "matches no file"
+            raise UserError(f"--img {pattern}: {what}; expected pictures, folders or patterns")
+        if skipped:
+            utils.note(f"{utils.printable(path)}{skipped}")
+        for file in files:
+            paths.setdefault(os.path.abspath(file), file)
+    return list(paths.values())
 
 
-def read_picture(path, image_size, drawn=True):
+def _pictures_of(folder, recursive):
+    """The pictures of a folder, and what else lies in it, by kind and number."""
+    from PIL import Image
+
+    Image.init()
+    readable = {name for name in Image.OPEN if Image.MIME.get(name, "").startswith("image/")}
+    files, skipped = [], collections.Counter()
+    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            skipped["sub-folders (see --recursive)"] += not recursive
+        elif path.name.startswith(".") or not path.is_file() or _is_drawing(path):
+            skipped["hidden files" if path.name.startswith(".") else "attention drawings"] += 1
+        elif Image.registered_extensions().get(suffix) in readable:
+            files.append(path)
+        else:
+            skipped[suffix or "without an ending"] += 1
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in (+skipped).items())
+    return files, f", skipped: {kinds}" if kinds else ""
+
+
+def _is_drawing(path):
+    return path.stem.endswith("_attention") and path.suffix in (".png", ".gif")
+
+
+def _matches(pattern):
+    """Files that a pattern matches; what exists by that name is no pattern, brackets and all."""
+    folder = next(parent for parent in Path(pattern).parents if parent.exists())
+    rest = str(Path(pattern).relative_to(folder))
+    for text in (rest.replace("[", "[[]"), rest):
+        names = sorted(glob.glob(text, root_dir=folder, recursive=True))
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if files := [path for path in files if not _is_drawing(path)]:
+            return files
+    return []
+
+
+def read_picture(path, size, drawn=True):
     """A picture as it is drawn, if it is, and as the model sees it, or why it cannot be read.
 
-    :return: (path, PIL image or None, uint8 (3, image_size, image_size)) or (path, UserError)
+    :return: (path, PIL image or None, uint8 (3, size, size)) or (path, UserError)
     """
     try:
-        picture = datasets.open_image(path, size=image_size)
+        picture = datasets.open_image(path, size=size)
     except UserError as error:
         return path, error
-    square = datasets.resize_image(picture, image_size)
+    square = datasets.resize_image(picture, size)
     picture.thumbnail((1024, 1024))  # many pictures wait in memory, and none is drawn larger
     return path, picture if drawn else None, square
 
 
-def report(path, hypotheses, captioner, bar):
-    """Print a picture's captions; return them as a JSON-ready dict."""
+def report(path, hypotheses, captioner, say):
+    """Print a picture's captions; return them as a JSON-ready dict.
+
+    It has an ``image_id`` if the file is called as COCO's are: by twelve digits.
+    """
     captions = [
-        {
-            "caption": " ".join(captioner.text(h)),
-            "log_prob": h.log_prob,
-            "score": h.score,
-            "ended": h.ended,
-        }
+        {"caption": " ".join(captioner.text(h))}
+        | {"log_prob": h.log_prob, "score": h.score, "ended": h.ended}
         for h in hypotheses
     ]
-    first, *others = [f"{c['caption']}  (log-probability {c['log_prob']:.2f})" for c in captions]
-    bar.write(
-        "\n".join([f"{utils.printable(path)}: {first}", *(" " * 4 + line for line in others)]),
-        file=sys.stdout,
-    )
+    lines = [
+        "{caption}  (score {score:.3f}, log-probability {log_prob:.2f})".format(**caption)
+        for caption in captions
+    ]
+    numbered = (f"\n{i:>4}. {line}" for i, line in enumerate(lines, 1))
+    say(f"{utils.printable(path)}:{''.join(numbered) if len(lines) > 1 else f' {lines[0]}'}")
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", path.stem)
     # Linux allows names that are no text
-    return {"image": str(path).encode("utf-8", "replace").decode(), "captions": captions}
+    result = {"image": str(path).encode("utf-8", "replace").decode(), "captions": captions}
+    return {"image_id": int(number[1])} | result if number else result
 
 
-# -------------------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- draw
+
+INK, FAINT = "#1e1e22", "#787880"
 
 
-def draw(path, picture, hypothesis, captioner, args, names, bar):
-    """Write the attention picture (and animation) of one caption into the output folder."""
-    words = captioner.text(hypothesis)
-    stem = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in path.stem)
-    stem = stem.encode()[:200].decode(
-        errors="ignore"
-    )  # names of files end at 255 bytes, and ours is longer
-    name, number = stem, 2
-    while name in names:  # a/cat.jpg and b/cat.png both want to be cat
-        name, number = f"{stem}_{number}", number + 1
-    names.add(name)
-    sheet = attention_sheet(picture, words, hypothesis.alphas)
-    png = datasets.attention_path(args.output_folder, name, "png")
-    with utils.atomic_path(png) as temporary:
-        sheet.save(temporary)
-    bar.write(f"    {utils.printable(png)}", file=sys.stdout)
+def draw(path, picture, captioner, hypothesis, args, say):
+    """Write the attention sheet (and animation) of one caption into the output folder."""
+    words, alphas = captioner.text(hypothesis), hypothesis.alphas
+    fonts, file = font_families("".join(captioner.words)), io.BytesIO()
+    png, source = sheet_path(path, args.output_folder)
+    # encoded in memory and written once, so that a full disk is one message
+    sheet = attention_sheet(picture, words, alphas, fonts)
+    sheet.savefig(file, format="png", metadata={"Source": source}, pil_kwargs={"compress_level": 3})
+    drawings = {png: file.getvalue()}
     if args.gif:
-        import imageio.v3
+        import imageio.v3 as iio
 
-        gif = datasets.attention_path(args.output_folder, name, "gif")
-        with utils.atomic_path(gif) as temporary:
-            imageio.v3.imwrite(
-                temporary, attention_frames(picture, words, hypothesis.alphas), duration=700, loop=0
-            )
-        bar.write(f"    {utils.printable(gif)}", file=sys.stdout)
+        frames = attention_frames(picture, words, alphas, fonts)
+        gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=700, loop=0, bits=5)
+        drawings[png.with_suffix(".gif")] = gif
+    for drawing, data in drawings.items():
+        with utils.atomic_path(drawing) as temporary:
+            temporary.write_bytes(data)
+        say(f"    {utils.printable(drawing)}")
     if args.show:
-        show(sheet, png)
+        show(png)
 
 
-def font(size):
-    """DejaVu Sans, which speaks most alphabets and comes with matplotlib (found, not imported: that takes a second)."""
-    folder = importlib.util.find_spec("matplotlib").submodule_search_locations[0]
-    return ImageFont.truetype(
-        os.path.join(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf"), size
-    )
+def sheet_path(path, folder):
+    """Where a picture's sheet goes: numbered on while another picture's has the name.
+
+    :return: (path of the PNG file, digest of the picture's path, which the file keeps)
+    """
+    from PIL import Image
+
+    source = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    stem = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in path.stem)
+    stem = stem.encode()[:200].decode(errors="ignore")  # names of files end at 255 bytes
+    for number in itertools.count(1):
+        png = datasets.attention_path(folder, stem if number == 1 else f"{stem}_{number}", "png")
+        try:
+            with Image.open(png) as sheet:
+                if sheet.info.get("Source") == source:
+                    return png, source
+        except FileNotFoundError:
+            return png, source
+        except OSError:
+            continue  # no picture, and so not ours to replace
+
+
+@functools.cache
+def font_families(letters):
+    """Fonts that have these letters: DejaVu Sans, and the system's best for those that it lacks."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # else it tells of weights
+    own = "DejaVu Sans"  # comes with matplotlib and speaks most alphabets
+    missing = set(map(ord, letters)) - FT2Font(font_manager.findfont(own)).get_charmap().keys()
+    if not missing:
+        return [own]
+    fonts = [font for font in font_manager.fontManager.ttflist if os.path.exists(font.fname)]
+    fonts = [font for font in fonts if "Last Resort" not in font.name]  # boxes for every letter
+    lacks = {font.name: missing - FT2Font(font.fname).get_charmap().keys() for font in fonts}
+    best = min(lacks, key=lambda name: len(lacks[name]))
+    if lacks[best]:
+        letters = "".join(map(chr, sorted(lacks[best])[:8]))
+        utils.note(
+            f"no font here has {letters}, drawn as boxes; install one that has, such as Noto "
+            "(Debian, Ubuntu: apt install fonts-noto-cjk for Chinese, Japanese and Korean, else "
+            "fonts-noto-core)"
+        )
+    return [own] if lacks[best] == missing else [own, best]
 
 
 def spotlight(picture, alpha):
-    """The picture, lit where attention was and dim elsewhere; the brightest place is the largest weight.
+    """The picture, lit where attention was; the brightest place is the largest weight.
 
     :param picture: PIL image
     :param alpha: float tensor (num_pixels,)
-    :return: PIL image
+    :return: uint8 (height, width, 3)
     """
-    side = math.isqrt(len(alpha))
-    weights = alpha.view(side, side).numpy()
+    from skimage.transform import resize
+
+    side, pixels = math.isqrt(len(alpha)), np.asarray(picture, np.float32)
     # even weights light the whole picture evenly and not fully: nothing was singled out
-    light = Image.fromarray(weights / max(weights.max(), 4 / len(alpha))).resize(
-        picture.size, Image.Resampling.BICUBIC
-    )
-    light = np.clip(np.asarray(light), 0, 1)[..., None]
-    pixels = np.asarray(picture, np.float32)
+    weights = alpha.view(side, side).numpy() / max(float(alpha.max()), 4 / len(alpha))
+    light = resize(weights, pixels.shape[:2], order=3, mode="edge").clip(0, 1)[..., None]
     dim = 0.22 * pixels.mean(axis=2, keepdims=True) + 18
-    return Image.fromarray((light * pixels + (1 - light) * dim).astype(np.uint8))
+    return (light * pixels + (1 - light) * dim).astype(np.uint8)
 
 
-def fit_text(canvas, text, width, size):
-    """A text and the largest font up to ``size`` in which it is at most ``width`` wide; cut if nothing else helps."""
-    while size > 9 and canvas.textlength(text, font(size)) > width:
-        size -= 1
-    while len(text) > 1 and canvas.textlength(text, font(size)) > width:
-        text = text[:-2] + "…"
-    return text, font(size)
-
-
-def wrap_text(canvas, text, width, face):
-    """Break a text into lines of at most ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and canvas.textlength(longer, face) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def attention_sheet(picture, words, alphas):
+def attention_sheet(picture, words, alphas, fonts=None):
     """One panel per word, the picture lit where the model looked as it said the word.
 
     :param picture: PIL image
     :param words: list of words
     :param alphas: float tensor (num_words, num_pixels)
-    :return: PIL image
+    :param fonts: see :func:`font_families`
+    :return: matplotlib figure, 100 dots per inch
     """
-    width, height = picture.size
-    scale = math.sqrt(230 * 230 / (height * width))
-    panel = max(90, round(width * scale)), max(60, round(height * scale))
-    small = picture.resize(panel, Image.Resampling.LANCZOS)
-    panels = [("", small)] + [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
-    gap, band, margin = 12, 30, 20
+    scale = 230 / math.sqrt(picture.width * picture.height)  # panels have the area of 230 x 230
+    small = _scaled(picture, scale, 90)
+    panels = [("the picture", np.asarray(small))]
+    panels += [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
     # as many columns as bring the sheet near the shape of a screen
-    columns = min(
-        range(1, len(panels) + 1),
-        key=lambda n: abs(
-            math.log(
-                n * (panel[0] + gap) / (math.ceil(len(panels) / n) * (panel[1] + band + gap)) / 1.7
-            )
-        ),
-    )
-    columns = max(columns, min(2, len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    sheet_width = 2 * margin + columns * (panel[0] + gap) - gap
-    title = font(20)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    lines = wrap_text(ruler, " ".join(words) or "(no words)", sheet_width - 2 * margin, title)
-    top = margin + 28 * len(lines) + 6
-    sheet = Image.new(
-        "RGB", (sheet_width, top + rows * (panel[1] + band + gap) - gap + margin), PAPER
-    )
-    canvas = ImageDraw.Draw(sheet)
-    for i, line in enumerate(lines):
-        canvas.text((margin, margin + 28 * i), line, INK, title)
-    for i, (word, image) in enumerate(panels):
-        x = margin + i % columns * (panel[0] + gap)
-        y = top + i // columns * (panel[1] + band + gap)
-        text, face = fit_text(canvas, word or "the picture", panel[0], 17)
-        canvas.text((x, y + band - 8), text, INK if word else FAINT, face, anchor="ls")
-        sheet.paste(image, (x, y + band))
-    return sheet
+    columns = round(math.sqrt(1.7 * len(panels) * (small.height + 42) / (small.width + 12)))
+    columns = min(max(columns, 2), len(panels))
+    places = torch.special.entr(alphas).sum(dim=1).exp().mean()  # exp of the entropy
+    note = f"attention spread over {places:.0f} of {alphas.shape[1]} places" if words else ""
+    return _page(panels, columns, " ".join(words) or "(no words)", note, fonts)
 
 
-def attention_frames(picture, words, alphas):
-    """Frames of an animation: the gaze moves over the picture while the caption grows below it.
+def attention_frames(picture, words, alphas, fonts=None):
+    """Frames of an animation: the light moves word by word over the picture.
 
     :return: list of uint8 (height, width, 3)
     """
-    width, height = picture.size
-    scale = 480 / max(height, width)
-    large = picture.resize(
-        (max(160, round(width * scale)), max(60, round(height * scale))), Image.Resampling.LANCZOS
-    )
-    face = font(18)
-    lines = wrap_text(ImageDraw.Draw(large), " ".join(words), large.width - 24, face)
-    frames = []
-    for i, view in enumerate(
-        [large, *(spotlight(large, alpha) for alpha in alphas[: len(words)]), large]
-    ):
-        frame = Image.new("RGB", (large.width, large.height + 24 + 26 * len(lines)), PAPER)
-        frame.paste(view)
-        canvas, said = ImageDraw.Draw(frame), 0
-        for row, line in enumerate(lines):
-            x = 12
-            for word in line.split():
-                if said < i:
-                    ink = INK if said == i - 1 or i > len(words) else FAINT
-                    canvas.text((x, large.height + 12 + 26 * row), word, ink, face)
-                x += canvas.textlength(word + " ", face)
-                said += 1
-        frames.append(np.asarray(frame))
-    return frames
+    # a GIF of 32 colours and so many pixels in all stays below 600 KB
+    scale = math.sqrt(800_000 / (len(words) + 2) / picture.width / picture.height)
+    scale = min(1, scale, 480 / max(picture.size))
+    small = _scaled(picture, scale, 160)
+    whole = ("", np.asarray(small))
+    views = [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
+    pages = (_page([view], 1, " ".join(words), "", fonts) for view in [whole, *views, whole])
+    return [np.asarray(page.canvas.buffer_rgba())[..., :3] for page in pages]
 
 
-def show(sheet, png):
+def _scaled(picture, scale, least_width):
+    width, height = round(picture.width * scale), round(picture.height * scale)
+    return picture.resize((max(width, least_width), max(height, 60)))
+
+
+def _page(panels, columns, caption, note, fonts):
+    """A caption, a note in small letters, and below them panels in rows.
+
+    :param panels: list of (label, uint8 (height, width, 3)), all of one size
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    high, wide, _ = panels[0][1].shape
+    gap, band, margin = 12, 30, 20
+    room, rows = columns * (wide + gap) - gap, math.ceil(len(panels) / columns)
+    lines = textwrap.wrap(caption, max(12, room // 11), break_long_words=False)
+    top = margin + 28 * len(lines) + (24 if note else 0)
+    width, height = room + 2 * margin, top + rows * (high + band + gap) - gap + margin
+    figure = Figure((width / 100 + 0.001, height / 100 + 0.001), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def write(text, x, y, size, room, color=INK):
+        label = figure.text(x / width, 1 - y / height, text, color=color, family=fonts)
+        label.set(size=0.72 * size, parse_math=False)  # points of 1/72 inch from pixels of 1/100
+        while label.get_window_extent().width > room and label.get_size() > 2:
+            label.set_size(0.9 * label.get_size())
+
+    for row, line in enumerate(lines):
+        write(line, margin, margin + 20 + 28 * row, 20, room)
+    write(note, margin, top - 8, 14, room, FAINT)
+    for i, (label, image) in enumerate(panels):
+        x, y = margin + i % columns * (wide + gap), top + i // columns * (high + band + gap) + band
+        write(label, x, y - 8, 17, wide, INK if i or len(panels) == 1 else FAINT)
+        figure.figimage(image, x, height - y - high)
+    figure.canvas.draw()
+    return figure
+
+
+def show(png):
     """Open a window with the sheet, or say why there is none."""
-    if sys.platform.startswith("linux") and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        print(f"--show: there is no screen here; the picture is {png}", file=sys.stderr)
-        return
-    import matplotlib.pyplot as plt
+    from PIL import Image, ImageShow
 
-    plt.figure(figsize=(sheet.width / 100, sheet.height / 100))
-    plt.imshow(np.asarray(sheet))
-    plt.axis("off")
-    plt.tight_layout(pad=0)
-    plt.show()
+    screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    with Image.open(png) as sheet:
+        if not screen or not ImageShow.show(sheet):
+            print(f"--show: there is no screen here; the picture is {png}", file=sys.stderr)
 
 
 if __name__ == "__main__":

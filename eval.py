@@ -1,287 +1,296 @@
-"""Caption every picture of a split with beam search and score the captions against what people wrote.
+"""Caption the pictures of a split with beam search and score the captions against people's.
 
-python eval.py --model checkpoints/BEST_checkpoint_flickr8k_5_cap_per_img_5_min_word_freq.pth.tar
-python eval.py --model checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
-python eval.py --model seed0/BEST_checkpoint_*.pth.tar seed1/BEST_checkpoint_*.pth.tar   # an ensemble
-python eval.py --model before/BEST_checkpoint_*.pth.tar after/BEST_checkpoint_*.pth.tar --average mean/BEST.pth.tar
+python eval.py --model checkpoints --beam_size 1 3 5
+python eval.py --model seed0 seed1 --output_folder both   # an ensemble
+python eval.py --model before after --average mean.pth.tar
 """
 
-import argparse
 import collections
 import itertools
+import math
 import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
+import lazy_loader as lazy
 
-import datasets
-import models
 import utils
 from utils import UserError
 
-COLORS = frozenset(
-    [
-        "black",
-        "blond",
-        "blonde",
-        "blue",
-        "brown",
-        "gray",
-        "green",
-        "grey",
-        "orange",
-        "pink",
-        "purple",
-        "red",
-        "tan",
-        "white",
-        "yellow",
-    ]
-)
-NUMERALS = frozenset(
-    ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-)
+# loaded when first used: --help and a mistake in a flag need not wait for them
+np, torch, datasets, models = map(lazy.load, ("numpy", "torch", "datasets", "models"))
+
+
+def main(args):
+    """Load the models and the data, search for captions, score them, report."""
+    with utils.processes(args.device) as device, utils.autocast(device, args.amp):
+        captioners, data, consensus, files = load(args, device)
+        print(utils.describe_machine(device))
+        mine = utils.share(len(data))
+        features = [c.features(data, args.data_folder, mine, args.workers) for c in captioners]
+        rows = {}
+        for beam_size in args.beam_size:
+            utils.set_seed(0)  # of sampled locations
+            began = time.time()
+            found = models.caption_split(
+                captioners,
+                features,
+                beam_size=beam_size,
+                length_penalty=args.length_penalty,
+                max_decode_steps=args.max_decode_steps,
+                with_alphas=data.scenes is not None,
+                consensus=consensus,
+            )
+            best = [hypotheses[0] for hypotheses in sum(utils.all_gather(found), [])]
+            seconds = time.time() - began
+            if utils.is_main():
+                captions = [captioners[0].text(hypothesis) for hypothesis in best]
+                write_captions(data, captions, files[beam_size])
+                rows[beam_size] = score(data, captions, [h.alphas for h in best])
+                if len(captioners) == 1 and captioners[0].config["attention"] != "mean":
+                    rows[beam_size] |= measure_gaze(captioners[0], features[0], best)
+                rows[beam_size]["ms per picture"] = 1000 * seconds / len(captions)
+        if utils.is_main():
+            report(args, data, files, rows)
+
+
+def score(data, captions, alphas):
+    """All figures of a split's captions: metrics, variety and, where scenes are known, truth.
+
+    :param data: ``CaptionDataset``
+    :param captions: list (pictures) of lists of words
+    :param alphas: list (pictures) of float tensors (num_words, num_pixels), for scenes
+    :return: dict of floats, ints and None (not to be had)
+    """
+    row = utils.score_captions(data.references, captions, meteor=True)
+    if len(data) == 1:
+        row["CIDEr"] = None  # it weighs words by their rarity among pictures: always 0
+    row |= score_variety(data.references, captions)
+    return row | (score_scenes(data.scenes, captions, alphas) if data.scenes is not None else {})
+
+
+# ---------------------------------------------------------------- beyond the main path
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description="Score a captioner.")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="CHECKPOINT",
-        help="checkpoint written by train.py; several of one word map decode together, as an ensemble",
+    parser = utils.ArgumentParser(
+        description="Caption the pictures of a split and score the captions.",
+        examples=__doc__.partition("\n\n")[2].strip(),
     )
-    parser.add_argument(
-        "--average",
-        type=Path,
-        metavar="FILE",
-        help="instead of decoding together: give one model the mean of the models' weights, and save it "
-        "as this checkpoint; for models of which one was trained from another (--init_from), or "
-        "all from one (default: no averaging)",
+    flag = parser.add_argument
+    preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
+    preset = {"default": [preset]} if preset.exists() else {"required": True}
+    text = (
+        "checkpoint of train.py, or the folder of a run, for its best; several vote as an ensemble"
     )
-    parser.add_argument(
-        "--word_map",
-        type=Path,
-        help="word map, checked against the checkpoint's own (default: not needed, except for a "
-        "checkpoint of the PyTorch captioning tutorial, which keeps none)",
-    )
-    parser.add_argument(
-        "--data_folder",
-        type=Path,
-        default=Path("data"),
-        help="folder with the files that create_input_files.py wrote (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data_name", help="their common name (default: what the checkpoint was trained on)"
-    )
-    parser.add_argument(
-        "--split",
-        choices=datasets.SPLITS,
-        default="test",
-        help="which pictures; choose models on val, report on test (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output_folder",
-        type=Path,
-        help="folder for captions and metrics, as JSON (default: the first checkpoint's, or --average's)",
-    )
+    flag("--model", type=Path, nargs="+", help=text, **preset)
+    text = "score, and save as this, the mean of models of which one was trained from another"
+    flag("--average", type=Path, help=text)
+    text = "the model's own word map: for checkpoints of the PyTorch tutorial, or data of others"
+    flag("--word_map", type=Path, help=text)
+    text = "folder with the files that create_input_files.py wrote"
+    flag("--data_folder", type=Path, default=Path("data"), help=text)
+    flag("--data_name", help="their common name (default: what the checkpoint was trained on)")
+    text = "which pictures; choose models on val, report on test"
+    flag("--split", choices=("train", "val", "test"), default="test", help=text)
+    text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
+    flag("--output_folder", type=Path, help=text)
     utils.add_search_flags(parser, several=True)
     utils.add_device_flags(parser)
     return parser
 
 
-def main(args):
+def load(args, device):
+    """What the flags name, all of it checked before the work.
+
+    :return: (captioners, ``CaptionDataset``, ``Consensus`` or None, files); files is a dict: the
+        path of the captions for each beam size, of the "metrics", and the "models" behind them
+    :raises UserError: if something is missing or does not fit the rest
+    """
     if args.consensus and args.split == "train":
-        raise UserError(
-            "--consensus asks what people said of training pictures, so --split train cannot be scored with it"
-        )
-    with utils.processes(args.device) as device:
-        evaluate(args, device)
-
-
-def evaluate(args, device):
-    dtype = torch.bfloat16 if args.amp else torch.float32
-    word_map = datasets.load_word_map(args.word_map) if args.word_map else None
-    captioners = [models.load_captioner(path, device, word_map) for path in args.model]
-    first = captioners[0]
-    for path, captioner in zip(args.model, captioners):
-        if captioner.word_map != first.word_map:
-            raise UserError(
-                f"{path} has another word map than {args.model[0]}; an ensemble needs one word map"
-            )
-        captioner.decoder.sample_location = args.sample_location
+        raise UserError("--consensus asks the training captions, which cannot be scored with it")
     if args.average:
         if utils.broadcast(args.average.exists()):
             raise UserError(f"--average {args.average} exists: choose another name, or remove it")
+        utils.output_path(args.average)
+    paths = [models.run_checkpoint(path) for path in args.model]
+    word_map = datasets.load_word_map(args.word_map) if args.word_map else None
+    captioners = [models.load_captioner(path, device, word_map) for path in paths]
+    first, made_by = captioners[0], {"models": [str(path.absolute()) for path in paths]}
+    for path, captioner in zip(paths, captioners):
+        captioner.decoder.sample_location = args.sample_location
+        if captioner.word_map != first.word_map:
+            raise UserError(f"{path} has another word map than {paths[0]}: they cannot vote")
+    if args.average:
         captioners = [models.average_weights(captioners)]
+        made_by = {"models": [str(args.average.absolute())], "mean of": made_by["models"]}
     name = args.data_name or first.config["data_name"]
     if not name:
-        raise UserError(
-            f"{args.model[0]} does not say on what it was trained: name the data with --data_name"
-        )
+        raise UserError(f"{paths[0]} does not say on what it was trained: add --data_name")
     datasets.check_name(name)
-    label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
-    folder = args.output_folder or (args.average or args.model[0]).parent
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))
-    if any(captioner.image_size != data.image_size for captioner in captioners):
+    check_fit(captioners, data, asked=args.word_map is not None)
+
+    label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
+    folder = args.output_folder or (args.average or paths[0]).parent
+    utils.check_disk(folder, 0)
+    files = {k: datasets.captions_path(folder, label, args.split, k) for k in args.beam_size}
+    files |= {"metrics": datasets.metrics_path(folder, label, args.split), "made by": made_by}
+    old = files["metrics"]
+    if utils.broadcast(old.exists() and utils.read_json(old).get("models") != made_by["models"]):
+        raise UserError(f"{old} holds scores of another model: choose another --output_folder")
+    if args.average and utils.is_main():
+        first.config["init_from"] = " ".join(map(str, paths))
+        parts = {"encoder": first.encoder.state_dict(), "decoder": first.decoder.state_dict()}
+        kept = {"config": first.config, "word_map": first.word_map, "history": []} | parts
+        models.save_checkpoint(args.average, kept)
+    consensus = None
+    if args.consensus:  # in the arithmetic of the training, so that the features it stored serve
+        with utils.autocast(device, first.config.get("amp", args.amp)):
+            options = args.data_folder, name, args.consensus, args.workers
+            consensus = models.Consensus.of(captioners, *options)
+    return captioners, data, consensus, files
+
+
+def check_fit(captioners, data, asked):
+    """:raises UserError: if the pictures have another size, or the captions unasked other words"""
+    sizes = sorted({captioner.image_size for captioner in captioners})
+    if sizes != [data.image_size]:
         raise UserError(
             f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
-            f"{', '.join(str(c.image_size) for c in captioners)}; prepare the data with that --image_size"
+            f"{', '.join(map(str, sizes))}; prepare the data with that --image_size"
         )
-    path = datasets.metrics_path(folder, label, args.split)
-    made_by = {"models": [str(model.absolute()) for model in args.model]}
-    if args.average:
-        made_by = {"models": [str(args.average.absolute())], "mean of": made_by["models"]}
-    if utils.broadcast(path.exists() and utils.read_json(path).get("models") != made_by["models"]):
+    word_map = captioners[0].word_map
+    if not asked and datasets.word_map_digest(word_map) != data.word_map_digest:
         raise UserError(
-            f"{path} holds the scores of another model: choose another --output_folder, or remove it"
+            f"{data.path} was prepared with another vocabulary than the model's "
+            f"{len(word_map) - 4:,} words and 4 special tokens: name the model's own data with "
+            "--data_name or, to score it on these captions all the same, its own --word_map"
         )
-    if args.average:
-        save_average(args, first)
-    print(utils.describe_machine(device))
-    features = [features_of(data, captioner, args, name, dtype) for captioner in captioners]
-    consensus = None
-    if args.consensus:
-        known = models.described_pictures(captioners, args.data_folder, name, dtype, args.workers)
-        consensus = models.Consensus(captioners, *known, args.consensus)
-    rows = {}
-    for beam_size in args.beam_size:
-        utils.set_seed(0)  # of sampled locations
-        began = time.time()
-        found = models.caption_split(
-            captioners,
-            features,
-            dtype,
-            beam_size=beam_size,
-            length_penalty=args.length_penalty,
-            max_decode_steps=args.max_decode_steps,
-            with_alphas=data.scenes is not None,
-            consensus=consensus,
-        )
-        found = sum(utils.all_gather(found), [])
-        seconds = time.time() - began
-        if not utils.is_main():
-            continue
-        best = [hypotheses[0] for hypotheses in found]
-        captions = [first.text(hypothesis) for hypothesis in best]
-        utils.write_json(
-            datasets.captions_path(folder, label, args.split, beam_size),
-            [
-                {"image_id": i, "file_name": data.image_names[i], "caption": " ".join(words)}
-                for i, words in enumerate(captions)
-            ],
-        )
-        rows[beam_size] = {
-            **utils.score_captions(data.references, captions, meteor=True),
-            **score_variety(data.references, captions),
-            "ms per picture": 1000 * seconds / len(captions),
-        }
-        if data.scenes is not None:
-            rows[beam_size] |= score_scenes(
-                data.scenes, captions, [hypothesis.alphas for hypothesis in best]
-            )
-            if first.decoder.attention_kind == "mean":  # it looks nowhere
-                rows[beam_size]["pointing"] = None
-    if not utils.is_main():
-        return
+
+
+def write_captions(data, captions, path):
+    """Write captions in COCO's results format, with the source's ids if all pictures have one."""
+    numbers = range(len(data)) if None in data.image_ids else data.image_ids
+    rows = zip(numbers, data.image_names, map(" ".join, captions))
+    names = ("image_id", "file_name", "caption")
+    utils.write_json(path, [dict(zip(names, row)) for row in rows])
+
+
+def report(args, data, files, rows):
+    """Write all figures as JSON and print them."""
     # the yardstick: what people say of a picture first, held against what others say of it
     described = [captions for captions in data.references if len(captions) > 1]
-    people = (
-        score_variety([others for _, *others in described], [first for first, *_ in described])
-        if described
-        else {}
-    )
-    utils.write_json(
-        path,
-        {
-            **made_by,
-            "data": name,
-            "split": args.split,
-            "scale": "0-100",
-            "amp": args.amp,
-            "length_penalty": args.length_penalty,
-            "max_decode_steps": args.max_decode_steps,
-            "consensus": args.consensus,
-            "sample_location": args.sample_location,
-            "beam_sizes": rows,
-            "people": people,
-        },
-    )
-    print_table(
-        {**rows, "people": people},
-        f"{args.split} split of {name}, {len(data)} pictures; metrics on the scale 0-100",
-    )
-    print(f"written: {path} and the captions beside it")
+    others, first = [captions[1:] for captions in described], [c[0] for c in described]
+    people = score_variety(others, first) if described else {}
+    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location")
+    options = {name: getattr(args, name) for name in names}
+    facts = {**files["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
+    utils.write_json(files["metrics"], facts | options | {"beam_sizes": rows, "people": people})
+    print(f"\n{args.split} split of {data.name}, {len(data):,} pictures")
+    print_table({**rows, "people": people})
+    if next(iter(rows.values()))["METEOR"] is None:
+        java = "a Java that works" if shutil.which("java") else "Java, which is not installed here"
+        print(f"METEOR left out: it needs {java}")
+    if len(data) == 1:
+        print("CIDEr left out: of a single picture it is always 0")
+    if None in data.image_ids:
+        print("image_id in the captions is the row number: the data's source gave no ids")
+    print(f"written: {files['metrics']}", *(files[beam_size] for beam_size in rows), sep="\n  ")
 
 
-def save_average(args, captioner):
-    """Save the captioner with the mean weights as ``--average`` asks."""
-    captioner.config["init_from"] = " ".join(map(str, args.model))
-    if utils.is_main():
-        models.save_checkpoint(
-            args.average,
-            {
-                "config": captioner.config,
-                "word_map": captioner.word_map,
-                "encoder": captioner.encoder.state_dict(),
-                "decoder": captioner.decoder.state_dict(),
-                "history": [],
-            },
-        )
+GROUPS = {  # by the first figure of each
+    "BLEU-1": "metrics, 0-100",
+    "words per caption": "variety",
+    "count": "scenes, %",
+    "places": "gaze of content words",
+    "ms per picture": "search",
+}
+PERCENT = (
+    "distinct captions",
+    "commonest caption",
+    "repeats itself",
+    "colours agreed",
+    "numbers agreed",
+)
+LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JSON file's
+    "words used": "different words",
+    "pointing": "pointing (chance {by chance})",
+    "places": "places of {num_pixels}",
+    "function places": "of function words",
+    "peak": "largest weight, mean",
+    "fall": "fall by deletion, nats",
+    "deletion ratio": "against random deletion",
+}
 
 
-def features_of(data, captioner, args, name, dtype):
-    """Features of this process's share of the split; a frozen encoder's come from the store that training shares."""
-    path, rows = None, utils.share(len(data))
-    if not captioner.config["fine_tune_encoder"]:
-        key = datasets.feature_key(captioner.encoder.digest(), data.images_digest, dtype)
-        path = datasets.features_path(args.data_folder, name, data.split, key)
-    encode = lambda images: captioner.encode(images, dtype)
-    features = torch.from_numpy(
-        datasets.encode_split(data, encode, path, rows, workers=args.workers)
-    )
-    return features if path is None else features[rows]
+def print_table(columns):
+    """A column for each beam size and one for people, a row for each figure, in groups."""
+    first = next(iter(columns.values()))
+    facts = {key: f"{v:.1f}" if isinstance(v, float) else v or "-" for key, v in first.items()}
+    print(f"{'beam size':>26}" + "".join(f"{column:>9}" for column in columns))
+    for name in first:
+        if name in ("by chance", "num_pixels", "random fall"):
+            continue
+        if name in GROUPS:
+            print(GROUPS[name])
+        values = (column.get(name) for column in columns.values())
+        cells = ["-" if v is None else format(v, "," if type(v) is int else ".2f") for v in values]
+        label = LABELS.get(name, name).format_map(facts)
+        print(f"{label:>26}" + "".join(f"{cell:>9}" for cell in cells))
+    print()
+
+
+# ---------------------------------------------------------------- variety
+
+COLOR_WORDS = """black blond blonde blue brown gray green grey orange pink purple red tan white
+    yellow""".split()  # noqa: SIM905
+NUMERALS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905
 
 
 def score_variety(references, captions):
-    """What metrics of overlap do not show: whether a model says the same of everything, repeats itself, or guesses.
+    """What metrics of overlap do not show: whether a model says the same of everything, or guesses.
 
     :param references: list (pictures) of lists (captions) of lists of words
     :param captions: list of lists of words
-    :return: dict. "words per caption"; "words used": how many different ones; in percent: "distinct captions";
-        "commonest caption" (pictures that get it); "repeats itself" (captions that say a word twice in a row or three
-        words twice); "colours agreed" and "numbers agreed" (colour words and numerals that stand in at least one of the
-        picture's references, None where none is said)
+    :return: dict. "words per caption"; "words used": how many different ones; in percent: "distinct
+        captions"; "commonest caption" (pictures that get it); "repeats itself" (captions that say a
+        word twice in a row or three words twice); "colours agreed" and "numbers agreed" (colour
+        words and numerals that stand in at least one of the picture's references, None where none
+        is said, or nobody says any)
     """
     counts = collections.Counter(map(tuple, captions))
     known = [set().union(*described) for described in references]
-    agreed = lambda words: percentage(
-        [
-            word in said
-            for said, caption in zip(known, captions)
-            for word in caption
-            if word in words
-        ]
-    )
+
+    def agreed(words):
+        pairs = [(w, said) for said, caption in zip(known, captions) for w in caption if w in words]
+        if all(said.isdisjoint(words) for _, said in pairs):
+            return None  # nobody says any where the captions do
+        return percentage([word in said for word, said in pairs])
+
     return {
         "words per caption": sum(map(len, captions)) / len(captions),
         "words used": len(set().union(*captions)),
         "distinct captions": 100 * len(counts) / len(captions),
         "commonest caption": 100 * max(counts.values()) / len(captions),
         "repeats itself": percentage([repeats_itself(caption) for caption in captions]),
-        "colours agreed": agreed(COLORS),
+        "colours agreed": agreed(COLOR_WORDS),
         "numbers agreed": agreed(NUMERALS),
     }
 
 
 def repeats_itself(caption):
-    """Whether a list of words has a word twice in a row, or three words in a row that come again."""
+    """Whether a list of words has a word twice in a row, or the same three in a row twice."""
     threes = list(zip(caption, caption[1:], caption[2:]))
     return len(set(threes)) < len(threes) or any(a == b for a, b in zip(caption, caption[1:]))
+
+
+def percentage(values):
+    """Mean of numbers or truth values in percent, None of none."""
+    return 100 * sum(values) / len(values) if values else None
+
+
+# ---------------------------------------------------------------- scenes
 
 
 def score_scenes(scenes, captions, alphas):
@@ -290,21 +299,23 @@ def score_scenes(scenes, captions, alphas):
     :param scenes: list of scenes (see ``datasets.shapes_records``)
     :param captions: list of lists of words
     :param alphas: list of float tensors (num_words, num_pixels)
-    :return: dict of percentages: captions that name as many shapes as there are ("count"), the right ones ("shapes"), in
-        the right colours too ("objects"); "relation" (true ones among the captions that state one), "pointing" (words
-        whose attention peaks in the box of what they name) and "by chance" (the same for attention that peaks anywhere)
+    :return: dict of percentages: captions that name as many shapes as there are ("count"), the
+        right ones ("shapes"), in the right colours too ("objects"); "relation" (true ones among
+        captions that state one), "pointing" (words whose attention peaks in the box of what they
+        name; None for even attention) and "by chance" (the same for a peak anywhere)
     """
     verdicts = [judge_caption(scene, words) for scene, words in zip(scenes, captions)]
     looks = []
     for scene, words, alpha in zip(scenes, captions, alphas):
-        side = int(alpha.shape[1] ** 0.5)
+        side = math.isqrt(alpha.shape[1])
         looks += pointing(scene, words, alpha.numpy(), (side, side))
     shares = {
         name: percentage([verdict[name] for verdict in verdicts if verdict[name] is not None])
         for name in ("count", "shapes", "objects", "relation")
     }
+    even = all((alpha == alpha[:, :1]).all() for alpha in alphas)  # as without attention
     return shares | {
-        "pointing": percentage([hit for hit, _ in looks]),
+        "pointing": None if even else percentage([hit for hit, _ in looks]),
         "by chance": percentage([chance for _, chance in looks]),
     }
 
@@ -314,10 +325,11 @@ def judge_caption(scene, words):
 
     :param scene: ``Record.scene`` or an element of ``CaptionDataset.scenes``
     :param words: list of words
-    :return: dict of verdicts. ``count``: whether as many shapes are mentioned as there are; ``shapes``: whether they are
-        those of the scene, each as often as it is there; ``objects``: the same with the colour just before each;
-        ``relation``: None if the caption puts no mentioned shape left of, right of, above or below the next one; else
-        whether all it says so is true by at least 5 % of the picture (it is not, of a shape that is not there)
+    :return: dict of verdicts. ``count``: whether as many shapes are mentioned as there are;
+        ``shapes``: whether they are those of the scene, each as often as it is there; ``objects``:
+        the same with the colour just before each; ``relation``: None if the caption puts no
+        mentioned shape left of, right of, above or below the next one; else whether all it says so
+        is true by at least 5 % of the picture (it is not, of a shape that is not there)
     """
     mentions = [
         (i, (words[i - 1] if i and words[i - 1] in datasets.SHAPE_COLORS else None, word))
@@ -328,15 +340,13 @@ def judge_caption(scene, words):
     stated = []
     for (i, subject), (j, other) in itertools.pairwise(mentions):
         relations = [word for word in words[i + 1 : j] if word in datasets.PHRASES]
-        stated += [
-            _is_true(relation, objects.get(subject), objects.get(other)) for relation in relations
-        ]
+        stated += [_is_true(word, objects.get(subject), objects.get(other)) for word in relations]
+    said = collections.Counter(mention for _, mention in mentions)
     shapes = collections.Counter(shape for _, (_, shape) in mentions)
     return {
         "count": len(mentions) == len(objects),
         "shapes": shapes == collections.Counter(shape for _, shape in objects),
-        "objects": collections.Counter(mention for _, mention in mentions)
-        == collections.Counter(list(objects)),
+        "objects": said == collections.Counter(list(objects)),
         "relation": all(stated) if stated else None,
     }
 
@@ -356,8 +366,8 @@ def pointing(scene, words, alphas, image_grid):
     :param words: list of words
     :param alphas: attention weights, float (at least num_words, num_pixels), pixels row by row
     :param image_grid: (rows, columns) of the attention map
-    :return: list of (hit, chance), one for each such word: whether the centre of the peak's cell lies in a box of
-        what the word names, and the share of all cells whose centre does
+    :return: list of (hit, chance), one for each such word: whether the centre of the peak's cell
+        lies in a box of what the word names, and the share of all cells whose centre does
     """
     rows, columns = image_grid
     y, x = np.divmod(np.arange(rows * columns), columns)
@@ -373,28 +383,99 @@ def pointing(scene, words, alphas, image_grid):
     return scores
 
 
-def percentage(values):
-    """Mean of numbers or truth values in percent, None of none."""
-    return 100 * sum(values) / len(values) if values else None
+# ---------------------------------------------------------------- gaze
+
+# all other words count as content: nouns, verbs, adjectives, numerals; "front" and "next" are here
+# for "in front of" and "next to"
+FUNCTION_WORDS = frozenset(
+    """a about above across after against all along alongside also although am amid among amongst an
+    and another any are around as at away back be because been before behind being below beneath
+    beside besides between both but by can could did do does doing down during each either every
+    few for from front had has have having he her hers herself him himself his how if in inside
+    into is it its itself just many may more most much near next no nor not of off on onto or
+    other others out outside over past s several she so some something than that the their
+    theirs them themselves then there these they this those through to together too toward
+    towards under underneath until up upon very was way were what when where which while who
+    whom whose will with within without would yet you your""".split()  # noqa: SIM905
+)
 
 
-def print_table(columns, title):
-    """A column for each beam size and one for people, a row for each figure."""
-    print(f"\n{title}\n{'beam size':>18}" + "".join(f"{column:>9}" for column in columns))
-    for name in next(iter(columns.values())):
-        values = (column.get(name) for column in columns.values())
-        shown = (
-            "-" if value is None else value if isinstance(value, int) else f"{value:.2f}"
-            for value in values
-        )
-        print(f"{name:>18}" + "".join(f"{value:>9}" for value in shown))
-    if next(iter(columns.values()))["METEOR"] is None:
-        print(
-            "METEOR left out: it needs a Java that works"
-            if shutil.which("java")
-            else "METEOR left out: it needs Java, which is not installed here"
-        )
-    print()
+def measure_gaze(captioner, features, hypotheses, pictures=400, batch_size=16):
+    """How focused attention is, how far it moves, and whether the words depend on it.
+
+    Measured on the model's own captions, teacher-forced. Deletion: at one word, the tenth of the
+    places with the largest weights gets the picture's mean feature, and the word's log-probability
+    falls; a random tenth is taken away for comparison. The state stays as it was with the whole
+    picture: only what attention sees at this one word changes.
+
+    :param features: float (N, n, encoder_dim), the encoder's own grid
+    :param hypotheses: list of at least N ``Hypothesis``
+    :param pictures: how many to measure, the first ones that have words
+    :return: dict of means over content words (see ``FUNCTION_WORDS``), None where there are none:
+        "places" (effective number: exp of the entropy of alpha), "peak" (largest weight),
+        "movement" (half the L1 distance to the previous content word's alpha, 0 to 1), "fall" and
+        "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
+        nothing); the other words' "function places"; and "num_pixels"
+    """
+    rows = [i for i in range(len(features)) if hypotheses[i].words][:pictures]
+    generator, found = torch.Generator().manual_seed(0), collections.defaultdict(list)
+    for i in range(0, len(rows), batch_size):
+        images = features[rows[i : i + batch_size]].float().to(captioner.device)
+        spoken = [torch.tensor(hypotheses[row].words) for row in rows[i : i + batch_size]]
+        with torch.no_grad():
+            for name, values in _gaze_of(captioner, images, spoken, generator).items():
+                found[name].append(values.cpu())
+    means = {name: torch.cat(values).mean().item() for name, values in found.items()}
+    means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
+    if rows:
+        means["num_pixels"] = int(means["num_pixels"])
+    if means.get("random fall", 0) > 0:
+        means["deletion ratio"] = means["fall"] / means["random fall"]
+    return means
+
+
+def _gaze_of(captioner, images, spoken, generator):
+    """The figures of :func:`measure_gaze` for each word of a batch, as a dict of tensors."""
+    functional, decoder = torch.nn.functional, captioner.decoder
+    row = torch.repeat_interleave(torch.tensor([len(words) for words in spoken]))
+    step = torch.cat([torch.arange(len(words)) for words in spoken])
+    content = [captioner.words[word] not in FUNCTION_WORDS for word in torch.cat(spoken)]
+    content = torch.tensor(content)
+    spoken = torch.nn.utils.rnn.pad_sequence(spoken, batch_first=True).to(images.device)  # (B, T)
+    inputs = functional.pad(spoken, (1, 0), value=captioner.word_map[datasets.START])
+    context, state = decoder.init_hidden_state(images)
+    states, alphas, scores = [], [], []
+    for t in range(spoken.shape[1]):
+        states.append(state)
+        score, attention, state = decoder.step(inputs[:, t : t + 1], state, context)
+        scores.append(score[:, 0])
+        alphas.append(attention.alpha[:, 0])
+    alphas = torch.stack(alphas, dim=1).float()  # (B, T, num_pixels)
+    places = torch.special.entr(alphas).sum(dim=2).exp()[row, step]
+    found = {"places": places[content], "function places": places[~content]}
+    found["num_pixels"] = torch.tensor([float(alphas.shape[2])])
+    row, step = row[content], step[content]
+    if not len(row):
+        return found
+    alpha, words = alphas[row, step], spoken[row, step].unsqueeze(1)  # (W, num_pixels), (W, 1)
+    moved = (alpha[1:] - alpha[:-1]).abs().sum(dim=1) / 2
+    found |= {"peak": alpha.amax(dim=1), "movement": moved[row[1:] == row[:-1]]}
+
+    side, size = math.isqrt(images.shape[1]), math.isqrt(alpha.shape[1])
+    if side != size:  # the places that are taken away are those of the encoder's own grid
+        alpha = functional.interpolate(alpha.view(-1, 1, size, size), (side, side), mode="area")
+    chance = torch.rand(len(row), side * side, generator=generator)
+    before = tuple(torch.stack(parts)[step, row] for parts in zip(*states))  # (W, 1, decoder_dim)
+    log_prob = torch.stack(scores, dim=1)[row, step].float().log_softmax(dim=1).gather(1, words)
+    for name, order in (("fall", alpha.flatten(1)), ("random fall", chance.to(alpha))):
+        most = order.topk(max(1, round(side * side / 10))).indices
+        deleted = torch.zeros_like(order, dtype=torch.bool).scatter(1, most, True).unsqueeze(2)
+        less = torch.where(deleted, images.mean(dim=1, keepdim=True)[row], images[row])
+        context, _ = decoder.init_hidden_state(less)
+        score, _, _ = decoder.step(inputs[row, step].unsqueeze(1), before, context)
+        after = score[:, 0].float().log_softmax(dim=1).gather(1, words)
+        found[name] = (log_prob - after).squeeze(1)
+    return found
 
 
 if __name__ == "__main__":

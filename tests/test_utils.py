@@ -29,7 +29,7 @@ import models
 import utils
 from utils import UserError
 
-# -------------------------------------------------------------------------------- files
+# ------------------------------------------------------------ files
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -206,14 +206,17 @@ def test_a_file_that_would_be_lost_or_cannot_be_written_is_refused_first(tmp_pat
     assert (tmp_path / "README.md").read_text() == "words" and not (tmp_path / "new").exists()
 
 
-def test_a_folder_is_made_and_must_have_room(tmp_path, monkeypatch, fails):
+def test_a_folder_that_cannot_be_used_is_found_first(tmp_path, monkeypatch, fails):
     utils.check_disk(tmp_path / "a" / "b", 1000)
-    assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.iterdir())  # a run that fails leaves no empty folder
     (tmp_path / "file").write_text("")
     with fails("file is a file, expected a folder"):
         utils.check_disk(tmp_path / "file", 0)
-    with fails("cannot write .*file/folder: Not a directory"):
-        utils.check_disk(tmp_path / "file" / "folder", 0)
+    with fails("file is a file, expected a folder"):
+        utils.check_disk(tmp_path / "file" / "folder" / "b", 0)
+    with monkeypatch.context() as patch, fails("cannot write .*b: you may not"):
+        patch.setattr(os, "access", lambda path, _: path != tmp_path)
+        utils.check_disk(tmp_path / "a" / "b", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(total=9e9, free=2.5e6))
     with fails(f"{tmp_path} needs 1.30GB, but its disk has 2.50MB free"):
         utils.check_disk(tmp_path, 1.3e9)
@@ -275,7 +278,7 @@ def test_json_of_an_editor_on_windows_is_read(tmp_path):
     assert utils.read_json(tmp_path / "bom.json") == {"a": 1}
 
 
-# -------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------ checkpoints
 
 
 class Touch:
@@ -379,7 +382,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     }
 
 
-# -------------------------------------------------------------------------------- values
+# ------------------------------------------------------------ values
 
 
 @pytest.mark.parametrize("text", ["0", "1", "0.5", "1e-3", "-0"])
@@ -469,6 +472,57 @@ def test_a_device_that_is_not_here_is_refused(name, fails):
         utils.pick_device(name)
 
 
+@pytest.fixture
+def cards(monkeypatch):
+    """Three made-up GPUs; the list of what is done with them, in order."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"current {device}"))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: done.append(f"used {device}"))
+    return done
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("cuda", ["current 0", "used cuda"]),
+        ("auto", ["current 0", "used cuda"]),
+        ("cuda:2", ["current 2", "used cuda:2"]),
+    ],
+)
+def test_a_card_is_made_the_current_one_before_it_is_used(name, expected, cards, fails):
+    assert utils.pick_device(name).type == "cuda"
+    assert cards == expected
+    with fails("--device cuda:3: torch finds 3 GPUs here"):
+        utils.pick_device("cuda:3")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_each_process_opens_its_own_card_alone(name, cards, monkeypatch, fails):
+    from torch import distributed
+
+    monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(None, 1, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with utils.processes(name) as device:
+        assert device == torch.device("cuda:1")
+    assert cards == ["current 1", "used cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with fails("torch finds 3 GPUs here"), utils.processes(name):
+        pytest.fail("there is no such card")
+
+
+def test_autocast_is_off_unless_asked_for():
+    weights = torch.ones(2, 2)
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with utils.autocast(torch.device("cpu"), enabled):
+            assert (weights @ weights).dtype == dtype
+
+
 def test_devices():
     assert utils.pick_device("cpu").type == "cpu"
     assert utils.pick_device("auto").type in ("cpu", "cuda", "mps")
@@ -502,8 +556,8 @@ SCRIPT = """
         (
             "open('missing/file')",
             2,
-            "script.py: error: cannot use missing/file: No such file or directory; check the disk's "
-            "space and your rights\n",
+            "script.py: error: cannot use missing/file: No such file or directory; check the disk's"
+            " space and your rights\n",
         ),
         ("raise KeyboardInterrupt", 130, "script.py: stopped by SIGINT\n"),
         ("print(1)", 0, ""),
@@ -531,6 +585,75 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(30) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("times", [1, 3])  # ``timeout`` and torchrun send a signal twice
+def test_a_signal_ends_a_script_with_one_line_from_the_start(name, times, tmp_path):
+    body = f"""import os, signal, threading, time
+        for _ in range({times}):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.{name})).start()
+        try:
+            import torch  # takes a second or more
+            time.sleep(60)
+        finally:
+            with utils.atomic_path({str(tmp_path / "new")!r}):  # what cleans up is not disturbed
+                time.sleep(0.5)"""
+    done = run_script(SCRIPT.format(body=body), tmp_path)
+    assert done.stderr == f"script.py: stopped by {name}\n"
+    assert done.returncode == 128 + getattr(signal, name)
+
+
+def test_output_that_finds_no_room_ends_in_one_line(tmp_path):
+    for body in ("print(1)", "[print('line', i) for i in range(100000)]", "parser.print_help()"):
+        script = SCRIPT.replace("main(args):", "main(args, parser=utils.ArgumentParser()):")
+        (tmp_path / "script.py").write_text(textwrap.dedent(script.format(body=body)))
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, tmp_path / "script.py"]
+            done = subprocess.run(
+                command,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=ENVIRONMENT,
+                check=False,
+            )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "script.py: error: cannot use standard output: No space left" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "busy, settings, policy",
+    [
+        (0.1, {}, None),
+        (1.9, {}, "PASSIVE"),
+        (1.9, {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),  # the user's own settings win
+        (1.9, {"GOMP_SPINCOUNT": "1000"}, None),
+    ],
+)
+def test_where_others_use_the_cores_openmp_waits_passively(busy, settings, policy, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TORCH_DISABLE_NATIVE_JIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(utils, "busy_cores", lambda: busy)
+    utils.prepare_libraries()  # torch has been loaded: it is too late
+    assert os.environ.get("OMP_WAIT_POLICY") == settings.get("OMP_WAIT_POLICY")
+    monkeypatch.delitem(sys.modules, "torch._C")
+    utils.prepare_libraries()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert os.environ["TORCH_DISABLE_NATIVE_JIT"] == "1"
+    said = utils.describe_machine(torch.device("cpu"))
+    assert ("OMP_WAIT_POLICY" in said) == (policy is not None) and str(policy or "") in said
+
+
+def test_busy_cores_are_those_of_others(monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100.0, 50.0, 25.0, 0.0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
+    assert utils.busy_cores() == 0.75
+    assert utils.available_cores() == 2
 
 
 def test_our_own_mistakes_keep_their_traceback(tmp_path):
@@ -583,7 +706,7 @@ def test_on_a_narrow_terminal_rate_and_time_left_stay(columns, monkeypatch, caps
     assert capsys.readouterr().err == ""
 
 
-# -------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------ metrics
 
 CAPTIONS = [  # candidate, references
     (
