@@ -534,22 +534,19 @@ def read_json(path):
 
 
 def check_disk(folder, size):
-    """Make a folder before the work starts, and see whether ``size`` bytes can be written there.
+    """See before the work starts whether ``size`` bytes can be written to a folder, made or not.
 
     :raises UserError: if not
     """
     from tqdm import tqdm
 
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        disk = shutil.disk_usage(folder)
-    except OSError as error:
-        raise _cannot("write", folder, error) from error
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, expected a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {folder}: you may not; choose another folder")
+    disk = shutil.disk_usage(there)
     if disk.total and disk.free < size:  # some file systems say that they have 0 bytes in all
         free, needed = (tqdm.format_sizeof(value, "B") for value in (disk.free, size))
         raise UserError(

@@ -206,14 +206,17 @@ def test_a_file_that_would_be_lost_or_cannot_be_written_is_refused_first(tmp_pat
     assert (tmp_path / "README.md").read_text() == "words" and not (tmp_path / "new").exists()
 
 
-def test_a_folder_is_made_and_must_have_room(tmp_path, monkeypatch, fails):
+def test_a_folder_that_cannot_be_used_is_found_first(tmp_path, monkeypatch, fails):
     utils.check_disk(tmp_path / "a" / "b", 1000)
-    assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.iterdir())  # a run that fails leaves no empty folder
     (tmp_path / "file").write_text("")
     with fails("file is a file, expected a folder"):
         utils.check_disk(tmp_path / "file", 0)
-    with fails("cannot write .*file/folder: Not a directory"):
-        utils.check_disk(tmp_path / "file" / "folder", 0)
+    with fails("file is a file, expected a folder"):
+        utils.check_disk(tmp_path / "file" / "folder" / "b", 0)
+    with monkeypatch.context() as patch, fails("cannot write .*b: you may not"):
+        patch.setattr(os, "access", lambda path, _: path != tmp_path)
+        utils.check_disk(tmp_path / "a" / "b", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(total=9e9, free=2.5e6))
     with fails(f"{tmp_path} needs 1.30GB, but its disk has 2.50MB free"):
         utils.check_disk(tmp_path, 1.3e9)
