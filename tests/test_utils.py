@@ -669,7 +669,7 @@ def test_busy_cores_are_those_of_others(monkeypatch):
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100.0, 50.0, 25.0, 0.0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
     assert utils.busy_cores() == 0.75
-    monkeypatch.setattr(psutil, "cpu_percent", lambda **_: open("/proc/is/not/here"))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda **_: os.listdir("/proc/is/not"))
     assert utils.busy_cores() == 0
     assert utils.available_cores() == 2
 
