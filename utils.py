@@ -60,15 +60,15 @@ def note(text):
 
 def ending(prog, error):
     """Exit code and last line (or None) for an error that the user can mend; raises any other."""
-    for number in StopSignals.numbers:
-        signal.signal(number, signal.SIG_IGN)  # the process is ending already
+    is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
+    for number in StopSignals.numbers:  # the process is ending already; torchrun ends the others
+        signal.signal(number, signal.SIG_IGN if is_first else signal.SIG_DFL)
     try:
         print(end="", flush=True)
     except OSError as fault:  # Python would fail once more on what is left in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, OSError) and error.errno == fault.errno:
             error.filename = "standard output"
-    is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
     cause = error  # an import that is interrupted can fail in any way
     while not isinstance(cause, (KeyboardInterrupt, UserError, type(None))):
         cause = cause.__context__
@@ -298,7 +298,10 @@ def processes(device_name):
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=number, world_size=size)
-    with contextlib.nullcontext(sys.stdout) if is_main() else open(os.devnull, "w") as sys.stdout:
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(sys.stdout if is_main() else nowhere),
+    ):
         yield device
     distributed.destroy_process_group()
 

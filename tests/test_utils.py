@@ -526,7 +526,7 @@ def test_each_process_opens_its_own_card_alone(name, cards, monkeypatch, fails):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with utils.processes(name) as device:
         assert device == torch.device("cuda:1")
-    assert cards == ["current 1", "used cuda:1"]
+    assert not sys.stdout.closed and cards == ["current 1", "used cuda:1"]
     monkeypatch.setenv("LOCAL_RANK", "3")
     with fails("torch finds 3 GPUs here"), utils.processes(name):
         pytest.fail("there is no such card")
