@@ -173,22 +173,22 @@ def test_the_mean_of_two_trainings_is_a_model_of_its_own(
     )
     with fails("--average .*mean.pth.tar exists"):
         evaluate(training_data, tmp_path, "--model", best_checkpoint, after, "--average", mean)
-    for flags in (
-        ["--decoder", "gru"],
-        ["--position_encoding"],
-    ):  # other weights, and others of the same shape
-        other = tmp_path / flags[-1].strip("-")
-        train.main(train_args(training_data, other, *flags, "--epochs", 1))
+    # other weights, and others of the same shape
+    for change in ({"decoder": "gru"}, {"position_encoding": True}):
+        checkpoint = models.load_checkpoint(mean)
+        checkpoint["config"] |= change
+        decoder = models.build_decoder(checkpoint["config"], len(checkpoint["word_map"]))
+        checkpoint["decoder"] = decoder.state_dict()
+        models.save_checkpoint(tmp_path / "other.pth.tar", checkpoint)
+        flags = [
+            "--model",
+            mean,
+            tmp_path / "other.pth.tar",
+            "--average",
+            tmp_path / "none.pth.tar",
+        ]
         with fails("not of one architecture"):
-            evaluate(
-                training_data,
-                tmp_path,
-                "--model",
-                mean,
-                datasets.checkpoint_path(other, training_data[1]),
-                "--average",
-                tmp_path / "none.pth.tar",
-            )
+            evaluate(training_data, tmp_path, *flags)
 
 
 def test_scores_of_another_model_are_not_overwritten(
