@@ -1,12 +1,11 @@
-"""Captioned pictures: where they come from, how their words become numbers, and the HDF5 files that hold them.
+"""Captioned pictures: words become numbers, pictures become squares, and HDF5 files hold both.
 
-Sources are read into a list of :class:`Record`; :func:`write_dataset` writes them as three HDF5 files and a word map;
-:class:`CaptionDataset` reads one of those files::
+A source is read into a list of :class:`Record`; :func:`write_dataset` writes them as three HDF5
+files and a word map; :class:`CaptionDataset` reads one of these, :func:`collate` makes batches::
 
     records, notes = flickr8k_records("data")
     write_dataset("data", records, dataset="flickr8k", source="Flickr8k, official split")
     train = CaptionDataset(split_path("data", "train", base_name("flickr8k", 5, 5)))
-    train.images([3, 1, 2])  # uint8 (3, 3, 256, 256)
 """
 
 import collections
@@ -20,143 +19,44 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
-import shutil
-import threading
+import tarfile
+import tempfile
 import unicodedata
 import zipfile
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 import regex
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
-from utils import (
-    UserError,
-    all_gather,
-    atomic_path,
-    available_cores,
-    barrier,
-    broadcast,
-    is_main,
-    locked,
-    progress,
-    read_json,
-    share,
-)
+import utils
+from utils import UserError
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 PAD_ID = 0
 SPLITS = ("train", "val", "test")
 
-# ---------------------------------------------------------------------------------------------------------- file names
+# ------------------------------------------------------------------------------------------- words
 
-
-def base_name(dataset, captions_per_image, min_word_freq):
-    """Name that all files of one prepared data set share, e.g. ``flickr8k_5_cap_per_img_5_min_word_freq``."""
-    return f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-
-
-def check_name(name, what="the data's name", longest=120):
-    """Files are called by this name, and none of them may lie elsewhere, whatever a flag or a checkpoint says.
-
-    :raises UserError: if it holds anything else than letters, digits, dots, dashes and underscores
-    """
-    if (
-        not isinstance(name, str)
-        or not regex.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
-        or len(name) > longest
-    ):
-        raise UserError(
-            f"{what} {name!r}: expected a name of at most {longest} letters, digits, dots, dashes and "
-            "underscores, since files are called by it"
-        )
-
-
-def split_path(folder, split, name):
-    """Path of one split's HDF5 file."""
-    return Path(folder) / f"{split.upper()}_{name}.hdf5"
-
-
-def word_map_path(folder, name):
-    """Path of the word map."""
-    return Path(folder) / f"WORDMAP_{name}.json"
-
-
-def contact_sheet_path(folder, name):
-    """Path of the picture that shows a few captioned training pictures."""
-    return Path(folder) / f"CONTACT_SHEET_{name}.png"
-
-
-def pictures_folder(folder, name):
-    """Folder of the few generated pictures that are also written as PNG files."""
-    return Path(folder) / f"PICTURES_{name}"
-
-
-def checkpoint_path(folder, name, best=False):
-    """Path of the last checkpoint, or of the best one."""
-    return Path(folder) / f"{'BEST_' if best else ''}checkpoint_{name}.pth.tar"
-
-
-def log_path(folder, name):
-    """Path of the training log, one JSON object a line."""
-    return Path(folder) / f"log_{name}.jsonl"
-
-
-def curves_path(folder, name):
-    """Path of the learning curves."""
-    return Path(folder) / f"curves_{name}.png"
-
-
-def features_path(folder, name, split, key):
-    """Path of the stored features of one split; ``key`` tells encoder, weights and data apart."""
-    return Path(folder) / f"FEATURES_{split.upper()}_{name}_{key}.npy"
-
-
-def lock_path(path):
-    """Path of the lock file that a run holds while it writes a file or the files of a folder."""
-    path = Path(path)
-    return path.with_name(f".{path.name}.lock")
-
-
-def captions_path(folder, name, split, beam_size):
-    """Path of the captions written by ``eval.py``."""
-    return Path(folder) / f"captions_{split}_{name}_beam{beam_size}.json"
-
-
-def attention_path(folder, picture, suffix):
-    """Path of the picture, or animation, of where the model looked."""
-    return Path(folder) / f"{picture}_attention.{suffix}"
-
-
-def metrics_path(folder, name, split):
-    """Path of the metrics written by ``eval.py``."""
-    return Path(folder) / f"metrics_{split}_{name}.json"
-
-
-# --------------------------------------------------------------------------------------------------------------- words
-
-TOKENIZER = "NFC, lower case, runs of letters, marks and digits"
-_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
-_UNPRINTABLE = regex.compile(r"[\p{Cc}\p{Cs}\s]+")
+# Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: each letter is a word
+_SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&\p{L}]"
+_WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACELESS}]+", regex.V1)
 
 
 def tokenize(text):
     """Split a caption into words.
 
     :param text: a caption in any alphabet
-    :return: list of lower-case words: runs of letters, marks and digits; punctuation and underscores are dropped
+    :return: list of lower-case words: runs of letters, marks and digits (Unicode NFC), or single
+        letters in scripts without spaces; punctuation and underscores are dropped
     """
     return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
-
-
-def clean_caption(text):
-    """Put a caption on one line: control characters, broken Unicode and runs of white space become one space."""
-    return _UNPRINTABLE.sub(" ", text).strip()
 
 
 def build_word_map(token_lists, min_word_freq):
@@ -164,61 +64,28 @@ def build_word_map(token_lists, min_word_freq):
 
     :param token_lists: iterable of lists of words, of the training split alone
     :param min_word_freq: a word must occur at least so many times
-    :return: dict word -> id: ``<pad>`` 0, then the words, most frequent first (ties in alphabetical order), then
-        ``<unk>``, ``<start>``, ``<end>``
+    :return: dict word -> id: ``<pad>`` 0, then the words, most frequent first (ties in
+        alphabetical order), then ``<unk>``, ``<start>``, ``<end>``
     """
     counts = collections.Counter(itertools.chain.from_iterable(token_lists))
-    words = sorted(
-        (word for word, count in counts.items() if count >= min_word_freq),
-        key=lambda w: (-counts[w], w),
-    )
+    words = [word for word, count in counts.items() if count >= min_word_freq]
+    words.sort(key=lambda word: (-counts[word], word))
     return {word: i for i, word in enumerate([PAD, *words, UNK, START, END])}
-
-
-def load_word_map(path):
-    """Read a word map and check it.
-
-    :return: dict word -> id
-    :raises UserError: if the file is missing or is no word map: ids 0 to n - 1, each once, with the four special tokens
-    """
-    word_map = read_json(path)
-    if not isinstance(word_map, dict) or not all(type(i) is int for i in word_map.values()):
-        raise UserError(f"{path} is no word map: expected a JSON object of words and their numbers")
-    missing = [token for token in (PAD, UNK, START, END) if token not in word_map]
-    if missing:
-        raise UserError(
-            f"{path} is no word map: it lacks {', '.join(missing)}; make it with create_input_files.py"
-        )
-    if sorted(word_map.values()) != list(range(len(word_map))) or word_map[PAD] != 0:
-        raise UserError(
-            f"{path} is no word map: expected the numbers from {PAD}'s 0 to {len(word_map) - 1}, each once"
-        )
-    return word_map
-
-
-def special_tokens(word_map):
-    """Numbers of the tokens that no caption may hold."""
-    return [word_map[PAD], word_map[START], word_map[UNK]]
-
-
-def word_map_digest(word_map):
-    """Short SHA-256, in hex, of a word map's content, whatever the order of its entries."""
-    return hashlib.sha256(json.dumps(word_map, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def encode_caption(tokens, word_map, max_len):
     """Turn words into ids.
 
     :param tokens: list of at most ``max_len`` words
-    :return: list of ``max_len + 2`` ids: ``<start>``, the words (``<unk>`` for those not in the map), ``<end>``, and
-        ``<pad>`` to the full length
+    :return: list of ``max_len + 2`` ids: ``<start>``, the words (``<unk>`` for those not in the
+        map), ``<end>``, and ``<pad>`` to the full length
     :raises ValueError: if there are more than ``max_len`` words
     """
     if len(tokens) > max_len:
         raise ValueError(f"a caption of {len(tokens)} words, expected at most {max_len}")
-    unknown = word_map[UNK]
-    ids = [word_map[START], *(word_map.get(token, unknown) for token in tokens), word_map[END]]
-    return ids + [word_map[PAD]] * (max_len + 2 - len(ids))
+    words = [word_map.get(token, word_map[UNK]) for token in tokens]
+    padding = [word_map[PAD]] * (max_len - len(tokens))
+    return [word_map[START], *words, word_map[END], *padding]
 
 
 def decode_caption(ids, words):
@@ -232,82 +99,44 @@ def decode_caption(ids, words):
     return [token for token in tokens if token not in (START, PAD)]
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------------- pictures
 
-MAX_PIXELS = (
-    89_478_485  # Pillow's own line, beyond which it warns of decompression bombs: 268 MB as RGB
-)
-MAX_PICTURE_BYTES = 2**28
-PICTURE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"]
-)
+MAX_PIXELS = 89_478_485  # of a decoded picture: 268 MB as RGB; Pillow warns beyond it
 
 
 def open_image(source, size=None, name=None):
-    """Read a picture as a person would see it: colours of every mode as RGB, rotated as its EXIF says.
+    """Read a picture as a person would see it: of every mode as RGB, rotated as its EXIF says.
 
-    Transparent pixels lie over white; 16-bit and floating-point values are scaled, not clipped; of an animation, the
-    first frame is read.
+    Transparent pixels lie over white, 16-bit and float values are scaled, of an animation the first
+    frame is read.
 
-    :param source: path, bytes or binary file
-    :param size: if the picture will be made no larger than ``size`` pixels, a big JPEG can be decoded at a fraction of
-        the cost: the result then has at least twice as many pixels along each side
+    :param source: path (``zipfile.Path`` too) or bytes
+    :param size: side in pixels that the picture will be resized to, if known: a large JPEG is then
+        decoded at 1/2, 1/4 or 1/8 of its size, with at least ``2 * size`` pixels along each side
     :param name: what error messages call the picture; default: its path
     :return: ``PIL.Image.Image`` of mode RGB
-    :raises UserError: if it cannot be read: missing, empty, truncated, no picture, or of more than 89 million pixels
+    :raises UserError: if it is missing, empty, truncated, no picture, or of too many pixels
     """
-    name = name or (
-        source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "the picture")
-    )
-    # Pillow's decoders raise nearly every type of exception on damaged data, so none can be singled out.
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError("too many pixels")
+        data = _read_bytes(source)
+        # Image.open refuses 179 million pixels before it is known how many of a JPEG are decoded
+        opened = JpegImageFile if data.startswith(b"\xff\xd8\xff") else Image.open
+        with opened(io.BytesIO(data)) as image:
+            pixels = image.width * image.height
             if size is not None:
                 image.draft(None, (2 * size, 2 * size))
+            if image.width * image.height > MAX_PIXELS or pixels > 4 * MAX_PIXELS:
+                raise Image.DecompressionBombError
             image.load()
-            with contextlib.suppress(
-                Exception
-            ):  # a damaged EXIF block must not cost us a sound picture
+            with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
                 ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
-    except FileNotFoundError as error:
-        raise UserError(f"cannot read {name}: there is no such file") from error
-    except Exception as error:
-        if isinstance(error, (UserError, Image.DecompressionBombError)):
-            reason = f"it has more than {MAX_PIXELS:,} pixels; shrink it"
-        else:
-            reason = (
-                "not in a known format"
-                if isinstance(error, UnidentifiedImageError)
-                else (clean_caption(str(error)) or type(error).__name__)
-            )
-            reason += "; expected a whole JPEG, PNG, GIF, BMP, WebP or TIFF file: get it again, or save it anew"
-        raise UserError(f"cannot read {name} as a picture: {reason}") from error
-
-
-def _to_rgb(image):
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_scale_to_bytes(np.asarray(image), image.mode)).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-
-
-def _scale_to_bytes(values, mode):
-    """Values of a 16-bit, 32-bit or floating-point picture as uint8; the mode and the extremes tell the scale."""
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    if mode.startswith("I;16"):
-        low, high = 0, 65535
-    elif low >= 0:
-        scales = (1, 255) if mode == "F" else (255, 65535)
-        low, high = 0, next((scale for scale in scales if high <= scale), high)
-    return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
+        name = name or ("the picture" if isinstance(source, bytes) else source)
+        raise UserError(
+            f"cannot read {name} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, WebP"
+            f" or TIFF file of at most {MAX_PIXELS:,} pixels"
+        ) from error
 
 
 def resize_image(image, size):
@@ -318,508 +147,828 @@ def resize_image(image, size):
     :return: uint8 (3, size, size), antialiased
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    resized = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))  # (size, size, 3)
+    return np.ascontiguousarray(resized.transpose(2, 0, 1))  # (3, size, size)
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------- files
 
 
 class Record(NamedTuple):
-    """One captioned picture.
-
-    ``image(size)`` gives it as :func:`resize_image` takes it or raises :class:`UserError`; ``size`` is the hint of
-    :func:`open_image`. ``scene`` says what a generated picture shows, see :func:`shapes_records`.
-    """
+    """One captioned picture of a source."""
 
     name: str
     split: str
     captions: list
-    image: Callable
-    scene: dict | None = None
+    image: object  # function of open_image's size: uint8 (height, width, 3) or an RGB Image
+    scene: dict | None = None  # what a generated picture shows, see shapes_records
+    image_id: int | None = None  # the source's own number of the picture, such as COCO's
 
 
-MAX_LOST = (
-    0.03  # a data set that lacks more of its pictures than this is not the one that was asked for
-)
+class Settings(NamedTuple):
+    """How records become HDF5 files."""
+
+    image_size: int = 256  # side of the stored pictures in pixels
+    captions_per_image: int = 5  # encoded for training; from more, so many are drawn by seed
+    max_len: int = 50  # captions of more words are not encoded
+    seed: int = 0
 
 
-def too_many_lost(lost, total):
-    """Whether so many pictures are lost that the data set should not be used (one may always be)."""
-    return lost > max(1, MAX_LOST * total)
+def write_dataset(folder, records, *, dataset, source, min_word_freq=5, workers=None, **settings):
+    """Write the three splits and the word map; they appear together, once all are whole.
 
-
-FLICKR8K = {  # each archive, and what may stand for it: itself or what it unpacks to
-    "Flickr8k_Dataset.zip": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset.zip"),
-    "Flickr8k_text.zip": (
-        "Flickr8k.token.txt",
-        "Flickr8k_text/Flickr8k.token.txt",
-        "Flickr8k_text.zip",
-    ),
-}
-
-
-def flickr8k_records(folder):
-    """Flickr8k with its official split.
-
-    :param folder: holds ``Flickr8k_Dataset.zip`` and ``Flickr8k_text.zip`` (read in place), or what they unpack to
-    :return: list of :class:`Record`, list of notes for the user
-    :raises UserError: if something is missing or damaged
+    :param folder: where the files go
+    :param records: list of :class:`Record` of all splits
+    :param dataset: name of the data set
+    :param source: where it came from, in words
+    :param min_word_freq: words rarer than this in the training split become ``<unk>``
+    :param workers: threads that decode pictures; default: one for each core
+    :param settings: see :class:`Settings`
+    :return: dict of each split's summary (see :func:`write_split`), the word map
+    :raises UserError: if a split has no pictures, no word is frequent enough, too many pictures
+        cannot be read, or a file cannot be written
     """
-    folder = Path(folder)
-    pictures = _Pictures(_first_existing(folder, *FLICKR8K["Flickr8k_Dataset.zip"]))
-    captions = collections.defaultdict(list)
-    text = _flickr8k_text(folder, "Flickr8k.token.txt")
-    for name, caption, _ in _token_rows(text, "Flickr8k.token.txt"):
-        captions[name].append(caption)
-
-    records, missing = [], []
-    for split, file in zip(SPLITS, ("trainImages", "devImages", "testImages")):
-        names = [
-            name
-            for name in _flickr8k_text(folder, f"Flickr_8k.{file}.txt").split("\n")
-            if name.strip()
-        ]
-        for name in map(str.strip, names):
-            image = pictures.find(name)
-            if image is None or name not in captions:
-                missing.append(name)
-            else:
-                records.append(Record(name, split, captions[name], image))
-    _check_unique(records, folder)
-    notes = _check_missing(missing, len(records) + len(missing), folder)
-    counts = [sum(record.split == split for record in records) for split in SPLITS]
-    if counts != [6000, 1000, 1000] and not missing:
-        notes.append(
-            "not the whole of Flickr8k: {} + {} + {} pictures, officially 6000 + 1000 + 1000".format(
-                *counts
-            )
-        )
-    return records, notes
+    settings = Settings(**settings)
+    name = base_name(dataset, settings.captions_per_image, min_word_freq)
+    parts = {split: [record for record in records if record.split == split] for split in SPLITS}
+    texts = (text for record in parts["train"] for text in record.captions)
+    word_map = build_word_map(map(tokenize, texts), min_word_freq)
+    _check_parts(parts, word_map, dataset, min_word_freq)
+    about = {"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source}
+    map_path, summaries = word_map_path(folder, name), {}
+    with contextlib.ExitStack() as finished:  # at its end the files get their names
+        finished.enter_context(utils.locked(lock_path(map_path), Path(folder) / name))
+        for split, part in parts.items():
+            path = finished.enter_context(utils.atomic_path(split_path(folder, split, name)))
+            summaries[split] = write_split(path, part, word_map, settings, about, workers)
+        path = finished.enter_context(utils.atomic_path(map_path))
+        path.write_text(json.dumps(word_map, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summaries, word_map
 
 
-def missing_flickr8k_archives(folder):
-    """:return: list of the archives' names that a folder lacks, and lacks unpacked too"""
-    return [
-        archive
-        for archive, names in FLICKR8K.items()
-        if not any((Path(folder) / name).exists() for name in names)
-    ]
+def write_split(path, records, word_map, settings, about, workers=None):
+    """Write one HDF5 file, in place: give it a path from :func:`utils.atomic_path`.
 
+    The same input gives the same bytes. Left out and counted: captions without a word; pictures
+    without a caption (for training, without one of at most ``max_len`` words); pictures that cannot
+    be read. All captions with a word are kept as references.
 
-def _first_existing(folder, *names):
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise UserError(f"{folder} holds none of {', '.join(names)}; put one there")
-
-
-def _flickr8k_text(folder, name):
-    path = _first_existing(folder, name, f"Flickr8k_text/{name}", "Flickr8k_text.zip")
-    if path.suffix != ".zip":
-        return _read_text(path)
-    archive = _open_zip(path)
-    member = next((info for info in archive.infolist() if _archived_name(info) == name), None)
-    if member is None:
-        raise UserError(f"{path} lacks {name}; delete the archive and download it again")
-    return _decode_text(_read_member(archive, member), f"{path}/{name}")
-
-
-def karpathy_records(json_path, images):
-    """Pictures and captions listed in one of Karpathy's files (``dataset_flickr8k.json``, ``…30k…``, ``…coco…``).
-
-    :param json_path: the file; its split ``restval`` counts as train
-    :param images: folder or zip archive of the pictures; COCO's lie in the subfolders that the file names
-    :return: list of :class:`Record`, list of notes for the user
-    :raises UserError: if the file has another layout or the pictures are not there
+    :param records: list of :class:`Record` of one split
+    :param settings: :class:`Settings`
+    :param about: dict of what else the file should say of itself
+    :return: dict of counts: ``pictures``, ``captions`` (encoded), ``references``, ``words``
+        (encoded), ``unknown`` (of these, ``<unk>``), ``empty`` and ``too_long`` (captions),
+        ``without_captions`` (pictures), ``bytes``; and ``unreadable``, a list of messages
+    :raises UserError: if more than 3 % of the pictures cannot be read (a single one may always be)
     """
-    content = read_json(json_path)
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("images"), list)
-        or not content["images"]
-    ):
-        raise UserError(
-            f'{json_path} is not one of Karpathy\'s files: expected {{"images": [...], "dataset": ...}}'
-        )
-    pictures = _Pictures(images)
-    records, missing, without = [], [], 0
-    for number, entry in enumerate(content["images"]):
-        try:
-            name = entry["filename"]
-            split = {"restval": "train"}.get(entry["split"], entry["split"])
-            path = f"{entry['filepath']}/{name}" if entry.get("filepath") else name
-            captions = [
-                s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in entry["sentences"]
-            ]
-            if split not in SPLITS or not all(
-                isinstance(text, str) for text in (name, path, *captions)
-            ):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f'{json_path}: entry {number} of "images" is malformed: expected filename, split (train, '
-                "restval, val or test) and sentences, each with raw or tokens"
-            ) from error
-        if not any(map(tokenize, captions)):
-            without += 1
-            continue
-        image = pictures.find(path)
-        if image is None:
-            missing.append(path)
-        else:
-            records.append(Record(name, split, captions, image))
-    _check_unique(records, json_path)
-    notes = _check_missing(missing, len(records) + len(missing), images)
-    if without:
-        notes.append(f"{without:,} pictures have no sentences in {json_path}; they are left out")
-    return records, notes
-
-
-def custom_records(images, captions, seed):
-    """The user's own pictures and captions.
-
-    :param images: folder or zip archive of the pictures
-    :param captions: UTF-8 text file: CSV with the header ``image,caption`` or ``image,caption,split``; or JSON lines,
-        ``{"image": …, "caption": …}`` or ``{"image": …, "captions": […]}``, each with ``"split"`` if wanted; or
-        Flickr's format, ``name.jpg#0<TAB>caption``. Names are relative to ``images``; a bare file name will do where
-        it is unique. Rows of one picture are gathered.
-    :param seed: pictures without a split are dealt out with it, 80 % train, 10 % val, 10 % test
-    :return: list of :class:`Record`, list of notes for the user
-    :raises UserError: if a row is malformed (its line is named) or the pictures are not there
-    """
-    text = _read_text(captions)
-    start = text.lstrip()[:1000]
-    if not start:
-        raise UserError(
-            f"{captions} is empty; expected captions as CSV, JSON lines or Flickr's token format"
-        )
-    if start.startswith("["):
-        raise UserError(
-            f'{captions}, line 1: a JSON array; expected JSON lines, each as {{"image": "name.jpg", '
-            '"caption": "..."}'
-        )
-    if start.startswith("{"):
-        rows = _json_rows(text, captions)
-    elif regex.match(r"[^\t\n]+#\d+\t", start):
-        rows = _token_rows(text, captions)
-    else:
-        rows = _csv_rows(text, captions)
-
-    gathered, splits, repeated = {}, {}, 0
-    for name, caption, (split, line) in rows:
-        if split and splits.setdefault(name, split) != split:
-            raise UserError(
-                f"{captions}, line {line}: {name} is in {split} here, but in {splits[name]} above"
-            )
-        own = gathered.setdefault(name, [])
-        repeated += caption in own
-        if caption not in own:
-            own.append(caption)
-    if not gathered:
-        raise UserError(f"{captions} holds no caption; expected a row for each below the header")
-    splits = {**_deal([name for name in gathered if name not in splits], seed), **splits}
-
-    pictures = _Pictures(images)
-    records, missing, used = [], [], set()
-    for name, texts in gathered.items():
-        image = pictures.find(name)
-        if image is None:
-            missing.append(name)
-        else:
-            records.append(Record(name, splits[name], texts, image))
-            used.add(image)
-    if len(used) < len(records):
-        raise UserError(
-            f"{captions} names one picture of {images} in two ways (with and without its folder); use one"
-        )
-    notes = _check_missing(missing, len(gathered), images)
-    unused = pictures.count() - len(used)
-    if unused > 0:
-        notes.append(
-            f"{unused:,} pictures of {images} have no caption in {captions}; they are left out"
-        )
-    if repeated:
-        notes.append(
-            f"{repeated:,} rows of {captions} repeat a caption of the same picture; they are left out"
-        )
-    return records, notes
-
-
-def _deal(names, seed):
-    """Split by the order of the names' hashes: whatever the order of the rows, and never an empty part if avoidable."""
-    ranked = sorted(
-        names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "replace")).digest()
-    )
-    tenth = max(1, round(len(ranked) / 10))
+    kept, summary = _choose_captions(records, settings)
+    with _new_file(path, _bytes_needed(kept, settings)) as file:
+        readable, unreadable, digest = _write_images(file, kept, settings.image_size, workers)
+        kept = [kept[i] for i in readable]
+        encoded = [words for _, _, usable in kept for words in usable]
+        captions = np.empty((len(encoded), settings.max_len + 2), np.int32)
+        for i, words in enumerate(encoded):
+            captions[i] = encode_caption(words, word_map, settings.max_len)  # (max_len + 2,)
+        file["captions"] = captions  # (num_captions, max_len + 2)
+        file["caption_lengths"] = np.array([len(words) + 2 for words in encoded], np.int64)
+        file["caption_offsets"] = np.cumsum([0, *(len(u) for _, _, u in kept)], dtype=np.int64)
+        file["references"] = _pack([references for _, references, _ in kept])
+        file["image_names"] = _pack([_valid_text(record.name) for record, _, _ in kept])
+        for key in ("scene", "image_id"):
+            values = [getattr(record, key) for record, _, _ in kept]
+            if any(value is not None for value in values):
+                file[f"{key}s"] = _pack(values)
+        _write_attributes(file, records[0].split, settings, word_map, digest, about)
     return {
-        name: "test" if i < tenth else "val" if i < 2 * tenth else "train"
-        for i, name in enumerate(ranked)
+        **summary,
+        "pictures": len(kept),
+        "captions": len(encoded),
+        "references": sum(len(references) for _, references, _ in kept),
+        "words": sum(map(len, encoded)),
+        "unknown": int((captions == word_map[UNK]).sum()),
+        "unreadable": unreadable,
+        "bytes": os.path.getsize(path),
     }
 
 
-def _csv_rows(text, path):
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns = None
-    try:
-        for fields in reader:
-            if not any(fields):
-                continue
-            if columns is None:
-                columns = [field.strip().lower() for field in fields]
-                if not {"image", "caption"} <= set(columns):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: expected the header image,caption or "
-                        f"image,caption,split, found {','.join(fields)[:80]!r}"
-                    )
-                continue
-            if len(fields) != len(columns):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields, expected {len(columns)} "
-                    f"({','.join(columns)}); put captions that hold a comma in double quotes"
-                )
-            row = dict(zip(columns, fields))
-            where = f"{path}, line {reader.line_num}"
-            yield (
-                _name(row["image"], where),
-                row["caption"],
-                (_split(row.get("split"), where), reader.line_num),
-            )
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+class CaptionDataset:
+    """One split's HDF5 file, read-only; it is open only while something is read.
 
-
-def _json_rows(text, path):
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from error
-        captions = (
-            [row["caption"]]
-            if isinstance(row, dict) and "caption" in row
-            else row.get("captions")
-            if isinstance(row, dict)
-            else None
-        )
-        if not isinstance(captions, list) or not all(
-            isinstance(t, str) for t in (row.get("image"), *captions)
-        ):
-            raise UserError(
-                f'{where}: expected {{"image": "name.jpg", "caption": "..."}}, found {line.strip()[:80]!r}'
-            )
-        for caption in captions:
-            yield _name(row["image"], where), caption, (_split(row.get("split"), where), number)
-
-
-def _token_rows(text, path):
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        key, tab, caption = line.rstrip("\r").partition("\t")
-        name, mark, index = key.rpartition("#")
-        if not (tab and mark and name.strip() and index.strip().isdigit()):
-            raise UserError(
-                f"{path}, line {number}: expected name.jpg#0<TAB>caption, found {line[:80]!r}"
-            )
-        yield name.strip(), caption, (None, number)
-
-
-def _name(name, where):
-    if not name.strip():
-        raise UserError(f"{where}: the picture's name is empty")
-    return name.strip()
-
-
-def _split(split, where):
-    if split is None or (isinstance(split, str) and not split.strip()):
-        return None
-    if not isinstance(split, str) or split.strip().lower() not in SPLITS:
-        raise UserError(
-            f"{where}: unknown split {split!r}; expected one of {', '.join(SPLITS)}, or nothing"
-        )
-    return split.strip().lower()
-
-
-def _check_unique(records, where):
-    names = collections.Counter(record.name for record in records)
-    twice = next((name for name, count in names.items() if count > 1), None)
-    if twice:
-        raise UserError(
-            f"{where}: {twice} is listed twice; expected each picture once, in one split"
-        )
-
-
-def _check_missing(missing, total, where):
-    """Note a few missing pictures; refuse many."""
-    if total == len(missing) or too_many_lost(len(missing), total):
-        examples = ", ".join(map(repr, missing[:3]))
-        raise UserError(
-            f"{len(missing):,} of {total:,} pictures are missing in {where} (or have no captions), "
-            f"such as {examples}; is it the right folder, and whole?"
-        )
-    return [f"{name!r} is missing in {where} (or has no caption); left out" for name in missing]
-
-
-class _Pictures:
-    """Pictures of a folder or of a zip archive, found by relative path or by a file name that is unique there.
-
-    Only what was seen while listing is ever opened, so no name from a caption file leads outside.
+    :ivar path, split, dataset, name: the file, and what it says of itself
+    :ivar attributes: dict of everything it says of itself: settings, source, digests
+    :ivar image_size: side of the pictures in pixels
+    :ivar image_names: list of str
+    :ivar captions: int32 (num_captions, max_len + 2), encoded, with ``<start>`` and ``<end>``
+    :ivar caption_lengths: int64 (num_captions,), with ``<start>`` and ``<end>``
+    :ivar caption_offsets: int64 (num_images + 1,): picture i has captions offsets[i] to
+        offsets[i + 1] - 1
+    :ivar images_digest, word_map_digest: SHA-256 of all pictures; see :func:`word_map_digest`
     """
 
     def __init__(self, path):
-        path = Path(path)
-        if path.is_dir():
-            self._readers = {
-                name: functools.partial(_read_file, full) for name, full in _list_folder(path)
-            }
-        elif path.is_file():
-            archive, lock = _open_zip(path), threading.Lock()
-            self._readers = {
-                info.filename: functools.partial(_read_archived, archive, info, lock)
-                for info in archive.infolist()
-                if not info.is_dir() and _archived_name(info)
-            }
-        else:
-            raise UserError(f"{path}: there is no such folder or zip archive of pictures")
-        names = collections.defaultdict(list)
-        for name in self._readers:
-            names[PurePosixPath(name).name].append(name)
-        self._unique = {name: paths[0] for name, paths in names.items() if len(paths) == 1}
+        """:raises UserError: if the file is missing, truncated or of another layout"""
+        self.path = Path(path)
+        with _opened(self.path) as file:
+            self.attributes = _attributes(file)
+            self.split, self.dataset, self.name, self.images_digest, self.word_map_digest = (
+                str(self.attributes[key])
+                for key in ("split", "dataset", "name", "images_digest", "word_map_digest")
+            )
+            self.image_size = int(self.attributes["image_size"])
+            self.captions = file["captions"][:]  # (num_captions, max_len + 2)
+            self.caption_lengths = file["caption_lengths"][:]  # (num_captions,)
+            self.caption_offsets = file["caption_offsets"][:]  # (num_images + 1,)
+            self.image_names = _unpack(file["image_names"])
+            _check_layout(self, file)
 
-    def find(self, name):
-        """:return: the picture's ``Record.image``, the same object each time, or None"""
-        name = name.replace("\\", "/").removeprefix("./") if name not in self._readers else name
-        return self._readers.get(name) or self._readers.get(
-            self._unique.get(PurePosixPath(name).name)
-        )
+    def __len__(self):
+        return len(self.image_names)
 
-    def count(self):
-        """:return: number of files that are pictures by their names"""
-        return sum(PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES for name in self._readers)
+    def images(self, indices):
+        """Read pictures.
+
+        :param indices: slice, or sequence of numbers in any order, repeated or not
+        :return: uint8 (len(indices), 3, image_size, image_size), in the order of ``indices``
+        :raises UserError: if the file is damaged
+        """
+        wanted = indices if isinstance(indices, slice) else np.asarray(indices, np.int64)
+        indices = np.arange(len(self))[wanted]  # (B,)
+        batch = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
+        with _opened(self.path) as file:
+            images = file["images"]  # (num_images, 3, image_size, image_size)
+            for row, i in enumerate(indices):
+                batch[row] = images[i]  # (3, image_size, image_size)
+        return batch
+
+    @functools.cached_property
+    def raw_references(self):
+        """All captions of each picture, as text: list of lists of str."""
+        return _stored_list(self, "references", lambda texts: _is_list_of(texts, str))
+
+    @functools.cached_property
+    def references(self):
+        """All captions of each picture, as lists of words (real words, never ``<unk>``)."""
+        return [[tokenize(text) for text in texts] for texts in self.raw_references]
+
+    @functools.cached_property
+    def scenes(self):
+        """What each generated picture shows (see :func:`shapes_records`); None for photographs."""
+        return _stored_list(self, "scenes", _is_scene)
+
+    @functools.cached_property
+    def image_ids(self):
+        """The source's own number of each picture, such as COCO's: list of int or None."""
+        ids = _stored_list(self, "image_ids", lambda i: i is None or type(i) is int)
+        return ids or [None] * len(self)
+
+    def check_word_map(self, word_map):
+        """:raises UserError: if the captions were encoded with another word map"""
+        if word_map_digest(word_map) != self.word_map_digest:
+            right = word_map_path(self.path.parent, self.name)
+            raise UserError(f"{self.path} was encoded with another word map; use its own, {right}")
+        if self.captions.size and self.captions.max() >= len(word_map):
+            raise _damaged(self.path, "its captions are damaged")
 
 
-def _list_folder(root):
-    """Yield (relative path with slashes, path) of all files; links to folders are followed, each folder once."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = [
-            n for n in sorted(subfolders) if os.path.realpath(os.path.join(folder, n)) not in seen
-        ]
-        for name in sorted(files):
-            path = Path(folder, name)
-            yield path.relative_to(root).as_posix(), path
+# ----------------------------------------------------------------------------------------- batches
 
 
-def _read_file(path, size):
-    if not path.is_file():  # a named pipe would be waited for, for ever
-        raise UserError(f"cannot read {path} as a picture: it is no regular file")
-    return open_image(path, size)
+class CaptionBatch(NamedTuple):
+    """The captions of a batch of pictures, longest first."""
+
+    captions: np.ndarray  # int64 (B, max_caption_length)
+    decode_lengths: list  # of B ints: words to predict, <end> included
+    image_index: np.ndarray  # int64 (B,): position of the caption's picture in the batch
 
 
-def _read_archived(archive, info, lock, size):
-    return open_image(
-        _read_member(archive, info, lock), size, name=f"{archive.filename}/{info.filename}"
-    )
+def training_batches(dataset, batch_size, seed, epoch):
+    """Pictures of each update of an epoch: every picture once, in an order of its own.
+
+    An update takes as many steps as its longest caption has words, so pictures meet others whose
+    longest caption is of similar length, among those of 16 random batches. The order depends on the
+    captions, seed and epoch alone.
+
+    :param dataset: ``CaptionDataset``
+    :return: list of int64 (at most ``batch_size``,) arrays of picture numbers
+    """
+    rng = np.random.default_rng([seed, epoch])
+    longest = np.zeros(len(dataset), np.int64)  # (num_images,)
+    np.maximum.at(longest, image_index(dataset), dataset.caption_lengths)
+    order, batches = rng.permutation(len(dataset)), []
+    for i in range(0, len(order), 16 * batch_size):
+        group = order[i : i + 16 * batch_size]
+        group = group[np.argsort(longest[group], kind="stable")]
+        batches += [group[j : j + batch_size] for j in range(0, len(group), batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
-def _open_zip(path):
-    try:
-        return zipfile.ZipFile(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # zipfile raises several types on damaged archives
+def collate(dataset, indices):
+    """All captions of the given pictures.
+
+    :param dataset: ``CaptionDataset``
+    :param indices: int array of picture numbers, which may be empty
+    :return: ``CaptionBatch``
+    """
+    starts, stops = dataset.caption_offsets[indices], dataset.caption_offsets[indices + 1]
+    rows = np.concatenate([np.arange(0), *map(np.arange, starts, stops)])  # (B,)
+    position = np.repeat(np.arange(len(indices)), stops - starts)  # (B,)
+    lengths = dataset.caption_lengths[rows]  # (B,)
+    order = np.argsort(-lengths, kind="stable")
+    captions = dataset.captions[rows[order], : lengths.max(initial=1)].astype(np.int64)
+    return CaptionBatch(captions, (lengths[order] - 1).tolist(), position[order])
+
+
+# ---------------------------------------------------------------- beyond the main path
+
+# Each gives the path of a file in a folder; `name` is what all files of a data set share.
+split_path = lambda folder, split, name: Path(folder) / f"{split.upper()}_{name}.hdf5"
+word_map_path = lambda folder, name: Path(folder) / f"WORDMAP_{name}.json"
+contact_sheet_path = lambda folder, name: Path(folder) / f"CONTACT_SHEET_{name}.png"
+pictures_folder = lambda folder, name: Path(folder) / f"PICTURES_{name}"  # generated ones, as PNG
+features_path = lambda at, name, split, key: Path(at) / f"FEATURES_{split.upper()}_{name}_{key}.npy"
+checkpoint_path = lambda at, name, best=False: (
+    Path(at) / f"{'BEST_' * best}checkpoint_{name}.pth.tar"
+)
+log_path = lambda folder, name: Path(folder) / f"log_{name}.jsonl"
+curves_path = lambda folder, name: Path(folder) / f"curves_{name}.png"
+captions_path = lambda at, name, split, beam: Path(at) / f"captions_{split}_{name}_beam{beam}.json"
+metrics_path = lambda folder, name, split: Path(folder) / f"metrics_{split}_{name}.json"
+attention_path = lambda folder, image, suffix: Path(folder) / f"{image}_attention.{suffix}"
+lock_path = lambda path: Path(path).with_name(f".{Path(path).name}.lock")
+
+
+def base_name(dataset, captions_per_image, min_word_freq):
+    """Name that all files of one data set share: ``flickr8k_5_cap_per_img_5_min_word_freq``."""
+    return f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+
+
+def check_name(name, what="the data's name", longest=120):
+    """:raises UserError: if a name cannot be part of a file's name or leads to another folder"""
+    pattern = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{longest - 1}}}"
+    if not isinstance(name, str) or not regex.fullmatch(pattern, name):
+        known = f"at most {longest} letters, digits, dots, dashes and underscores"
+        raise UserError(f"{what} {name!r}: expected {known}, since files are called by it")
+
+
+TOKENIZER = "NFC, lower case, runs of letters, marks and digits"
+
+
+def clean_caption(text):
+    """Put a caption on one line: control characters, broken Unicode, white space become spaces."""
+    return regex.sub(r"[\p{Cc}\p{Cs}\s]+", " ", text).strip()
+
+
+def load_word_map(path):
+    """Read a word map, dict word -> id.
+
+    :raises UserError: if the file is missing or is no word map
+    """
+    word_map = utils.read_json(path)
+    ids = list(word_map.values()) if isinstance(word_map, dict) else [None]
+    has_ids = all(type(i) is int for i in ids) and sorted(ids) == list(range(len(ids)))
+    if not has_ids or not {UNK, START, END} <= set(word_map) or word_map.get(PAD) != PAD_ID:
         raise UserError(
-            f"{path} is not a whole zip archive ({str(error)[:160]}); delete it and download it again"
-        ) from error
-
-
-def _archived_name(info):
-    """File name of an archive's member; empty for what macOS adds."""
-    path = PurePosixPath(info.filename)
-    return "" if "__MACOSX" in path.parts or path.name.startswith("._") else path.name
-
-
-def _read_member(archive, info, lock=contextlib.nullcontext()):
-    name = f"{archive.filename}/{info.filename}"
-    if info.file_size > MAX_PICTURE_BYTES:
-        raise UserError(
-            f"{name} says it has {info.file_size:,} bytes; expected at most {MAX_PICTURE_BYTES:,}"
+            f"{path} is no word map: expected a JSON object that numbers words from {PAD}'s 0 on, "
+            f"each number once, with {UNK}, {START} and {END}; create_input_files.py makes it"
         )
+    return word_map
+
+
+def special_tokens(word_map):
+    """Ids of the tokens that no caption may hold."""
+    return [word_map[PAD], word_map[START], word_map[UNK]]
+
+
+def word_map_digest(word_map):
+    """Short SHA-256, in hex, of a word map's content, whatever the order of its entries."""
+    return hashlib.sha256(json.dumps(word_map, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_embeddings(path, word_map, embed_dim):
+    """Word vectors in GloVe's or word2vec's text format for the words of a word map.
+
+    :param path: lines of a word and ``embed_dim`` numbers, separated by spaces
+    :return: (vectors, found): float32 (vocab_size, embed_dim), zero where the file lacks the word;
+        bool (vocab_size,)
+    :raises UserError: if the file is missing or a line is malformed (it is named)
+    """
+    vectors, found = np.zeros((len(word_map), embed_dim), np.float32), np.zeros(len(word_map), bool)
+    number = 0
     try:
-        with lock:  # ZipFile counts its open members without one
-            member = archive.open(info)
-        try:
-            return member.read()
-        finally:
-            with lock:
-                member.close()
-    except Exception as error:  # zipfile and its decompressors raise several types on damaged data
-        reason = str(error)[:160] or type(error).__name__
-        raise UserError(f"cannot read {name}: {reason}; download the archive again") from error
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                word, *values = line.rstrip().split(" ")
+                # word2vec's files begin with two counts; a few of GloVe's words have spaces in them
+                if len(values) == 1 if number == 1 else len(values) > embed_dim:
+                    continue
+                if len(values) != embed_dim:
+                    raise ValueError(f"{len(values)} values, expected --embed_dim {embed_dim}")
+                if word in word_map:
+                    vectors[word_map[word]] = np.array(values, np.float32)  # (embed_dim,)
+                    found[word_map[word]] = True
+                    if not np.isfinite(vectors[word_map[word]]).all():
+                        raise ValueError("a number is not finite")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the embeddings {path}, line {number}: {_why(error)}") from error
+    return vectors, found
+
+
+# ----------------------------------------------------------------------------------- reading files
+
+MAX_BYTES = 2**28  # of a file of a picture or a text
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp", ".avif"}
+PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def _read_bytes(source):
+    """The content of a path, of a ``zipfile.Path``, or of bytes themselves."""
+    if isinstance(source, bytes):
+        return source
+    packed = isinstance(source, zipfile.Path)
+    source = source if packed else Path(source)
+    size = source.root.getinfo(source.at).file_size if packed else source.stat().st_size
+    if size > MAX_BYTES or not source.is_file():  # a named pipe would be waited for, for ever
+        raise UserError(f"it is no regular file of at most {MAX_BYTES:,} bytes")
+    with source.open("rb") as file:
+        return file.read()
+
+
+def _why(error):
+    """What an exception of reading a file means to the user."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not in a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has too many pixels"
+    text = clean_caption(getattr(error, "strerror", None) or str(error))
+    return text[:160] or type(error).__name__
 
 
 def _read_text(path):
     try:
-        return _decode_text(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _decode_text(data, name):
-    try:
-        return data.decode("utf-8-sig")
+        return _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    except Exception as error:  # zipfile raises several types on damaged archives
+        raise UserError(f"cannot read {path}: {_why(error)}") from error
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
+def _open_zip(path):
+    """A zip archive as the ``zipfile.Path`` of its root."""
+    try:
+        return zipfile.Path(path)
+    except Exception as error:  # zipfile raises several types on damaged archives
+        what, advice = "not a whole zip archive", "delete it and download it again"
+        with contextlib.suppress(OSError):
+            if tarfile.is_tarfile(path):
+                what, advice = "a tar archive", f"unpack it (tar -xf {path}) and give the folder"
+        raise UserError(f"{path} is {what} ({_why(error)}); {advice}") from error
+
+
+def _to_rgb(image):
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        if image.mode.startswith("I;16"):
+            low, high = 0, 65535
+        elif low >= 0:
+            scales = (1, 255) if image.mode == "F" else (255, 65535)
+            low, high = 0, next((scale for scale in scales if high <= scale), high)
+        values = np.rint((values - low) * (255 / max(high - low, 1e-12)))
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class _Pictures:
+    """The files of folders and zip archives, found by the longest common end of their paths.
+
+    Only what was seen while listing is ever opened, so no name from a caption file leads outside.
+    """
+
+    def __init__(self, places):
+        self.places, self.count = ", ".join(map(str, _as_list(places))), 0  # for messages
+        self._files = collections.defaultdict(list)  # by normalised name without suffix
+        for place in _as_list(places):
+            root = _parts(os.path.abspath(place.with_suffix("") if place.is_file() else place))
+            for name, path in _list_files(place):
+                parts = _parts(name)
+                if "__MACOSX" not in parts and not parts[-1].startswith("._"):  # macOS adds these
+                    self._files[_normal(parts)[-1]].append((root + parts, len(parts), path))
+                    self.count += _suffix(parts[-1]) != ""
+
+    def find(self, name):
+        """The path of a picture by its name or the end of its path; None if it is not there.
+
+        Case and Unicode's composition (NFC, NFD) do not matter, and a suffix may be missing.
+
+        :raises UserError: if several match equally well
+        """
+        common_end = lambda a, b: sum(itertools.takewhile(bool, map(str.__eq__, a[::-1], b[::-1])))
+        wanted, found = _parts(name) or ("",), []
+        for parts, depth, path in self._files.get(_normal(wanted)[-1], ()):
+            common = common_end(_normal(parts), _normal(wanted))
+            # where the two paths differ, it must be above the folder that was given
+            is_same = common == len(wanted) or common >= max(depth, 2)
+            if is_same and len({_suffix(parts[-1]), _suffix(wanted[-1]), ""}) < 3:  # jpg, png
+                found.append(((common, common == depth, common_end(parts, wanted)), path))
+        found.sort(key=lambda item: item[0], reverse=True)
+        if len(found) > 1 and found[0][0] == found[1][0]:
+            several = f"{found[0][1]} or {found[1][1]}"
+            raise UserError(f"{name!r} may be {several}: give more of its path")
+        return found[0][1] if found else None
+
+
+_parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
+
+
+_suffix = lambda name: s if (s := os.path.splitext(name)[1].lower()) in PICTURE_SUFFIXES else ""
+
+
+def _normal(parts):
+    """Parts of a path as they are compared: in one case and composition, without suffix."""
+    stem = parts[-1][: len(parts[-1]) - len(_suffix(parts[-1]))]
+    return [unicodedata.normalize("NFC", part).casefold() for part in (*parts[:-1], stem)]
+
+
+def _list_files(place):
+    """Yield (path with slashes, path to open) of all files of a folder or zip archive."""
+    if place.is_file():
+        root = _open_zip(place).root
+        names = [name for name in root.namelist() if _parts(name) and not name.endswith("/")]
+        yield from ((name, zipfile.Path(root, name)) for name in names)
+    elif not place.is_dir():
+        raise UserError(f"there is no folder and no zip archive {place.absolute()}")
+    seen = set()
+    for folder, subfolders, files in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
+            subfolders[:], files = [], []
+        seen.add(real)
+        subfolders.sort()
+        for path in (Path(folder, name) for name in sorted(files)):
+            yield path.relative_to(place).as_posix(), path
+
+
+# ----------------------------------------------------------------------------- formats of captions
+
+SPLIT_NAMES = {"train": "train", "restval": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "validation", "valid", "dev"), "val")
+IMAGE_KEYS = ("image", "file_name", "image_name", "filename")
+CAPTION_KEYS = ("caption", "captions", "text", "comment")
+
+
+class Row(NamedTuple):
+    """What one line or entry of a source says of a picture."""
+
+    image: str  # its name or path
+    captions: list
+    split: str | None = None
+    image_id: int | None = None
+    where: str = ""  # file and line, for messages
+
+
+def read_rows(path, notes):
+    """Yield the rows of a file of captions; its content tells its format, see ``READERS``.
+
+    :param path: the file; or a Hugging Face image folder, with ``metadata.csv`` or
+        ``metadata.jsonl`` beside the pictures, and with folders for the splits, if any
+    :param notes: list to which notes for the user are added
+    :raises UserError: if the file is malformed (the line is named)
+    """
+    if not path.is_dir():
+        text = _read_text(path)
+        read = next(read for form, read in READERS if regex.match(form, text.lstrip()[:1000]))
+        yield from read(text, path, notes)
+        return
+    files = sorted(p for p in path.rglob("metadata.*") if p.suffix in (".csv", ".jsonl"))
+    if not files:
+        raise UserError(f"{path.absolute()} holds no metadata.csv or .jsonl; give --captions FILE")
+    for file in files:
+        for row in read_rows(file, notes):
+            image = file.relative_to(path).parent / row.image
+            splits = [row.split, *(SPLIT_NAMES.get(part.lower()) for part in image.parts[:-1])]
+            yield row._replace(image=image.as_posix(), split=next(filter(None, splits), None))
+
+
+def _row(fields, where):
+    """A row of the fields that CSV and JSON name."""
+    fields = fields if isinstance(fields, dict) else {}
+    name = next((fields[key] for key in IMAGE_KEYS if key in fields), None)
+    captions = next((fields[key] for key in CAPTION_KEYS if key in fields), None)
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(name, str) or not name.strip() or not _is_list_of(captions, str):
+        raise UserError(
+            f"{where}: expected a picture's name and its caption, in CSV below the header "
+            "image,caption or image,caption,split, in JSON as "
+            f'{{"image": "name.jpg", "caption": "a dog"}}; found {str(fields)[:80]}'
+        )
+    split, number = fields.get("split") or "", str(fields.get("image_id", ""))
+    split = split.strip().lower() if isinstance(split, str) else repr(split)
+    if split and split not in SPLIT_NAMES:
+        raise UserError(f"{where}: unknown split {split!r}; expected one of train, val, test")
+    image_id = int(number) if number.isdecimal() and len(number) < 19 else None
+    return Row(name.strip(), captions, SPLIT_NAMES.get(split), image_id, where)
+
+
+def _json_rows(text, path, notes):
+    """COCO's captions, Karpathy's files, a JSON array, or JSON lines."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None  # JSON lines, or damaged
+    entries, convert, kind = text.split("\n"), json.loads, "line"
+    if isinstance(content, list):
+        entries, convert, kind = content, lambda entry: entry, "entry"
+    elif isinstance(content, dict) and isinstance(content.get("images"), list):
+        convert = _coco_fields(content, path) if "annotations" in content else _karpathy_fields
+        entries, kind = content["images"], "image"
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, str) and not entry.strip():
+            continue
+        try:
+            fields = convert(entry)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            what = "not valid JSON" if kind == "line" else "malformed, a key is missing or wrong"
+            raise UserError(f"{path}, {kind} {number}: {what} ({_why(error)})") from error
+        yield _row(fields, f"{path}, {kind} {number}")
+
+
+def _karpathy_fields(image):
+    """Of ``dataset_flickr8k.json``, ``dataset_flickr30k.json``, ``dataset_coco.json``."""
+    folder, name = image.get("filepath"), image["filename"]
+    return {
+        "image": f"{folder}/{name}" if folder else name,
+        "captions": [s["raw"] if "raw" in s else " ".join(s["tokens"]) for s in image["sentences"]],
+        "split": image["split"],
+        "image_id": image.get("cocoid", image.get("imgid")),
+    }
+
+
+def _coco_fields(content, path):
+    """Of ``captions_train2014.json`` and the like: function of an image."""
+    captions = collections.defaultdict(list)
+    try:
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: annotations without image_id and caption") from error
+    return lambda image: {
+        "image": image["file_name"],
+        "captions": captions[image["id"]],
+        "split": "train" if "train" in path.name else None,
+        "image_id": image["id"],
+    }
+
+
+def _token_rows(text, path, notes):
+    """Flickr8k's and Flickr30k's own format: ``name.jpg#0<TAB>caption``."""
+    for number, line in enumerate(text.split("\n"), 1):
+        found, where = _TOKEN.fullmatch(line.rstrip("\r")), f"{path}, line {number}"
+        if found:
+            yield Row(found[1], [found[2]], where=where)
+        elif line.strip():
+            raise UserError(f"{where}: expected name.jpg#0<TAB>caption, found {line[:80]!r}")
+
+
+def _csv_rows(text, path, notes):
+    """CSV with a header, as Kaggle's Flickr8k; with bars for commas, as Kaggle's Flickr30k."""
+    bars = "|" in text.lstrip().split("\n")[0]
+    form = {"delimiter": "|", "quoting": csv.QUOTE_NONE} if bars else {"strict": True}
+    reader, header, unlike = csv.reader(io.StringIO(text, newline=""), **form), None, 0
+    try:
+        for fields in filter(any, reader):
+            where = f"{path}, line {reader.line_num}"
+            if header is None:
+                header = [field.strip().lower() for field in fields]
+                _row(dict.fromkeys(header, "train"), where)  # are the columns there?
+                continue
+            if len(fields) != len(header):
+                unlike += 1
+                has_picture = header[0] in IMAGE_KEYS and _suffix(fields[0].strip())
+                if bars and has_picture and unlike == 1:
+                    notes.append(f"{where}: a field is missing; left out: {'|'.join(fields)}")
+                    continue
+                if not has_picture or len(header) > 2 or len(fields) < 2:
+                    what = f"{where}: {len(fields)} fields, expected {len(header)}"
+                    raise UserError(f"{what}; put captions that hold a comma in double quotes")
+                fields = [fields[0], ",".join(fields[1:])]
+            yield _row(dict(zip(header, fields)), where)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+    if unlike and not bars:
+        what = f"{unlike:,} captions of {path} hold commas without quotes"
+        notes.append(f"{what}: all that follows the picture's name was read as the caption")
+
+
+# CSV with the header image,caption[,split]; JSON lines or an array with the same keys; COCO's and
+# Karpathy's JSON files; name.jpg#0<TAB>caption; Kaggle's Flickr30k
+_TOKEN = regex.compile(r"\s*(\S[^\t\n]*?)\s*#\s*\d+\s*\t(.*)")
+READERS = ((r"[\[{]", _json_rows), (_TOKEN.pattern, _token_rows), ("", _csv_rows))  # by beginnings
+
+# ----------------------------------------------------------------------------------------- sources
+
+
+def custom_records(images, captions, seed):
+    """The user's own pictures and captions, or a published data set in one of the known formats.
+
+    :param images: folder or zip archive of the pictures, or a list of them
+    :param captions: file of captions, or a list of them, see ``READERS`` and :func:`read_rows`
+    :param seed: pictures without a split are dealt out with it, see ``_deal_splits``
+    :return: list of :class:`Record`, list of notes for the user
+    :raises UserError: if a row is malformed (its line is named) or the pictures are not there
+    """
+    notes, captions = [], _as_list(captions)
+    rows = itertools.chain.from_iterable(read_rows(path, notes) for path in captions)
+    pictures, where = _Pictures(images), ", ".join(map(str, captions))
+    records, notes = _records(rows, pictures, where, seed, notes)
+    if pictures.count > len(records):
+        unused = f"{pictures.count - len(records):,} pictures of {pictures.places}"
+        notes.append(f"{unused} have no caption in {where}; they are left out")
+    return records, notes
+
+
+def karpathy_records(json_path, images, seed=0):
+    """:func:`custom_records` of one of Karpathy's files; its split ``restval`` is train."""
+    return custom_records(images, json_path, seed)
+
+
+FLICKR8K = {  # each archive, and what may stand for it: what it unpacks to, Kaggle's form
+    "Flickr8k_Dataset.zip": ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"],
+    "Flickr8k_text.zip": ["Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"],
+}
+
+
+def flickr8k_records(folder, seed=0):
+    """Flickr8k, with its official split if the lists of it are there.
+
+    :param folder: holds ``Flickr8k_Dataset.zip`` and ``Flickr8k_text.zip`` (read in place), what
+        they unpack to, or Kaggle's ``Images`` and ``captions.txt``; or a list of such folders
+    :param seed: without lists the pictures are dealt out with it, see ``_deal_splits``
+    :return: list of :class:`Record`, list of notes for the user
+    :raises UserError: if something is missing or damaged
+    """
+    places, notes, captions = _as_list(folder), [], collections.defaultdict(list)
+    where = ", ".join(str(place.absolute()) for place in places)
+    images = _first(places, [*FLICKR8K["Flickr8k_Dataset.zip"], "Flickr8k_Dataset.zip"])
+    token, lists = _flickr8k_text(places, "Flickr8k.token.txt"), flickr8k_split_lists(places)
+    source = token or _first(places, ["captions.txt"])
+    if not images or not source or (token and not lists):
+        raise UserError(
+            f"{where} is not the whole of Flickr8k: expected {' and '.join(FLICKR8K)}, packed or "
+            "unpacked, or Kaggle's Images and captions.txt"
+        )
+    for row in read_rows(source, notes):
+        captions[row.image] += row.captions
+    rows = [Row(name, texts) for name, texts in captions.items()]
+    if lists:
+        names = [(name.strip(), s) for s in lists for name in _read_text(lists[s]).split("\n")]
+        rows = [Row(name, captions[name], split) for name, split in names if name]
+        notes += _check_missing([row.image for row in rows if not row.captions], len(rows), source)
+    else:
+        notes.append("for the official split put Flickr8k_text.zip beside captions.txt")
+    return _records(rows, _Pictures(images), where, seed, notes)
+
+
+def missing_flickr8k_archives(places):
+    """Names of the archives that folders lack, and lack in any other form, too."""
+    places = _as_list(places)
+    return [name for name, forms in FLICKR8K.items() if not _first(places, [*forms, name])]
+
+
+def flickr8k_split_lists(places):
+    """Paths of the lists of Flickr8k's official split, beside the pictures or one folder above.
+
+    :return: dict split -> path; empty if any is missing
+    """
+    places = [*_as_list(places), *(place.absolute().parent for place in _as_list(places))]
+    lists = [_flickr8k_text(places, f"Flickr_8k.{p}Images.txt") for p in ("train", "dev", "test")]
+    return dict(zip(SPLITS, lists)) if all(lists) else {}
+
+
+def _flickr8k_text(places, name):
+    archive = _first(places, ["Flickr8k_text.zip"])
+    places = [*places, _open_zip(archive)] if archive else places
+    return _first(places, [name, f"Flickr8k_text/{name}"])
+
+
+def _first(places, names):
+    """The first path that exists in one of the folders, or is one of the places itself; or None."""
+    paths = (place if place.name == name else place / name for place in places for name in names)
+    return next((path for path in paths if path.exists()), None)
+
+
+_as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
+
+
+def _records(rows, pictures, where, seed, notes):
+    """Gather rows by picture, find the pictures, and deal out those without a split.
+
+    :param where: what messages call the source
+    :return: list of :class:`Record`, list of all notes
+    """
+    gathered, repeated = {}, 0
+    for row in rows:
+        known = gathered.setdefault(row.image, row)
+        if row.split and known.split and row.split != known.split:
+            message = f"{row.image} is in {row.split} here, but in {known.split} above"
+            raise UserError(f"{row.where or where}: {message}")
+        if known is not row:
+            new = [text for text in row.captions if text not in known.captions]
+            repeated += len(row.captions) - len(new)
+            captions, split = known.captions + new, known.split or row.split
+            gathered[row.image] = known._replace(captions=captions, split=split)
+    described = {name: row for name, row in gathered.items() if row.captions}
+    if not described:
+        raise UserError(f"{where} holds no caption; expected a row for each")
+    splits, dealt = _deal_splits({name: row.split for name, row in gathered.items()}, seed)
+    records, missing, used = [], [], {}
+    for name, row in described.items():
+        path = pictures.find(name)
+        if path is None:
+            missing.append(name)
+        elif used.setdefault(path, name) != name:
+            raise UserError(f"{where} calls {path} both {used[path]!r} and {name!r}; use one name")
+        else:
+            image = functools.partial(open_image, path)
+            records.append(Record(name, splits[name], row.captions, image, None, row.image_id))
+    notes = [*notes, *dealt, *_check_missing(missing, len(described), pictures.places)]
+    for count, what in (
+        (len(gathered) - len(described), f"pictures have no caption in {where}"),
+        (repeated, f"rows of {where} repeat a caption of the same picture"),
+    ):
+        notes += [f"{count:,} {what}; they are left out"] * (count > 0)
+    return records, notes
+
+
+def _check_missing(missing, total, where):
+    """Note a few missing pictures; refuse many."""
+    if missing and (total == len(missing) or too_many_lost(len(missing), total)):
+        raise UserError(
+            f"{len(missing):,} of {total:,} pictures are missing in {where} (or have no captions), "
+            f"such as {', '.join(map(repr, missing[:3]))}; is it the right folder, and whole?"
+        )
+    return [f"{name!r} is missing in {where} (or has no caption); left out" for name in missing]
+
+
+# one picture may always be lost; a data set that lacks more than 3 % is damaged or another one
+too_many_lost = lambda lost, total: lost > max(1, 0.03 * total)
+
+
+def _deal_splits(splits, seed):
+    """Deal out the pictures whose source names no split, by the order of their names' hashes.
+
+    Without any split: 80 % train, 10 % val, 10 % test. If there is a training split, but no val or
+    test, these get the pictures without a split, or else 10 % of the training pictures each.
+
+    :param splits: dict of names to splits or None
+    :return: the same without None, list of notes
+    """
+    known = set(splits.values())
+    lacking = [split for split in ("test", "val") if split not in known]
+    pool, parts = [name for name, split in splits.items() if not split], lacking or ["test", "val"]
+    size = max(1, round(len(pool) / 10))
+    if lacking and "train" in known:
+        size = math.ceil(len(pool) / len(lacking))
+        if not pool:
+            pool = [name for name, split in splits.items() if split == "train"]
+            size = max(1, round(len(pool) / 10))
+    if not pool:
+        return splits, []
+    pool.sort(key=lambda n: hashlib.sha256(f"{seed}/{n}".encode("utf-8", "replace")).digest())
+    dealt = {name: [*parts, "train"][min(i // size, len(parts))] for i, name in enumerate(pool)}
+    counts = collections.Counter(dealt.values())
+    said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
+    note = f"no split is named for {len(pool):,} pictures: dealt out by --seed {seed} as {said}"
+    return {**splits, **dealt}, [note]
+
+
+# ------------------------------------------------------------------------------------------- shapes
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLORS = {
-    "red": (214, 34, 38),
-    "green": (28, 152, 58),
-    "blue": (32, 74, 214),
-    "yellow": (250, 212, 22),
-    "white": (250, 250, 250),
-    "black": (18, 18, 20),
-}
+SHAPE_COLORS = {"red": (214, 34, 38), "green": (28, 152, 58), "blue": (32, 74, 214)}
+SHAPE_COLORS |= {"yellow": (250, 212, 22), "white": (250, 250, 250), "black": (18, 18, 20)}
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
-_TINTS = (
-    (152, 160, 170),
-    (176, 160, 144),
-    (148, 166, 152),
-    (170, 152, 168),
-    (146, 160, 184),
-    (166, 166, 160),
-)
-_INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_TINTS = ("98a0aa", "b0a090", "94a698", "aa98a8", "92a0b8", "a6a6a0")
 PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-_PLACES = {
-    (0, 0): "at the top left",
-    (1, 0): "at the top",
-    (2, 0): "at the top right",
-    (0, 1): "on the left",
-    (1, 1): "in the middle",
-    (2, 1): "on the right",
-    (0, 2): "at the bottom left",
-    (1, 2): "at the bottom",
-    (2, 2): "at the bottom right",
-}
+_INVERSE = {"left": "right", "above": "below"}
+_PLACES = (
+    *("at the top left", "at the top", "at the top right"),
+    *("on the left", "in the middle", "on the right"),
+    *("at the bottom left", "at the bottom", "at the bottom right"),
+)
 _MARGIN = 0.03
 
 
 def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
     """Generated scenes of one to three coloured shapes, with captions that say what stands where.
 
-    A picture depends on the seed, its split and its number alone. Its ``scene`` holds ``objects``, each with ``shape``,
-    ``color``, ``size`` and ``box`` [x0, y0, x1, y1] in fractions of the picture; ``names``: for each word that names
-    objects, their numbers; and ``background``.
+    A picture depends on the seed, its split and its number alone. Its ``scene`` holds ``objects``,
+    each with ``shape``, ``color``, ``size`` and ``box`` [x0, y0, x1, y1] in fractions of the
+    picture; ``names``: for each word that names objects, their numbers; and ``background``.
 
     :param size: side of the pictures in pixels
     :return: list of :class:`Record`, list of notes for the user (empty)
@@ -835,96 +984,65 @@ def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
 
 
 def _make_scene(rng):
-    """Draw by lot what a scene shows: the scene, the outlines of its objects in fractions of the picture, captions."""
+    """Draw by lot what a scene shows: the scene, its objects' outlines in fractions, captions."""
     number = rng.choices((1, 2, 3), (30, 60, 10))[0]
-    # every colour and every shape once, so that each of these words names one object
-    looks = list(zip(rng.sample(list(COLORS), number), rng.sample(SHAPES, number)))
+    # each colour and each shape at most once, so that each of these words names one object
+    looks = list(zip(rng.sample(list(SHAPE_COLORS), number), rng.sample(SHAPES, number)))
     sizes = [rng.choice(("small", "large")) for _ in looks]
     small, large = ((0.22, 0.27), (0.34, 0.42)) if number < 3 else ((0.18, 0.22), (0.26, 0.31))
     sides = [rng.uniform(*(small if size == "small" else large)) for size in sizes]
     relation = rng.choice(("left", "above"))  # of the first object to the second
     place = (rng.randrange(3), rng.randrange(3))
-    centers = (
-        _place_alone(rng, sides[0], place)
-        if number == 1
-        else _place_pair(rng, sides, relation == "above")
-    )
+    if number == 1:
+        reach = 1 - 2 * _MARGIN - sides[0]
+        middle = (0.5 * p + rng.uniform(-0.06, 0.06) * (p == 1) for p in place)
+        centers = [tuple(_MARGIN + sides[0] / 2 + reach * m for m in middle)]
+    else:
+        centers = _place_several(rng, sides, relation == "above")
 
     objects, outlines, names = [], [], collections.defaultdict(list)
     for i, ((color, shape), size, side, center) in enumerate(zip(looks, sizes, sides, centers)):
-        outline = [
-            (center[0] + side * x, center[1] + side * y)
-            for x, y in _outline(shape, rng.uniform(-0.2, 0.2))
-        ]
-        xs, ys = zip(*outline)
+        corners = _outline(shape, rng.uniform(-0.2, 0.2))
+        outlines.append([(center[0] + side * x, center[1] + side * y) for x, y in corners])
+        xs, ys = zip(*outlines[-1])
         box = [round(value, 5) for value in (min(xs), min(ys), max(xs), max(ys))]
         objects.append({"shape": shape, "color": color, "size": size, "box": box})
-        outlines.append(outline)
         names[shape].append(i)
         names[color].append(i)
     scene = {"objects": objects, "names": dict(names), "background": rng.choice(BACKGROUNDS)}
-    captions = (
-        _describe_one(rng, scene, place)
-        if number == 1
-        else _describe_several(rng, objects, relation)
-    )
-    return scene, outlines, captions
+    if number == 1:
+        return scene, outlines, _describe_one(rng, scene, place)
+    return scene, outlines, _describe_several(rng, objects, relation)
 
 
-def _place_alone(rng, side, place):
-    reach = 1 - 2 * _MARGIN - side
-    return [
-        tuple(
-            _MARGIN + side / 2 + reach * (0.5 * p + rng.uniform(-0.06, 0.06) * (p == 1))
-            for p in place
-        )
-    ]
-
-
-def _place_pair(rng, sides, vertical):
-    """Centres of two objects, the first before the second along one axis, and of a third one anywhere beside them."""
+def _place_several(rng, sides, vertical):
+    """Centres of two objects, the first before the second along one axis, and of a third one."""
     first, second, *third = sides
     low, high = _MARGIN, 1 - _MARGIN
     while True:
-        nearest = max(
-            0.3, 0.44 * (first + second)
-        )  # touching is at 0.5, so that some shapes overlap a little
+        # they touch at half the sum of their sides: some shapes overlap a little
+        nearest = max(0.3, 0.44 * (first + second))
         distance = rng.uniform(nearest, min(0.62, high - low - (first + second) / 2))
         along = rng.uniform(low + first / 2, high - second / 2 - distance)
         across = rng.uniform(low + first / 2, high - first / 2)
-        across_second = min(
-            max(across + rng.uniform(-0.08, 0.08), low + second / 2), high - second / 2
-        )
-        centers = [(along, across), (along + distance, across_second)]
-        if abs(across - across_second) > 0.12:
+        shifted = across + rng.uniform(-0.08, 0.08)
+        shifted = min(max(shifted, low + second / 2), high - second / 2)
+        centers = [(along, across), (along + distance, shifted)]
+        if abs(across - shifted) > 0.12:
             continue
-        if third:
-            side = third[0]
-            spots = (
-                (
-                    rng.uniform(low + side / 2, high - side / 2),
-                    rng.uniform(low + side / 2, high - side / 2),
-                )
-                for _ in range(20)
-            )
-            spot = next(
-                (
-                    s
-                    for s in spots
-                    if all(
-                        math.dist(s, c) > 0.6 * (side + other) for c, other in zip(centers, sides)
-                    )
-                ),
-                None,
-            )
-            if spot is None:
-                continue
-            centers.append(spot)
-        return [(y, x) for x, y in centers] if vertical else centers
+        for side in third:
+            for _ in range(20):
+                spot = tuple(rng.uniform(low + side / 2, high - side / 2) for _ in "xy")
+                gaps = [math.dist(spot, c) - 0.6 * (side + s) for c, s in zip(centers, sides)]
+                if min(gaps) > 0:
+                    centers.append(spot)
+                    break
+        if len(centers) == len(sides):
+            return [(y, x) for x, y in centers] if vertical else centers
 
 
 def _outline(shape, angle):
-    """Corners of a shape around (0, 0), turned by ``angle`` radians, the longer side of its box being 1."""
+    """Corners of a shape around (0, 0), turned by ``angle`` radians; its box's longer side is 1."""
     corners = {"circle": 72, "square": 4, "triangle": 3, "star": 10}[shape]
     start = -math.pi / 4 if shape == "square" else -math.pi / 2
     points = []
@@ -940,23 +1058,19 @@ def _outline(shape, angle):
 
 def _describe_one(rng, scene, place):
     thing = scene["objects"][0]
-    short, long = (
-        f"{thing['color']} {thing['shape']}",
-        f"{thing['size']} {thing['color']} {thing['shape']}",
-    )
-    where, on = _PLACES[place], f"on a {scene['background']} background"
-    return rng.sample(
-        [
-            f"a {long} {on}",
-            f"a {long} {where}",
-            f"there is a {long} {where}",
-            f"one {long} {on}",
-            f"a {short} {where} of the picture",
-            f"the picture shows a {long} {where}",
-            f"there is a {short} {on}",
-        ],
-        5,
-    )
+    short = f"{thing['color']} {thing['shape']}"
+    long = f"{thing['size']} {short}"
+    where, on = _PLACES[place[0] + 3 * place[1]], f"on a {scene['background']} background"
+    sentences = [
+        f"a {long} {on}",
+        f"a {long} {where}",
+        f"there is a {long} {where}",
+        f"one {long} {on}",
+        f"a {short} {where} of the picture",
+        f"the picture shows a {long} {where}",
+        f"there is a {short} {on}",
+    ]
+    return rng.sample(sentences, 5)
 
 
 def _describe_several(rng, objects, relation):
@@ -967,488 +1081,249 @@ def _describe_several(rng, objects, relation):
             f"a {thing['size'] + ' ' if sized else ''}{thing['color']} {thing['shape']}"
             for thing in objects
         ]
+        pair = f"{second} {PHRASES[_INVERSE[relation]]} {first}"
         if i % 2:
             pair = f"{first} {PHRASES[relation]} {second}"
-        else:
-            pair = f"{second} {PHRASES[_INVERSE[relation]]} {first}"
         parts = [pair, *third] if rng.random() < 0.7 else [*third, pair]
         captions.append(opening + " and ".join(parts))
     return captions
 
 
 def _draw_scene(scene, outlines, key, size, _):
+    """:return: uint8 (size, size, 3)"""
     rng = random.Random(f"{key}/picture")
     picture = Image.fromarray(_draw_background(rng, scene["background"], size))
     for thing, outline in zip(scene["objects"], outlines):
         left, top = (math.floor(value * size) - 8 for value in thing["box"][:2])
         right, bottom = (math.ceil(value * size) + 8 for value in thing["box"][2:])
         mask = Image.new("L", (4 * (right - left), 4 * (bottom - top)))
-        ImageDraw.Draw(mask).polygon(
-            [(4 * (x * size - left), 4 * (y * size - top)) for x, y in outline], fill=255
-        )
-        mask = mask.reduce(4)
-        shadow = mask.filter(ImageFilter.GaussianBlur(size / 100)).point(
-            lambda value: value * 2 // 5
-        )
+        corners = [(4 * (x * size - left), 4 * (y * size - top)) for x, y in outline]
+        ImageDraw.Draw(mask).polygon(corners, fill=255)
+        mask = mask.reduce(4)  # drawn four times as large: smooth edges
+        shadow = mask.filter(ImageFilter.GaussianBlur(size / 100)).point(lambda v: v * 2 // 5)
         picture.paste((40, 40, 50), (left + size // 100, top + size // 80), shadow)
         light = rng.randint(-8, 8)
-        shade = tuple(min(max(channel + light, 0), 255) for channel in COLORS[thing["color"]])
+        shade = tuple(min(max(c + light, 0), 255) for c in SHAPE_COLORS[thing["color"]])
         picture.paste(shade, (left, top), mask)
     return np.array(picture)
 
 
 def _draw_background(rng, kind, size):
-    tint = np.array(rng.choice(_TINTS), np.float32)
+    """:return: uint8 (size, size, 3)"""
+    tint = np.array(list(bytes.fromhex(rng.choice(_TINTS))), np.float32)
     line = np.arange(size, dtype=np.float32) / size
     across, down = rng.choice(((1, 0), (0, 1), (0.6, 0.8), (0.8, -0.6)))
     ramp = across * line + down * line[:, None]
+    light = np.ones_like(ramp)
     if kind == "shaded":
         light = 0.84 + 0.34 * (ramp - ramp.min()) / (ramp.max() - ramp.min())
-    elif kind == "striped":
-        wave = (
-            np.abs(ramp * rng.randint(5, 9) % 1 - 0.5) * 4 - 1
-        )  # a triangle wave: the same bytes on any machine
+    elif kind == "striped":  # a triangle wave: the same bytes on any machine, unlike a sine
+        wave = np.abs(ramp * rng.randint(5, 9) % 1 - 0.5) * 4 - 1
         light = 1 + 0.09 * np.clip(wave * 5, -1, 1)
     elif kind == "speckled":
         grain = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
         light = 0.86 + grain * np.float32(0.28 / 255)
-    else:
-        light = np.ones_like(ramp)
-    return (tint * light[..., None]).astype(np.uint8)  # no tint is so light that it would overflow
+    return (tint * light[..., None]).astype(np.uint8)  # the tints are dark enough for that
 
 
-# ---------------------------------------------------------------------------------------------------------------- HDF5
-# Every structure in these files carries HDF5's own checksum: the file format of version 1.10, and no variable-length
-# type, since libhdf5 crashes or hangs on damaged ones. So texts are stored as JSON, and attributes of fixed length.
+# ------------------------------------------------------------------------------------ HDF5 and disk
+# Every structure in the files carries HDF5's own checksum: version 1.10 of the format, and no type
+# of variable length, since libhdf5 crashes or hangs on damaged ones. So texts are stored as JSON.
 
-FORMAT = "show-attend-and-tell captions"
-FORMAT_VERSION = 1
-
-
-def write_dataset(
-    folder,
-    records,
-    *,
-    dataset,
-    source,
-    captions_per_image=5,
-    min_word_freq=5,
-    max_len=50,
-    image_size=256,
-    seed=0,
-    workers=None,
-):
-    """Write the three splits and the word map; they appear together, once all are whole.
-
-    :param folder: where the files go
-    :param records: list of :class:`Record` of all splits
-    :param dataset: name of the data set
-    :param source: where it came from, in words
-    :param captions_per_image: captions of each picture that are encoded for training; a longer list is drawn from by
-        ``seed``, and a shorter one taken whole
-    :param min_word_freq: words rarer than this in the training split become ``<unk>``
-    :param max_len: captions of more words are not encoded
-    :param image_size: side in pixels
-    :param workers: threads that decode pictures; default: one for each core
-    :return: dict of each split's summary (see :func:`write_split`), the word map
-    :raises UserError: if a split has no pictures, no word is frequent enough, too many pictures cannot be read, or a
-        file cannot be written
-    """
-    name = base_name(dataset, captions_per_image, min_word_freq)
-    parts = {split: [record for record in records if record.split == split] for split in SPLITS}
-    for split, part in parts.items():
-        if not part:
-            raise UserError(
-                f"the {split} split of {dataset} has no pictures; each of {', '.join(SPLITS)} needs some"
-            )
-    token_lists = (tokenize(caption) for record in parts["train"] for caption in record.captions)
-    word_map = build_word_map(token_lists, min_word_freq)
-    if len(word_map) == 4:
-        raise UserError(
-            f"no word of the training captions occurs {min_word_freq} times; check that they hold words, "
-            "or lower --min_word_freq"
-        )
-
-    summaries = {}
-    with contextlib.ExitStack() as finished:
-        finished.enter_context(locked(lock_path(word_map_path(folder, name)), Path(folder) / name))
-        for split, part in parts.items():
-            temporary = finished.enter_context(atomic_path(split_path(folder, split, name)))
-            try:
-                summaries[split] = write_split(
-                    temporary,
-                    part,
-                    word_map,
-                    split=split,
-                    captions_per_image=captions_per_image,
-                    max_len=max_len,
-                    image_size=image_size,
-                    seed=seed,
-                    workers=workers,
-                    attributes={
-                        "dataset": dataset,
-                        "name": name,
-                        "min_word_freq": min_word_freq,
-                        "source": source,
-                    },
-                )
-            except OSError as error:  # h5py's text runs over many lines
-                raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
-        temporary = finished.enter_context(atomic_path(word_map_path(folder, name)))
-        temporary.write_text(json.dumps(word_map, ensure_ascii=False) + "\n", encoding="utf-8")
-    return summaries, word_map
+FORMAT = ("show-attend-and-tell captions", 1)  # with its version
 
 
-def write_split(
-    path,
-    records,
-    word_map,
-    *,
-    split,
-    captions_per_image,
-    max_len,
-    image_size,
-    seed,
-    attributes,
-    workers=None,
-):
-    """Write one HDF5 file, in place: give it a path from :func:`utils.atomic_path`.
+def _check_parts(parts, word_map, dataset, min_word_freq):
+    lacking = [split for split in SPLITS if not parts[split]]
+    if lacking:
+        raise UserError(f"{dataset} has no pictures in its {lacking[0]} split; each needs some")
+    if len(word_map) == len((PAD, UNK, START, END)):
+        what = f"no word of the training captions occurs {min_word_freq} times"
+        raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")
 
-    The same input gives the same bytes. Left out and counted: captions without a word; pictures without a caption (and
-    for training, without one of at most ``max_len`` words); pictures that cannot be read. All captions with a word are
-    kept as references.
 
-    :param attributes: dict of what else the file should say of itself
-    :return: dict: ``pictures``, ``captions`` (encoded), ``references``, ``words`` (encoded), ``unknown`` (of these,
-        ``<unk>``), ``empty`` and ``too_long`` (captions), ``without_captions`` (pictures), ``unreadable`` (list of
-        messages), ``bytes`` (of the file)
-    :raises UserError: if more than 3 % of the pictures cannot be read (a single one may always be)
-    """
-    summary = collections.Counter(empty=0, too_long=0, without_captions=0)
-    kept = []
+def _choose_captions(records, settings):
+    """List of (record, texts with words, token lists to encode), counts of what was left out."""
+    kept, summary = [], {"empty": 0, "too_long": 0, "without_captions": 0}
     for record in records:
         references = [text for text in map(clean_caption, record.captions) if _WORD.search(text)]
-        tokens = [tokenize(text) for text in references]
-        usable = [words for words in tokens if len(words) <= max_len]
+        usable = [words for words in map(tokenize, references) if len(words) <= settings.max_len]
         summary["empty"] += len(record.captions) - len(references)
         summary["too_long"] += len(references) - len(usable)
-        if not (usable if split == "train" else references):
+        if not (usable if record.split == "train" else references):
             summary["without_captions"] += 1
             continue
-        if len(usable) > captions_per_image:
-            chosen = random.Random(f"{seed}/{_valid_text(record.name)}").sample(
-                range(len(usable)), captions_per_image
-            )
+        if len(usable) > settings.captions_per_image:
+            rng = random.Random(f"{settings.seed}/{_valid_text(record.name)}")
+            chosen = rng.sample(range(len(usable)), settings.captions_per_image)
             usable = [usable[i] for i in sorted(chosen)]
         kept.append((record, references, usable))
+    return kept, summary
 
+
+def _bytes_needed(kept, settings):
+    """What a split's HDF5 file takes on disk at most."""
     rows = sum(len(usable) for _, _, usable in kept)
-    texts = _pack(
-        [(references, _valid_text(record.name), record.scene) for record, references, _ in kept]
-    )
-    room = (
-        len(kept) * (3 * image_size**2 + 100) + rows * (4 * (max_len + 2) + 8) + len(texts) + 2**20
-    )
-    _reserve(path, room)
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        _reserve(path, room)
-        readable, unreadable, digest = _write_images(
-            file, split, [record for record, _, _ in kept], image_size, workers
-        )
-        kept = [kept[i] for i in readable]
-        if not kept:
-            raise UserError(
-                f"the {split} split has no picture with a caption; check the captions and --max_len"
-            )
-
-        encoded = [words for _, _, usable in kept for words in usable]
-        captions = np.empty((len(encoded), max_len + 2), np.int32)
-        for row, words in zip(captions, encoded):
-            row[:] = encode_caption(words, word_map, max_len)
-        file["captions"] = captions
-        file["caption_lengths"] = np.array([len(words) + 2 for words in encoded], np.int64)
-        file["caption_offsets"] = _offsets(len(usable) for _, _, usable in kept)
-        file["references"] = _pack([references for _, references, _ in kept])
-        file["image_names"] = _pack([_valid_text(record.name) for record, _, _ in kept])
-        scenes = [record.scene for record, _, _ in kept]
-        if None not in scenes:
-            file["scenes"] = _pack(scenes)
-        for key, value in {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "split": split,
-            "image_size": image_size,
-            "captions_per_image": captions_per_image,
-            "max_len": max_len,
-            "seed": seed,
-            "tokenizer": TOKENIZER,
-            "word_map_digest": word_map_digest(word_map),
-            "images_digest": digest,
-            **attributes,
-        }.items():
-            file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
-    h5py.File(path, "r+").close()  # gives back what was reserved and not needed
-    return {
-        **summary,
-        "pictures": len(kept),
-        "captions": len(encoded),
-        "references": sum(len(references) for _, references, _ in kept),
-        "words": sum(map(len, encoded)),
-        "unknown": int((captions == word_map[UNK]).sum()),
-        "unreadable": unreadable,
-        "bytes": os.path.getsize(path),
-    }
+    texts = _pack([(texts, _valid_text(record.name), record.scene) for record, texts, _ in kept])
+    pictures = len(kept) * (3 * settings.image_size**2 + 120)
+    return pictures + rows * (4 * (settings.max_len + 2) + 8) + len(texts) + 2**20
 
 
-def _valid_text(name):
-    """A name that UTF-8 can hold: Linux allows names that are no text."""
-    return name.encode("utf-8", "replace").decode()
+@contextlib.contextmanager
+def _new_file(path, size):
+    """Create an HDF5 file for which ``size`` bytes are reserved, and give back what it leaves."""
+    try:
+        reserve(path, size)
+        with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
+            reserve(path, size)  # again, since the file was emptied
+            yield file
+        h5py.File(path, "r+", locking=False).close()  # cuts off the rest
+    except OSError as error:  # h5py's text runs over many lines
+        raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
 
 
-def _reserve(path, size):
-    """Claim disk space for a file before libhdf5 writes it, since libhdf5 crashes where it finds none."""
+def reserve(path, size):
+    """Claim disk space for a file: libhdf5 and mapped files crash where they find none."""
     if hasattr(os, "posix_fallocate"):
-        with open(path, "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        # not opened for appending, which glibc's emulation refuses
+        with open(path, "rb+" if os.path.exists(path) else "wb+") as file:
+            utils.precaution("reserving of space", os.posix_fallocate, file.fileno(), 0, size)
 
 
-def _offsets(lengths):
-    return np.cumsum([0, *lengths], dtype=np.int64)
+def _write_images(file, kept, size, workers):
+    """Decode pictures in threads and write them in order.
 
+    :return: numbers of the readable ones, messages on the others, SHA-256 of all
+    """
+    shape = (len(kept), 3, size, size)
+    chunked = {"chunks": (1, *shape[1:]), "maxshape": (None, *shape[1:])}  # a chunk is a picture
+    images = file.create_dataset("images", shape, np.uint8, **chunked)
 
-def _pack(value):
-    """JSON as uint8; :func:`_unpack` is its inverse."""
-    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
+    def load(item):  # a picture as it is stored, or why it cannot be read
+        try:
+            return resize_image(item[0].image(size), size)
+        except UserError as error:
+            return error
 
-
-def _unpack(data):
-    return json.loads(data[:].tobytes())
-
-
-def _write_images(file, split, records, size, workers):
-    """Decode pictures in threads and write them in order; return the readable ones' numbers, messages, a digest."""
-    images = file.create_dataset(
-        "images",
-        (len(records), 3, size, size),
-        np.uint8,
-        chunks=(1, 3, size, size),
-        maxshape=(None, 3, size, size),
-    )
-    workers = workers or available_cores()
     readable, unreadable, digest = [], [], hashlib.sha256()
-    squares = read_ahead(functools.partial(_load_square, size=size), records, workers)
-    for i, image in enumerate(
-        progress(squares, total=len(records), desc=f"writing {split}", unit="picture")
-    ):
+    squares = read_ahead(load, kept, workers or utils.available_cores())
+    split = kept[0][0].split if kept else "nothing"
+    bar = utils.progress(squares, total=len(kept), desc=f"writing {split}", unit="picture")
+    for i, image in enumerate(bar):
         if isinstance(image, UserError):
             unreadable.append(str(image))
-            if too_many_lost(len(unreadable), len(records)):
-                raise UserError(
-                    f"{len(unreadable)} of the first {i + 1:,} of {len(records):,} pictures cannot be read, "
-                    f"too many to go on; the last: {image}"
-                ) from image
-            continue
-        images.id.write_direct_chunk(
-            (len(readable), 0, 0, 0), image
-        )  # a chunk is a picture: nothing to select or filter
-        digest.update(image)
-        readable.append(i)
+            if too_many_lost(len(unreadable), len(kept)):
+                what = f"{len(unreadable)} of the first {i + 1:,} pictures cannot be read"
+                raise UserError(f"{what}, too many to go on; the last: {image}") from image
+        else:
+            images.id.write_direct_chunk((len(readable), 0, 0, 0), image)
+            digest.update(image)
+            readable.append(i)
+    if not readable:
+        raise UserError("a split has no picture with a caption; check the captions and --max_len")
     images.resize(len(readable), axis=0)
     return readable, unreadable, digest.hexdigest()
 
 
-def _load_square(record, size):
-    """A picture as it is stored, or why it cannot be read."""
+_valid_text = lambda name: name.encode("utf-8", "replace").decode()  # Linux allows any bytes
+_pack = lambda value: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
+_unpack = lambda data: json.loads(data[:].tobytes())
+
+
+def _write_attributes(file, split, settings, word_map, images_digest, about):
+    for key, value in {
+        "format": FORMAT[0],
+        "format_version": FORMAT[1],
+        "split": split,
+        **settings._asdict(),
+        "tokenizer": TOKENIZER,
+        "word_map_digest": word_map_digest(word_map),
+        "images_digest": images_digest,
+        **about,
+    }.items():
+        file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Open an HDF5 file for reading; h5py raises nearly every type of exception on damaged ones."""
+    if not path.is_file():
+        advice = "name its folder with --data_folder, or make it with create_input_files.py"
+        raise UserError(f"there is no {path.absolute()}; {advice}")
     try:
-        return resize_image(record.image(size), size)
-    except UserError as error:
-        return error
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except Exception as error:
+        raise _damaged(path, _why(error)) from error
 
 
-def _is_list_of(value, kind):
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+def _damaged(path, reason):
+    return UserError(
+        f"{path} cannot be used ({reason}); make it with create_input_files.py --force"
+    )
+
+
+def _attributes(file):
+    """What an HDF5 file says of itself, as dict; checked before the rest is read."""
+    decode = lambda value: value.decode() if isinstance(value, bytes) else value.item()
+    attributes = {key: decode(value) for key, value in file.attrs.items()}
+    if (attributes.get("format"), attributes.get("format_version")) != FORMAT:
+        raise ValueError("it is of another format or version")
+    if any(item.nbytes > os.path.getsize(file.filename) for item in file.values()):
+        raise ValueError("it claims more than it holds")  # for nothing in it is compressed
+    return attributes
+
+
+def _check_layout(dataset, file):
+    """:raises ValueError: if the parts of a file do not fit each other"""
+    pictures, width = len(dataset.image_names), int(dataset.attributes["max_len"]) + 2
+    offsets, lengths = dataset.caption_offsets, dataset.caption_lengths
+    for name, dtype, shape in (
+        ("images", np.uint8, (pictures, 3, dataset.image_size, dataset.image_size)),
+        ("captions", np.int32, (len(lengths), width)),
+        ("caption_lengths", np.int64, (len(dataset.captions),)),
+        ("caption_offsets", np.int64, (pictures + 1,)),
+    ):
+        if file[name].dtype != dtype or file[name].shape != shape:
+            raise ValueError(f"{name} is not {np.dtype(dtype)} {shape}")
+    if not _is_list_of(dataset.image_names, str):
+        raise ValueError("its pictures' names are damaged")
+    if offsets[0] != 0 or offsets[-1] != len(lengths) or (np.diff(offsets) < 0).any():
+        raise ValueError("its captions do not fit its pictures")
+    if len(lengths) and (dataset.captions.min() < 0 or lengths.min() < 3 or lengths.max() > width):
+        raise ValueError("its captions are damaged")
+
+
+def _stored_list(dataset, key, is_valid):
+    """A list with an entry for each picture, stored as JSON; None if the file has none."""
+    with _opened(dataset.path) as file:
+        values = _unpack(file[key]) if key in file else None
+        if values is not None and (len(values) != len(dataset) or not all(map(is_valid, values))):
+            raise ValueError(f"its {key} do not fit its pictures")
+    return values
+
+
+_is_list_of = lambda value, kind: (
+    isinstance(value, list) and all(isinstance(v, kind) for v in value)
+)
 
 
 def _is_scene(scene):
     """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
-    objects, names = scene["objects"], scene["names"]
-    return (
-        _is_list_of(objects, dict)
-        and isinstance(names, dict)
-        and all(
-            isinstance(thing["color"], str) and isinstance(thing["shape"], str) for thing in objects
-        )
-        and all(
-            _is_list_of(thing["box"], (int, float)) and len(thing["box"]) == 4 for thing in objects
-        )
-        and all(
-            _is_list_of(numbers, int) and all(0 <= i < len(objects) for i in numbers)
-            for numbers in names.values()
-        )
+    things, numbers = scene["objects"], itertools.chain.from_iterable(scene["names"].values())
+    return all(isinstance(i, int) and 0 <= i < len(things) for i in numbers) and all(
+        _is_list_of(thing["box"], (int, float))
+        and len(thing["box"]) == 4
+        and _is_list_of([thing["color"], thing["shape"]], str)
+        for thing in things
     )
 
 
-class CaptionDataset:
-    """One split's file, read-only, for any number of processes: each opens it for itself when it first needs pictures.
-
-    :ivar path, split, dataset, name: the file, and what it says of itself
-    :ivar attributes: dict of everything it says of itself: settings, source, digests
-    :ivar image_size: side of the pictures in pixels
-    :ivar image_names: list of str
-    :ivar captions: int32 (num_captions, max_len + 2), encoded, with ``<start>`` and ``<end>``, then ``<pad>``
-    :ivar caption_lengths: int64 (num_captions,), with ``<start>`` and ``<end>``
-    :ivar caption_offsets: int64 (num_images + 1,): picture i has the captions [offsets[i], offsets[i + 1])
-    :ivar images_digest: SHA-256 of all pictures
-    :ivar word_map_digest: see :func:`word_map_digest`
-    """
-
-    def __init__(self, path):
-        """:raises UserError: if the file is missing, truncated or of another layout"""
-        self.path = Path(path)
-        self._file, self._process = None, None
-        if not self.path.is_file():
-            raise UserError(f"there is no {path}; create_input_files.py makes it")
-        with self._reading(), h5py.File(self.path, "r", locking=False) as file:
-            self.attributes = {
-                key: value.decode() if isinstance(value, bytes) else value.item()
-                for key, value in file.attrs.items()
-            }
-            if (self.attributes.get("format"), self.attributes.get("format_version")) != (
-                FORMAT,
-                FORMAT_VERSION,
-            ):
-                raise ValueError("it is of another format or version")
-            limit = os.path.getsize(
-                self.path
-            )  # nothing is compressed: a larger claim is damage, not data
-            if any(item.nbytes > limit for item in file.values()):
-                raise ValueError("it claims more than it holds")
-            self.split, self.dataset, self.name = (
-                str(self.attributes[key]) for key in ("split", "dataset", "name")
-            )
-            self.image_size = int(self.attributes["image_size"])
-            self.images_digest, self.word_map_digest = (
-                str(self.attributes[key]) for key in ("images_digest", "word_map_digest")
-            )
-            self.captions = file["captions"][:]
-            self.caption_lengths = file["caption_lengths"][:]
-            self.caption_offsets = file["caption_offsets"][:]
-            self.image_names = _unpack(file["image_names"])
-            if not _is_list_of(self.image_names, str):
-                raise ValueError("its pictures' names are damaged")
-            self._check(file)
-
-    def _check(self, file):
-        pictures, width = len(self.image_names), int(self.attributes["max_len"]) + 2
-        for name, dtype, shape in (
-            ("images", np.uint8, (pictures, 3, self.image_size, self.image_size)),
-            ("captions", np.int32, (len(self.caption_lengths), width)),
-            ("caption_lengths", np.int64, (len(self.captions),)),
-            ("caption_offsets", np.int64, (pictures + 1,)),
-        ):
-            if file[name].dtype != dtype or file[name].shape != shape:
-                raise ValueError(
-                    f"{name} is {file[name].dtype} {file[name].shape}, expected {np.dtype(dtype)} {shape}"
-                )
-        offsets = self.caption_offsets
-        if offsets[0] != 0 or offsets[-1] != len(self.captions) or (np.diff(offsets) < 0).any():
-            raise ValueError("its captions do not fit its pictures")
-        if len(self.captions) and not (
-            self.captions.min() >= 0
-            and self.caption_lengths.min() >= 3
-            and self.caption_lengths.max() <= width
-        ):
-            raise ValueError("its captions are damaged")
-
-    @contextlib.contextmanager
-    def _reading(self):
-        """Turn what h5py raises on damaged files, which is nearly everything, into one clear line."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{self.path} cannot be used ({clean_caption(str(error)) or type(error).__name__}); "
-                "make it again with create_input_files.py --force"
-            ) from error
-
-    def __len__(self):
-        return len(self.image_names)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_file": None, "_process": None}
-
-    def _open(self):
-        if self._process != os.getpid():
-            if self._file is not None:
-                self._file.close()  # inherited by a fork: HDF5 would share the parent's handle with the new one
-            self._file, self._process = h5py.File(self.path, "r", locking=False), os.getpid()
-        return self._file
-
-    def images(self, indices):
-        """Read pictures.
-
-        :param indices: slice, or sequence of numbers in any order, repeated or not
-        :return: uint8 (len(indices), 3, image_size, image_size), in the order of ``indices``
-        :raises UserError: if the file is damaged
-        """
-        indices = np.arange(len(self))[
-            indices if isinstance(indices, slice) else np.asarray(indices, np.int64)
-        ]
-        batch = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        with self._reading():
-            images = self._open()["images"]
-            if len(indices) and (np.diff(indices) == 1).all():
-                images.read_direct(batch, np.s_[indices[0] : indices[-1] + 1])
-            else:
-                for row, i in enumerate(indices):
-                    images.read_direct(batch, np.s_[i], np.s_[row])
-        return batch
-
-    @functools.cached_property
-    def raw_references(self):
-        """All captions of each picture, as text: list of lists of str."""
-        with self._reading():
-            references = _unpack(self._open()["references"])
-            if len(references) != len(self) or not all(
-                _is_list_of(texts, str) for texts in references
-            ):
-                raise ValueError("its references do not fit its pictures")
-        return references
-
-    @functools.cached_property
-    def references(self):
-        """All captions of each picture, as lists of words (real words, never ``<unk>``)."""
-        return [[tokenize(text) for text in texts] for texts in self.raw_references]
-
-    @functools.cached_property
-    def scenes(self):
-        """What each generated picture shows (see :func:`shapes_records`); None for photographs."""
-        with self._reading():
-            file = self._open()
-            scenes = _unpack(file["scenes"]) if "scenes" in file else None
-            if scenes is not None and (len(scenes) != len(self) or not all(map(_is_scene, scenes))):
-                raise ValueError("its scenes are damaged")
-        return scenes
-
-    def check_word_map(self, word_map):
-        """:raises UserError: if the captions were encoded with another word map"""
-        if word_map_digest(word_map) != self.word_map_digest:
-            raise UserError(
-                f"{self.path} was encoded with another word map; use the one that was written with it, "
-                f"{word_map_path(self.path.parent, self.name)}"
-            )
-        with self._reading():
-            if self.captions.size and self.captions.max() >= len(word_map):
-                raise ValueError("its captions are damaged")
-
-
-# ------------------------------------------------------------------------------------------- features and batches
+# --------------------------------------------------------------------------------------- features
 
 
 def read_ahead(function, items, workers, ahead=0):
-    """``map(function, items)`` in order, with some results prepared in threads while the caller works.
+    """``map(function, items)`` in order, some results prepared in threads while the caller works.
 
     :param ahead: how many, but at least two for each worker
     """
@@ -1467,230 +1342,142 @@ def read_ahead(function, items, workers, ahead=0):
 
 
 def feature_key(encoder_digest, images_digest, dtype):
-    """Key of a feature store: it changes with the encoder, its weights, the pictures and the arithmetic."""
+    """Key of a feature store: another one for other weights, pictures or arithmetic."""
     return hashlib.sha256(f"{encoder_digest} {images_digest} {dtype}".encode()).hexdigest()[:12]
 
 
 def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2):
-    """Features of the pictures of a split, from the feature store ``path`` if it is there, else computed and kept.
+    """Features of the pictures of a split, read from the feature store ``path`` or computed for it.
 
-    With several processes each computes its share of a store.
+    With several processes each computes its share. A run that is stopped leaves what it has, and
+    the next one goes on from there. Where no file can be written, they are kept in memory.
 
     :param dataset: ``CaptionDataset``
     :param encode: function of uint8 (B, 3, S, S) torch tensors to float (B, n, encoder_dim) tensors
     :param path: feature store, a .npy file whose name holds the key; None computes into memory
     :param rows: without a store: slice of the pictures to encode; None: all
-    :param batch_size: pictures per call of ``encode``
-    :param workers: threads that read pictures
-    :return: float16 array (N, n, encoder_dim), memory-mapped if stored: the page cache keeps what fits in RAM, and all
-        processes share it
-    :raises UserError: if the store is damaged or cannot be written
+    :return: float16 array (N, n, encoder_dim), memory-mapped if stored
+    :raises UserError: if the store is damaged or the disk is full
     """
+    if path is not None and not utils.broadcast(path.exists() or _can_hold_features(path.parent)):
+        where = path.parent.absolute()
+        utils.note(f"{where} may not be written: {dataset.split}'s features are kept in memory")
+        path = rows = None
     if path is None:
-        parts = _encoded(
-            dataset, encode, np.arange(len(dataset))[rows or slice(None)], batch_size, workers
-        )
-        none = np.empty((0, 1, 1), np.float16)  # fewer pictures than processes
-        return np.concatenate([out for _, out in parts] or [none])
-    if not broadcast(
-        path.exists()
-    ):  # what is there can be read from a folder that may not be written
-        with locked(
-            lock_path(path), path, wait=True
-        ):  # two runs on one data set: the second waits for the first's features
-            if not broadcast(path.exists()):
+        numbers = np.arange(len(dataset))[rows or slice(None)]
+        parts = _encoded(dataset, encode, numbers, batch_size, workers)
+        none = np.empty((0, 1, 1), np.float16)  # when there are fewer pictures than processes
+        return np.concatenate([part for _, part in parts] or [none])  # (N, n, encoder_dim)
+    if not utils.broadcast(path.exists()):
+        # of two runs on one data set the second waits for the first's features
+        with utils.locked(lock_path(path), path, wait=True):
+            if not utils.broadcast(path.exists()):
                 _write_features(path, dataset, encode, batch_size, workers)
+    return _open_features(path, len(dataset))
+
+
+def _can_hold_features(folder):
+    """Whether files can be made and mapped in a folder, which is made if it is missing."""
     try:
-        features = np.load(
-            path, mmap_mode="c"
-        )  # copy on write: torch wants arrays that it could write to
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(1)
+            mmap.mmap(file.fileno(), 1).close()
+            return True
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write in {folder}: {error.strerror}") from error
+        return False
+
+
+def _open_features(path, count):
+    """Map a feature store of ``count`` pictures: float16 (count, n, encoder_dim)."""
+    try:
+        features = np.load(path, mmap_mode="c")  # copy on write: torch wants to be able to write
+        is_whole = features.offset + features.nbytes == os.path.getsize(path)
         if features.dtype != np.float16 or features.ndim != 3 or not features.flags.c_contiguous:
             raise ValueError("it is no float16 array of three dimensions")
-        if features.offset + features.nbytes != os.path.getsize(path):
-            raise ValueError("it has another size than it says")
+        if len(features) != count or not is_whole:
+            raise ValueError(f"it has not the features of {count:,} pictures")
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
-        reason = clean_caption(str(error))[:160] or type(error).__name__
-        raise UserError(
-            f"the feature store {path} is damaged ({reason}); delete it and run again"
-        ) from error
-    if len(features) != len(dataset):
-        raise UserError(
-            f"the feature store {path} has {len(features)} pictures, expected {len(dataset)}; "
-            "delete it and run again"
-        )
+        what = f"the feature store {path} is damaged ({_why(error)})"
+        raise UserError(f"{what}; delete it and run again") from error
     return features
 
 
-def _encoded(dataset, encode, pictures, batch_size, workers):
-    """Yield (pictures, float16 features) batch by batch."""
+def _encoded(dataset, encode, numbers, batch_size, workers):
+    """Yield (picture numbers (B,), float16 features (B, n, encoder_dim)) batch by batch."""
     import torch
 
-    batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
-    with progress(total=len(pictures), desc=f"encoding {dataset.split}", unit="picture") as bar:
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    bar = utils.progress(total=len(numbers), desc=f"encoding {dataset.split}", unit="picture")
+    with bar:
         for batch, images in zip(batches, read_ahead(dataset.images, batches, workers)):
             yield batch, encode(torch.from_numpy(images)).to(torch.float16).cpu().numpy()
             bar.update(len(batch))
 
 
 def _write_features(path, dataset, encode, batch_size, workers):
-    """Write a feature store; each process of the run fills in its share."""
-    parts = _encoded(
-        dataset, encode, np.arange(len(dataset))[share(len(dataset))], batch_size, workers
-    )
-    first = next(parts, None)
-    shape = (len(dataset), *next(s for s in all_gather(first and first[1].shape[1:]) if s))
-    free, size = shutil.disk_usage(path.parent).free, 2 * math.prod(shape)
-    if free < size:
-        raise UserError(
-            f"the feature store {path} needs {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free; "
-            "make room or choose another --data_folder"
-        )
-    with atomic_path(path) if is_main() else contextlib.nullcontext() as temporary:
-        if is_main():
-            np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            _reserve(
-                temporary, temporary.stat().st_size
-            )  # a mapped file that finds no space kills the process
-        features = np.lib.format.open_memmap(broadcast(temporary), "r+")
-        parts = itertools.chain([first] if first else [], parts)
-        for _ in read_ahead(
-            lambda part: features.__setitem__(*part), parts, workers=1
-        ):  # the CNN need not wait for disks
-            pass
-        features.flush()
-        barrier()  # all have written
-    barrier()  # and the file has its name
+    """Write a feature store; each process of the run fills in its share.
+
+    It grows as ``.NAME.growing``, and ``.NAME.finished``, a byte for each picture, says what is in
+    it already, so that a run that was stopped can be continued.
+    """
+    growing, finished = (path.with_name(f".{path.name}.{what}") for what in ("growing", "finished"))
+    is_new = utils.broadcast(not (growing.exists() and finished.exists()))
+    numbers = np.arange(len(dataset))[utils.share(len(dataset))]
+    numbers = numbers if is_new else numbers[~np.fromfile(finished, bool)[numbers]]
+    parts = _encoded(dataset, encode, numbers, batch_size, workers)
+    first = list(itertools.islice(parts, 1))
+    shapes = utils.all_gather([part[1].shape[1:] for part in first])
+    if utils.is_main() and is_new:
+        shape = (len(dataset), *next(filter(None, shapes))[0])
+        utils.check_disk(path.parent, 2 * math.prod(shape))
+        try:
+            np.lib.format.open_memmap(growing, "w+", np.float16, shape)
+            reserve(growing, growing.stat().st_size)
+        except OSError as error:
+            growing.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error.strerror}; make room for it") from error
+        with utils.atomic_path(finished) as temporary:
+            temporary.write_bytes(bytes(len(dataset)))
+    utils.barrier()
+    features, done = np.load(growing, mmap_mode="r+"), np.memmap(finished, bool, "r+")
+    fresh = []
+
+    def store(part, at_once=1000):
+        features[part[0]] = part[1]  # (B, n, encoder_dim)
+        fresh.extend(part[0])
+        if len(fresh) >= at_once:
+            features.flush()  # before they count as finished
+            done[fresh] = True
+            fresh.clear()
+
+    try:  # in a thread, so that the CNN need not wait for the disk
+        collections.deque(read_ahead(store, itertools.chain(first, parts), 1), maxlen=0)
+    finally:
+        store(([], features[:0]), at_once=0)
+        if not done[numbers].all():
+            utils.note("the features made so far are kept: the next run goes on from there")
+    utils.barrier()  # all have written
+    if utils.is_main():
+        os.replace(growing, path)
+        finished.unlink()
+    utils.barrier()  # and the file has its name
 
 
-def caption_pictures(dataset):
-    """The picture of each caption, int64 (number of captions,)."""
+def image_index(dataset):
+    """The picture of each caption, int64 (num_captions,)."""
     return np.repeat(np.arange(len(dataset)), np.diff(dataset.caption_offsets))
 
 
-def training_batches(dataset, batch_size, seed, epoch):
-    """Pictures of each update of an epoch, as a list of index arrays: every picture once, in an order of its own.
-
-    An update takes as many steps as its longest caption has words, so pictures meet others whose longest caption is of
-    similar length, among those of 16 random batches. The order depends on the captions, seed and epoch alone, so that a
-    resumed run sees what an uninterrupted one would have seen.
-
-    :param dataset: ``CaptionDataset``
-    """
-    rng = np.random.default_rng([seed, epoch])
-    longest = np.zeros(len(dataset), np.int64)
-    np.maximum.at(longest, caption_pictures(dataset), dataset.caption_lengths)
-    order, batches = rng.permutation(len(dataset)), []
-    for i in range(0, len(order), 16 * batch_size):
-        group = order[i : i + 16 * batch_size]
-        group = group[np.argsort(longest[group], kind="stable")]
-        batches += [group[j : j + batch_size] for j in range(0, len(group), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-class WithMirrored:
-    """The pictures of a split, and after them the same pictures mirrored: number N + i is picture i, left and right changed.
-
-    It has what :func:`encode_split` asks of a ``CaptionDataset``.
-
-    :param dataset: ``CaptionDataset``
-    """
-
-    def __init__(self, dataset):
-        self.dataset, self.split = dataset, dataset.split
-        self.images_digest = f"{dataset.images_digest} and mirrored"
-
-    def __len__(self):
-        return 2 * len(self.dataset)
-
-    def images(self, numbers):
-        """Pictures by number, uint8 (B, 3, S, S)."""
-        images = self.dataset.images(numbers % len(self.dataset))
-        mirrored = numbers >= len(self.dataset)
-        images[mirrored] = images[mirrored, ..., ::-1]
-        return images
-
-
-def mirrored_pictures(dataset, word_map, seed, epoch):
-    """Which pictures an epoch shows mirrored: half of those of which no caption says left or right, and which are thus
-    still described truly when the two change places. Like the batches they depend on seed and epoch alone.
-
-    :return: bool array (N,)
-    """
+def mirrorable(dataset, word_map):
+    """Which pictures may be mirrored: no caption says left or right; bool (num_images,)."""
     sides = [word_map[word] for word in ("left", "right") if word in word_map]
-    mirrored = np.random.default_rng([seed, epoch, 1]).random(len(dataset)) < 0.5
-    mirrored[caption_pictures(dataset)[np.isin(dataset.captions, sides).any(axis=1)]] = False
-    return mirrored
+    fixed = image_index(dataset)[np.isin(dataset.captions, sides).any(axis=1)]
+    return ~np.isin(np.arange(len(dataset)), fixed)
 
 
-class CaptionRows(NamedTuple):
-    """The captions of a batch of pictures, longest first."""
-
-    captions: np.ndarray  # int64 (B, max_caption_length)
-    decode_lengths: list  # of B ints: words to predict, <end> included
-    pictures: np.ndarray  # int64 (B,): position of the caption's picture in the batch
-
-
-def count_words(dataset, pictures):
-    """Words to predict in all captions of the given pictures, <end> included."""
-    offsets = dataset.caption_offsets
-    return int(
-        sum((dataset.caption_lengths[offsets[i] : offsets[i + 1]] - 1).sum() for i in pictures)
-    )
-
-
-def caption_rows(dataset, pictures):
-    """All captions of the given pictures.
-
-    :param dataset: ``CaptionDataset``
-    :param pictures: int array of picture indices, which may be empty
-    :return: ``CaptionRows``
-    """
-    offsets = dataset.caption_offsets
-    rows = np.concatenate(
-        [np.arange(0), *(np.arange(offsets[i], offsets[i + 1]) for i in pictures)]
-    )
-    position = np.repeat(np.arange(len(pictures)), offsets[pictures + 1] - offsets[pictures])
-    lengths = dataset.caption_lengths[rows]
-    order = np.argsort(-lengths, kind="stable")
-    captions = dataset.captions[rows[order], : lengths.max(initial=1)].astype(np.int64)
-    return CaptionRows(captions, (lengths[order] - 1).tolist(), position[order])
-
-
-def load_embeddings(path, word_map, embed_dim):
-    """Word vectors in GloVe's text format for the words of a word map.
-
-    :param path: lines of a word and ``embed_dim`` numbers, separated by spaces
-    :return: (vectors, found): float32 (vocab_size, embed_dim), zero where the file lacks the word; bool (vocab_size,)
-    :raises UserError: if the file is missing or a line has another number of values (the line is named)
-    """
-    vectors, found = np.zeros((len(word_map), embed_dim), np.float32), np.zeros(len(word_map), bool)
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                word, *values = line.rstrip().split(" ")
-                if number == 1 and len(values) == 1:
-                    continue  # word2vec's text format begins with two counts
-                if number > 1 and len(values) > embed_dim:
-                    continue  # a few of GloVe's words have spaces in them; no caption's have
-                if len(values) != embed_dim:
-                    raise UserError(
-                        f"{path}, line {number}: {len(values)} values, expected {embed_dim}; "
-                        "is the file whole, and --embed_dim the length of its vectors?"
-                    )
-                if word in word_map:
-                    vectors[word_map[word]], found[word_map[word]] = (
-                        np.array(values, np.float32),
-                        True,
-                    )
-                    if not np.isfinite(vectors[word_map[word]]).all():
-                        raise ValueError("not finite")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the embeddings {path}: {error}") from error
-    except ValueError as error:
-        raise (
-            error
-            if isinstance(error, UserError)
-            else UserError(f"{path}, line {number}: not a number: {error}")
-        )
-    return vectors, found
+def count_words(dataset, indices):
+    """Words to predict in all captions of the given pictures, ``<end>`` included."""
+    return sum(collate(dataset, np.asarray(indices)).decode_lengths)

@@ -292,7 +292,7 @@ def get_args_parser():
 
 def check_args(args):
     """Refuse values that cannot work, before anything is read or written."""
-    utils.check_ranges(
+    check_ranges(
         args,
         encoded_image_size=(0, 64),
         attention_dim=(1, 65536),
@@ -355,7 +355,13 @@ def check_args(args):
         raise UserError(
             "--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule"
         )
-    utils.check_shared_flags(args)
+
+
+def check_ranges(args, **bounds):
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
 
 
 def main(args):
@@ -413,7 +419,7 @@ def train(args, stack):
     stack.enter_context(utils.locked(datasets.lock_path(latest_path), latest_path))
     print_header(args, captioner, train_data, val_data)
 
-    shown = datasets.WithMirrored(train_data) if args.mirror else train_data
+    shown = WithMirrored(train_data) if args.mirror else train_data
     train_features = None if args.fine_tune_encoder else features_of(shown, captioner, args, dtype)
     val_features = None if args.fine_tune_encoder else features_of(val_data, captioner, args, dtype)
     step = Update(
@@ -461,7 +467,6 @@ def train(args, stack):
                 save()
                 write_reports(args, config, history)
                 print_epoch(record, args, is_best, val_data, hypotheses)
-            utils.give_back_memory()
     except utils.Stopped as signal:
         save()
         signal.args = (
@@ -688,6 +693,29 @@ def learning_rate_factor(config, update, history):
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+class WithMirrored:
+    """The pictures of a split, and after them the same pictures mirrored: number N + i is picture i, left and right changed.
+
+    It has what :func:`encode_split` asks of a ``CaptionDataset``.
+
+    :param dataset: ``CaptionDataset``
+    """
+
+    def __init__(self, dataset):
+        self.dataset, self.split = dataset, dataset.split
+        self.images_digest = f"{dataset.images_digest} and mirrored"
+
+    def __len__(self):
+        return 2 * len(self.dataset)
+
+    def images(self, numbers):
+        """Pictures by number, uint8 (B, 3, S, S)."""
+        images = self.dataset.images(numbers % len(self.dataset))
+        mirrored = numbers >= len(self.dataset)
+        images[mirrored] = images[mirrored, ..., ::-1]
+        return images
+
+
 class Model(torch.nn.Module):
     """Encoder and decoder as one module, whose gradients DistributedDataParallel can average.
 
@@ -732,7 +760,7 @@ class Update:
 
     Nothing is drawn that does not follow from seed, update and process, so that a run can go on where it was stopped.
 
-    :param features: float16 tensor (N, n, encoder_dim), with --mirror of ``datasets.WithMirrored``; or None to encode
+    :param features: float16 tensor (N, n, encoder_dim), with --mirror of ``WithMirrored``; or None to encode
         and fine-tune
     """
 
@@ -804,7 +832,7 @@ class Update:
 
         :param pictures: int array of picture indices
         :param mirrored: bool array (N,), which of all pictures to show mirrored; or None
-        :return: (pictures, ``datasets.CaptionRows``, inputs: images, features or, if those are on the GPU, numbers,
+        :return: (pictures, ``datasets.CaptionBatch``, inputs: images, features or, if those are on the GPU, numbers,
             words of the whole batch): of this process's share of the pictures
         """
         num_words = datasets.count_words(self.data, pictures)
@@ -812,7 +840,7 @@ class Update:
         source, numbers = self.data, pictures
         if mirrored is not None:
             source, numbers = (
-                datasets.WithMirrored(self.data),
+                WithMirrored(self.data),
                 pictures + len(self.data) * mirrored[pictures],
             )
         if self.features is None:
@@ -822,7 +850,7 @@ class Update:
             inputs = torch.from_numpy(
                 numbers if self.features.is_cuda else self.features.numpy().take(numbers, axis=0)
             )
-        return pictures, datasets.caption_rows(self.data, pictures), self.pin(inputs), num_words
+        return pictures, datasets.collate(self.data, pictures), self.pin(inputs), num_words
 
     def pin(self, tensor):
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
@@ -846,7 +874,7 @@ class Update:
             length = 4 * math.ceil(steps[0] / 4)
             captions = np.pad(captions, ((0, 0), (0, length + 1 - captions.shape[1])))
             steps = [length] * len(steps)
-        arrays = (captions, rows.pictures, advantages, np.float32(num_words), np.float32(reward))
+        arrays = (captions, rows.image_index, advantages, np.float32(num_words), np.float32(reward))
         self.run(steps, [inputs, *(self.pin(torch.as_tensor(array)) for array in arrays)], epsilon)
         self.words += num_words
         self.update += 1
@@ -858,7 +886,7 @@ class Update:
         Rennie et al. compare with the greedy caption, which costs a search; the mean of the other samples costs nothing,
         and the advantages add up to zero (Luo 2020, "A better variant of self-critical sequence training").
 
-        :return: (``datasets.CaptionRows``, float32 advantages, sum of the rewards), longest caption first
+        :return: (``datasets.CaptionBatch``, float32 advantages, sum of the rewards), longest caption first
         """
         words, end = self.captioner.words, self.captioner.word_map[datasets.END]
         captions = (
@@ -893,7 +921,7 @@ class Update:
         starts = np.full((len(captions), 1), self.captioner.word_map[datasets.START])
         captions = np.concatenate([starts, captions], axis=1)[order, : lengths.max() + 1]
         return (
-            datasets.CaptionRows(captions, lengths[order].tolist(), numbers[order]),
+            datasets.CaptionBatch(captions, lengths[order].tolist(), numbers[order]),
             advantages[order],
             rewards.sum(),
         )
@@ -1005,7 +1033,8 @@ def train_epoch(args, config, captioner, step, history, stop, save):
     epoch, seconds_before, began = len(history), step.seconds, time.time()
     batches = datasets.training_batches(step.data, args.batch_size, args.seed, epoch)
     mirrored = (
-        datasets.mirrored_pictures(step.data, captioner.word_map, args.seed, epoch)
+        (np.random.default_rng([args.seed, epoch, 1]).random(len(step.data)) < 0.5)
+        & datasets.mirrorable(step.data, captioner.word_map)
         if args.mirror
         else None
     )

@@ -1,102 +1,228 @@
-"""What several parts of the suite need and no one of them owns: files, checkpoints, seeds, devices, metrics, messages.
+"""What several parts need and no one of them owns: errors, processes, files, devices, metrics."""
 
-Nothing here knows of pictures or of words' meaning, and nothing happens at import.
-"""
-
+import argparse
 import collections
 import contextlib
-import ctypes
-import glob
+import errno
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
 
-def printable(text):
-    """A text as one line that any terminal can show: names of files may hold line breaks, escapes, or no text."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
 class UserError(ValueError):
-    """Something the user can mend: a wrong value, a missing or broken file. Shown as one line, without a traceback."""
+    """What the user can mend, such as a wrong value: shown as one line, without a traceback."""
 
     def __init__(self, message=""):
-        message = printable(message)
-        # a name or a value can be of any length; what to do stands at the end
-        super().__init__(message if len(message) <= 1000 else f"{message[:500]} … {message[-400:]}")
+        super().__init__(one_line(message))
 
 
 def run(main, parser):
-    """Parse the command line and call ``main(args)``; end with one line and exit code 2 on a :class:`UserError`.
+    """Parse the command line and call ``main(args)``; end with one line if the user can mend it."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
+    with StopSignals(together=False):
+        try:
+            args = parser.parse_args()
+            prepare_libraries()
+            main(args)
+            print(end="", flush=True)  # a full disk is noticed here, where it can be said
+        except (Exception, KeyboardInterrupt) as error:
+            parser.exit(*ending(parser.prog, error))
 
-    :param main: function of the parsed arguments
-    :param parser: the script's ``argparse.ArgumentParser``
-    """
-    for stream in (sys.stdout, sys.stderr):  # a log that is not UTF-8 must not stop the work
-        stream.reconfigure(errors="backslashreplace")
-    args = parser.parse_args()
+
+# ---------------------------------------------------------------- beyond the main path
+
+
+def printable(text):
+    """A text as one line that any terminal can show: names of files may hold line breaks."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def one_line(message):
+    """A printable message of bearable length; what to do stands at its end."""
+    message = printable(message)
+    return message if len(message) <= 1000 else f"{message[:500]} … {message[-400:]}"
+
+
+@functools.cache
+def note(text):
+    """Say something on standard error, once."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def ending(prog, error):
+    """Exit code and last line (or None) for an error that the user can mend; raises any other."""
+    for number in StopSignals.numbers:
+        signal.signal(number, signal.SIG_IGN)  # the process is ending already
     try:
-        main(args)
-    except UserError as error:
-        if int(
-            os.environ.get("RANK", 0)
-        ):  # of torchrun: the first process likely says the same, and ends this one
-            time.sleep(3)
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except Stopped as stop:
-        parser.exit(
-            128 + stop.signal,
-            None if int(os.environ.get("RANK", 0)) else f"{parser.prog}: {stop}\n",
-        )
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped by the user\n")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        parser.exit(
-            2,
-            f"{parser.prog}: error: out of memory: {str(error).splitlines()[0][:200]} Lower --batch_size or "
-            "--beam_size, add --amp, or look whether somebody else uses this device\n",
-        )
-    except (
-        BrokenPipeError
-    ):  # the reader of our output (head, less) has left: nothing more to say to it
+        print(end="", flush=True)
+    except OSError as fault:  # Python would fail once more on what is left in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        parser.exit(
-            2,
-            f"{parser.prog}: error: cannot use {printable(error.filename)}: {error.strerror}; expected a "
-            "path that you may use\n",
+        if isinstance(error, OSError) and error.errno == fault.errno:
+            error.filename = "standard output"
+    is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
+    cause = error  # an import that is interrupted can fail in any way
+    while not isinstance(cause, (KeyboardInterrupt, UserError, type(None))):
+        cause = cause.__context__
+    error = cause or error
+    if isinstance(error, KeyboardInterrupt):
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        return 128 + stop.signal, f"{prog}: {stop}\n" if is_first else None
+    if isinstance(error, BrokenPipeError):  # the reader of the output (head, less) has left
+        return 141, None
+    if isinstance(error, UserError):
+        time.sleep(0 if is_first else 3)  # torchrun ends it before that, unless it alone failed
+    elif isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search("out of memory|DefaultCPUAlloc", str(error))
+    ):  # Python's, a GPU's (torch has two types for that), torch's on a CPU
+        text = [*str(error).splitlines(), "no room."][0][:200]
+        what_to_do = (
+            "Lower --batch_size or --beam_size, add --amp, or see who else uses this device"
         )
+        error = UserError(f"out of memory: {text} {what_to_do}")
+    elif isinstance(error, OSError) and error.filename is not None:
+        error = _cannot("use", error.filename, error)
+    else:
+        raise error
+    return 2, f"{prog}: error: {error}\n"
 
 
-def _is_out_of_memory(error):
-    """Whether it is Python's, a GPU's (torch.OutOfMemoryError is a RuntimeError) or torch's on a CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
+def _cannot(do, path, error):
+    reason = error.strerror or error
+    return UserError(f"cannot {do} {path}: {reason}; check the disk's space and your rights")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with hyphens for underscores, errors of one line that give a hint, and examples.
+
+    :param examples: commands that --help shows at its end, one a line
+    """
+
+    def __init__(self, *args, examples="", **options):
+        super().__init__(*args, formatter_class=_HelpFormatter, exit_on_error=False, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
+        self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        try:
+            return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
+        except argparse.ArgumentError as error:
+            self.error(f"{error.argument_name} {error.message}")
+
+    def _as_declared(self, arg):
+        name, equals, value = arg.partition("=")
+        if re.fullmatch(r"--.+", name):
+            name = "--" + name[2:].replace("-", "_")
+            if not any(flag.startswith(name) for flag in self._option_string_actions):
+                hint = _hint(name, self._option_string_actions) or "; --help lists all flags"
+                self.error(f"unknown flag {name}{hint}")
+        elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):
+            self.error(f"{arg}: flags begin with two hyphens; write a file of that name ./{arg}")
+        return name + equals + value
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            known = f"expected {' or '.join(action.choices)}{_hint(value, action.choices)}"
+            raise argparse.ArgumentError(action, f"{value}: {known}")
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file, flush=True)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def _hint(name, known):
+    import difflib
+
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Defaults where they mean something, metavars that say what is expected, examples as typed."""
+
+    def __init__(self, prog):
+        width = min(100, max(60, shutil.get_terminal_size().columns)) - 2
+        super().__init__(prog, max_help_position=30, width=width)
+
+    def _fill_text(self, text, width, indent):
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action):
+        said = "(default" in action.help or action.nargs == 0 or action.default in (None, "")
+        return action.help if said else f"{action.help} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action):
+        kinds = {int: "N", float: "X", Path: "FILE"}
+        kind = kinds.get(getattr(action.type, "kind", action.type), "NAME")
+        return "FOLDER" if action.dest.endswith("folder") else kind
+
+
+def bounded(kind, low, high):
+    """Type of a flag that takes an int or float from low to high: ``type=bounded(int, 1, 64)``."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # written so that nan fails too
+                return value
+        whole = ", a whole number" if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text}: expected a value from {low} to {high}{whole}")
+
+    parse.kind = kind
+    return parse
+
+
+def add_device_flags(parser):
+    """Flags of every script that runs a network."""
+    add = parser.add_argument_group("machine").add_argument
+    text = "auto, cpu, cuda, cuda:N (GPU number N) or mps; auto is the first GPU if there is one"
+    add("--device", type=_device_name, default="auto", help=text)
+    text = "do matrix products in bfloat16, which is faster on recent GPUs and CPUs than float32"
+    add("--amp", action="store_true", help=text)
+    text = "threads that read pictures; raise it if the device waits for them"
+    add("--workers", type=bounded(int, 1, 256), default=min(8, available_cores()), help=text)
+
+
+def add_search_flags(parser, several=False, consensus=True):
+    """Flags of every script that utters captions.
+
+    :param several: --beam_size takes several values
+    :param consensus: --consensus too
+    """
+    add = parser.add_argument_group("beam search").add_argument
+    text = "hypotheses kept per picture; 1 is greedy (default: 5)"
+    size, options = bounded(int, 1, 100), {"nargs": "+", "default": [5]} if several else {}
+    add("--beam_size", **{"type": size, "default": 5, "help": text, **options})
+    text = (
+        "captions are ranked by log-probability / length^this; raise it if they are too short; "
+        "0 is plain beam search"
     )
+    add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
+    text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
+    add("--sample_location", action="store_true", help=text)
+    text = "longest caption, in words"
+    add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
+    if consensus:
+        text = (
+            "among the captions of the beam prefer what people said of similar training pictures: "
+            "add this x their CIDEr-D to the score (Mao et al. 2015); 0 is off, 0.8 with "
+            "--beam_size 20 --length_penalty 1 does well; needs the training data in --data_folder"
+        )
+        add("--consensus", type=bounded(float, 0, 1000), default=0.0, metavar="WEIGHT", help=text)
 
 
-# ------------------------------------------------------------------------------------------------------- stop signals
-
-
-class Stopped(Exception):
-    """The process was asked to stop, by Ctrl-C or by a scheduler; the text tells the user how to go on."""
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop, by Ctrl-C or a scheduler; the text says how to go on."""
 
     def __init__(self, number):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -104,73 +230,60 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Turn SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into :class:`Stopped`, but not inside :meth:`held`.
+    """Turn SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into Stopped, but not inside ``held``.
 
-    Signals that come more than five seconds after the first do what they always did, so that a program that hangs can
-    be stopped; until then they are likely the same one, from the terminal and from torchrun. With several processes a
-    signal takes effect in :meth:`check` alone, in all of them at once. A context manager; signal handlers belong to the
-    main thread, elsewhere nothing is changed.
+    What comes within five seconds counts as the same signal: torchrun and ``timeout`` send two.
+
+    :param together: with several processes a signal takes effect in ``check`` alone, in all at once
     """
 
-    def __enter__(self):
-        self._holding, self._received, self._since, self._before = 0, 0, None, {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._handle) for number in self.numbers()
-            }
-        return self
+    _names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in _names if hasattr(signal, name)]
 
-    @staticmethod
-    def numbers():
-        """The signals' numbers, of those that this system has."""
-        return [
-            getattr(signal, name)
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1")
-            if hasattr(signal, name)
-        ]
+    def __init__(self, together=True):
+        self._together, self._holding, self._received, self._since = together, 0, 0, -math.inf
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._handle) for number in self.numbers}
+        return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        now = time.monotonic()
-        if self._since is not None and now - self._since > 5:
-            signal.signal(number, self._before[number])
-            signal.raise_signal(number)
-        self._since = self._since or now
-        self._received = number
+        if time.monotonic() - self._since > 5:
+            self._since, self._received = time.monotonic(), number
+            self._obey()
+
+    def _obey(self):
+        if not self._together:
+            raise Stopped(self._received)
         if not self._holding and world_size() == 1:
             self.check()
 
     @contextlib.contextmanager
     def held(self):
-        """A signal that arrives inside takes effect at the end (in one process; several wait for :meth:`check`)."""
+        """A signal that arrives inside takes effect at the end."""
         self._holding += 1
         try:
             yield
         finally:
             self._holding -= 1
-        if not self._holding and world_size() == 1:
-            self.check()
+        self._obey()
 
     def check(self):
-        """:raises Stopped: if a signal has arrived since the last time, in any of the run's processes"""
+        """:raises Stopped: if a signal has arrived since the last time, in any of the processes"""
         number, self._received = all_reduce_max(self._received), 0
         if number:
             raise Stopped(number)
 
 
-# ------------------------------------------------------------------------------------------------- several processes
-
-
 @contextlib.contextmanager
 def processes(device_name):
-    """Join the processes that torchrun started, or be the only one.
+    """Join the processes that torchrun started, or be the only one; only the first one prints.
 
-    Only the first process of a run prints.
-
-    :param device_name: as for :func:`pick_device`; with torchrun, cuda and auto give each process a GPU of its own
+    :param device_name: as for ``pick_device``; of torchrun's processes each gets a GPU of its own
     :return: context manager that yields this process's torch device
     :raises UserError: if there are fewer GPUs than processes
     """
@@ -180,41 +293,25 @@ def processes(device_name):
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield pick_device(device_name)
         return
-    device, local = pick_device(device_name), int(os.environ["LOCAL_RANK"])
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local + 1} of this machine has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}; lower --nproc_per_node"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    # pictures' names, captions and scores travel between the CPUs, so that nobody waits on a busy GPU
+    if device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available()):
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"  # and no process opens another's
+    device = pick_device(device_name)
+    # names, captions and scores travel between the CPUs, so that nobody waits on a busy GPU
     store, number, size = next(distributed.rendezvous("env://"))
-    if (
-        os.environ["GROUP_WORLD_SIZE"] == "1"
-    ):  # one machine: keep what processes before a restart wrote out of sight
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # what processes before a restart wrote stays apart
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=number,
-        world_size=size,
-    )
-    if not is_main():
-        sys.stdout = open(os.devnull, "w")
-    yield device
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=number, world_size=size)
+    with contextlib.nullcontext(sys.stdout) if is_main() else open(os.devnull, "w") as sys.stdout:
+        yield device
     distributed.destroy_process_group()
 
 
 def _distributed():
     """torch.distributed, if several processes have joined; never the first to import it."""
     distributed = sys.modules.get("torch.distributed")
-    return (
-        distributed
-        if distributed and distributed.is_available() and distributed.is_initialized()
-        else None
-    )
+    joined = distributed and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
 
 
 def rank():
@@ -234,10 +331,9 @@ def is_main():
 
 def all_gather(value):
     """List of every process's value, in order, in every process."""
-    if not _distributed():
-        return [value]
-    values = [None] * world_size()
-    _distributed().all_gather_object(values, value)
+    values = [value] * world_size()
+    if _distributed():
+        _distributed().all_gather_object(values, value)
     return values
 
 
@@ -255,13 +351,7 @@ def all_reduce_sum(tensor):
 
 def all_reduce_max(number):
     """The largest of every process's numbers, in every process."""
-    if not _distributed():
-        return number
-    import torch
-
-    tensor = torch.tensor(number)
-    _distributed().all_reduce(tensor, op=_distributed().ReduceOp.MAX)
-    return tensor.item()
+    return max(all_gather(number))
 
 
 def barrier():
@@ -274,63 +364,94 @@ def share(count):
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+def precaution(what, call, *args):
+    """Call what guards against power cuts or other processes; say once if the disk cannot do it.
+
+    :param what: what it is called, for the note
+    :raises OSError: if it failed for another reason, such as a full disk
+    """
+    codes = "ENOSYS ENOTSUP EOPNOTSUPP EINVAL ENOLCK EPERM EACCES ENOTTY EBADF ENODEV"
+    try:
+        call(*args)
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in codes.split():
+            raise
+        note(f"this file system has no {what} ({os.strerror(error.errno)}); going on without")
+
+
+@contextlib.contextmanager
+def _alone(path, what, wait=True):
+    """Hold a file open and locked; the system releases it when the process ends, however it ends.
+
+    :param what: what is held, for messages
+    :param wait: wait for another process that holds it, instead of raising UserError
+    """
+    while True:
+        with open(path, "ab+") as file:
+            try:
+                precaution("locks", _lock, file, False)
+            except BlockingIOError as error:
+                if not wait:
+                    message = f"{what} is being written by another run"
+                    raise UserError(f"{message}; wait for it, or choose another folder") from error
+                print(f"waiting for another run, which is writing {what}", file=sys.stderr)
+                _lock(file, True)
+            # who held it before has renamed or removed it at the end
+            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield file
+                return
+
+
+def _lock(file, wait):
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError as error:  # Windows
+        raise OSError(errno.ENOSYS, "no flock") from error
+    flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
+
+
+def _sync_folder(path):
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Give a temporary path beside ``path``; on success flush it to disk and rename it, otherwise remove it.
+    """Give a temporary path beside ``path``; on success rename it, otherwise remove it.
 
-    So a file appears under its final name whole or not at all, whatever kills the process. What killed processes of
-    this machine left of the same file is removed.
+    So a file appears under its final name whole or not at all, whatever kills the process. The
+    temporary name is always the same one, and locked: what a killed process left is written over,
+    and a second writer waits. Links are followed; a FIFO or a device is given as it is.
 
     :param path: final path; its folder is made if it is missing
-    :return: context manager that yields the temporary ``Path`` (same suffix, since some libraries look at it)
+    :return: context manager that yields the temporary ``Path``, which has the same suffix
     :raises UserError: if the folder cannot be written or the disk is full
     """
-    path = Path(path)
-    temporary = None
-    # short, since names end at 255 bytes, and of this machine's process, so that nobody removes what another one writes
-    stem = f".{path.name[:30]}.{hashlib.sha256(f'{socket.gethostname()}/{path.name}'.encode()).hexdigest()[:8]}."
+    final = Path(os.path.realpath(path))
+    digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()[:8]  # names end at 255 bytes
+    temporary = final.parent / f".{final.name[:30]}.{digest}.partial{final.suffix[:10]}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f"{glob.escape(stem)}*.partial{glob.escape(path.suffix)}"):
-            owner = leftover.name[len(stem) :].split(".")[0]
-            if owner.isdigit() and not _is_alive(int(owner)):
-                leftover.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f"{stem}{os.getpid()}.", suffix=f".partial{path.suffix}", dir=path.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; ours are as any other
-        os.replace(temporary, path)
-        if os.name == "posix":  # the new name itself must reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
+        if final.exists() and not (final.is_file() or final.is_dir()):
+            yield Path(path)
+            return
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(temporary, path) as file:
             try:
-                os.fsync(folder)
+                file.truncate(0)
+                yield temporary
+                precaution("fsync", os.fsync, file.fileno())
+                if os.name == "nt":  # Windows renames no open file
+                    file.close()
+                os.replace(temporary, final)
             finally:
-                os.close(folder)
+                temporary.unlink(missing_ok=True)
+        if os.name == "posix":  # the new name itself must reach the disk too
+            precaution("fsync of folders", _sync_folder, final.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _is_alive(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
+        raise _cannot("write", path, error) from error
 
 
 @contextlib.contextmanager
@@ -338,55 +459,65 @@ def locked(path, what, wait=False):
     """Hold a lock file, which the system releases when the process ends, however it ends.
 
     :param path: the lock file, removed at the end
-    :param what: what is locked, for the message
+    :param what: what is locked, for messages
     :param wait: wait until another process releases it
-    :raises UserError: if another process holds it
+    :raises UserError: if another process holds it, or it cannot be written
     """
     if not is_main():  # the first process of a run holds it for all
         yield
         return
-    import filelock
-
-    lock, is_new = filelock.FileLock(path), not Path(path).parent.exists()
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    is_new = not path.parent.exists()
+    with contextlib.ExitStack() as held:
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            if not wait:
-                raise UserError(
-                    f"{what} is being written by another run; wait for it, or choose another folder"
-                ) from error
-            print(f"waiting for another run, which is making {what}", flush=True)
-            lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; check the disk's space and your rights"
-        ) from error
-    try:
-        yield
-    finally:
-        Path(path).unlink(
-            missing_ok=True
-        )  # while it is held: who waits for it sees that, and makes a new one
-        lock.release()
-        if is_new:  # a run that failed at once leaves no empty folder
-            with contextlib.suppress(OSError):
-                Path(path).parent.rmdir()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_alone(path, what, wait))
+        except OSError as error:
+            raise _cannot("write", path, error) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: who waits for it makes a new one
+            if is_new:  # a run that failed at once leaves no empty folder
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def output_path(path, force=False):
+    """Check a file that a flag names before the work starts.
+
+    :param path: as typed; ``-`` and /dev/stdout are standard output, for ``write_json`` alone
+    :param force: replace what is there even if it is not JSON
+    :return: ``Path``
+    :raises UserError: if it cannot be written, or something else than JSON would be lost
+    """
+    path = Path(path)
+    if str(path) in ("-", "/dev/stdout", "/dev/fd/1"):
+        return Path("-")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a file, such as {path / 'output.json'}")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"cannot write {path}: you may not; choose another folder")
+    if path.is_file() and path.stat().st_size and not force:
+        try:
+            read_json(path)
+        except UserError as error:
+            message = f"{path} exists and is not JSON: choose another name, or add --force"
+            raise UserError(message) from error
+    return path
 
 
 def write_json(path, value):
-    """Write ``value`` as readable JSON, atomically."""
+    """Write ``value`` as readable JSON to a file, atomically, or to what ``output_path`` gave."""
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    if str(path) == "-":
+        print(text, end="", file=sys.__stdout__, flush=True)
+        return
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path):
@@ -396,152 +527,102 @@ def read_json(path):
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; expected a JSON file") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end
-        raise UserError(f"{path} is not JSON that can be read: {str(error)[:160]}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, or a nesting without end
+        raise UserError(f"{path} is not valid JSON: {str(error)[:160]}") from error
 
 
-# torch is imported where it is used: preparing data and printing --help need not wait for it
+def check_disk(folder, size):
+    """Make a folder before the work starts, and see whether ``size`` bytes can be written there.
 
-# ------------------------------------------------------------------------------------------------ device and seeds
+    :raises UserError: if not
+    """
+    from tqdm import tqdm
+
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        disk = shutil.disk_usage(folder)
+    except OSError as error:
+        raise _cannot("write", folder, error) from error
+    if disk.total and disk.free < size:  # some file systems say that they have 0 bytes in all
+        free, needed = (tqdm.format_sizeof(value, "B") for value in (disk.free, size))
+        raise UserError(
+            f"{folder} needs {needed}, but its disk has {free} free; make room or choose another"
+        )
 
 
 def available_cores():
     """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
 
 
-def add_device_flags(parser):
-    """Flags of every script that runs a network."""
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, mps, …; auto: the first GPU if there is one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--amp",
-        action="store_true",
-        help="do matrix products in bfloat16: faster on recent GPUs and CPUs (default: float32)",
-    )
-    group.add_argument(
-        "--workers",
-        type=int,
-        default=min(8, available_cores()),
-        help="threads that read pictures; raise it if the device waits for data "
-        "(default: the cores that are free to use, at most 8: %(default)s)",
-    )
+def busy_cores(seconds=0.1):
+    """How many of its cores others keep busy (float), measured while this process sleeps."""
+    import psutil
+
+    percent = psutil.cpu_percent(interval=seconds, percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
+    return sum(percent[core] for core in own if core < len(percent)) / 100
 
 
-def add_search_flags(parser, beam_sizes=None, consensus=True):
-    """Flags of every script that utters captions.
-
-    :param beam_sizes: ``nargs`` of --beam_size: None for one, ``+`` for several
-    :param consensus: --consensus too
-    """
-    group = parser.add_argument_group("beam search")
-    group.add_argument(
-        "--beam_size",
-        type=int,
-        nargs=beam_sizes,
-        default=[5] if beam_sizes else 5,
-        help="hypotheses kept per picture; 1 is greedy (default: 5)",
-    )
-    group.add_argument(
-        "--length_penalty",
-        type=float,
-        default=0.7,
-        help="captions are ranked by log-probability / length^this; raise it if captions are too short, "
-        "0 is plain beam search (default: %(default)s)",
-    )
-    group.add_argument(
-        "--sample_location",
-        action="store_true",
-        help="hard attention: look at a location drawn by its weight (default: at the likeliest)",
-    )
-    group.add_argument(
-        "--max_decode_steps",
-        type=int,
-        default=50,
-        help="longest caption in words (default: %(default)s)",
-    )
-    if consensus:
-        group.add_argument(
-            "--consensus",
-            type=float,
-            default=0.0,
-            metavar="WEIGHT",
-            help="among the captions of the beam prefer what people said of similar training pictures: add "
-            "this x their CIDEr-D to the score (Mao et al. 2015); 0.8 with --beam_size 20 "
-            "--length_penalty 1 does well; needs the training data in --data_folder "
-            "(default: %(default)s, off)",
-        )
+def prepare_libraries():
+    """Set what torch and OpenMP read when they are loaded; what the user has set wins."""
+    if "torch._C" in sys.modules:
+        return
+    # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
+    os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
+    # threads that spin while they wait take the cores that their own partners are waiting for
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) and busy_cores() > 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def check_ranges(args, **bounds):
-    """Refuse numbers outside their bounds; None means that a flag was left to its default.
-
-    :param bounds: flag name to (lowest, highest)
-    :raises UserError: naming flag, value and bounds
-    """
-    for name, (low, high) in bounds.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not low <= value <= high:  # written so that nan fails too
-                raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
-
-
-def check_shared_flags(args):
-    """:func:`check_ranges` for the flags that this module adds."""
-    check_ranges(
-        args,
-        workers=(1, 256),
-        beam_size=(1, 100),
-        length_penalty=(0, 10),
-        max_decode_steps=(1, 1000),
-    )
-    if "consensus" in args:
-        check_ranges(args, consensus=(0, 1000))
+def _device_name(name):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name}: expected auto, cpu, cuda, cuda:N or mps")
+    return name
 
 
 def pick_device(name):
-    """The torch device of a name; ``auto`` prefers a GPU.
+    """The torch device of a name, made the current one; ``auto`` prefers a GPU.
 
     :raises UserError: if there is no such device here
     """
     import torch
 
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
     try:
-        device = torch.device(name)
+        if _device_name(name) == "auto":
+            has_mps = torch.backends.mps.is_available()
+            name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        device, count = torch.device(name), torch.cuda.device_count()
+        if device.type == "cuda":
+            if (device.index or 0) >= count:
+                raise UserError(f"--device {name}: torch finds {count} GPUs here; try --device cpu")
+            torch.cuda.set_device(device.index or 0)  # before anything opens the first one
         torch.empty(1, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here: {str(error).splitlines()[0]}; try --device cpu"
-        ) from error
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--device {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}; try --device cpu") from error
     return device
+
+
+def autocast(device, enabled):
+    """Context in which matrix products are done in bfloat16 (--amp), if it is enabled."""
+    return sys.modules["torch"].autocast(device.type, sys.modules["torch"].bfloat16, enabled)
 
 
 def set_seed(*numbers):
     """Seed torch's generators on every device; numpy's and Python's are never drawn from.
 
-    :param numbers: non-negative ints, such as seed and update: other numbers give other, unrelated draws
+    :param numbers: non-negative ints, such as seed and update: others give unrelated draws
     """
     import torch
 
@@ -550,24 +631,19 @@ def set_seed(*numbers):
 
 def describe_machine(device):
     """Revision, versions and device in one line, so that a log says what it ran on."""
+    import subprocess
+
     import torch
 
-    git = (
-        subprocess.run(
-            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if shutil.which("git")
-        else None
-    )
-    revision = git.stdout.strip() if git and git.returncode == 0 else "unknown"
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} threads"
-    )
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    revision, name = "unknown", f"threads: {torch.get_num_threads()}"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = subprocess.run(command, capture_output=True, text=True, check=True)
+        revision = git.stdout.strip()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif policy := os.environ.get("OMP_WAIT_POLICY"):
+        name += f", OMP_WAIT_POLICY={policy}"
     return (
         f"revision {revision} | Python {sys.version.split()[0]} | torch {torch.__version__} | "
         f"device {device} ({name})"
@@ -575,56 +651,58 @@ def describe_machine(device):
 
 
 def peak_memory_gb(device):
-    """Most memory held at once so far, in GB: a GPU's tensors, or all of this process with the files it maps.
+    """Most memory held so far: a GPU's tensors, or this process with the files it maps.
 
-    :param device: torch device
-    :return: float, or None where it cannot be known
+    :return: float, in GB, or None on Windows without a GPU
     """
     if device.type == "cuda":
-        import torch
-
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    try:
+        return round(sys.modules["torch"].cuda.max_memory_allocated(device) / 1e9, 2)
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
-def give_back_memory():
-    """Return to the system what the allocator holds without need: glibc keeps freed memory that lies between used pieces."""
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+class _Lines:
+    """A stream for tqdm that makes a line of each state of its bar."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip("\r\n") + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on standard error; in a log file, where it cannot redraw itself, a line now and then."""
+    """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
     from tqdm import tqdm
 
-    options = {"disable": not is_main(), **options}
-    return tqdm(
-        iterable, mininterval=0.1 if sys.stderr.isatty() else 15, dynamic_ncols=True, **options
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- metrics
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        look = {"dynamic_ncols": True}  # a narrow terminal cuts off the right end
+        layout = (
+            "{percentage:3.0f}% {remaining} left, {rate_fmt}{postfix} |{bar}| {n_fmt}/{total_fmt}"
+        )
+    else:
+        look = {"file": _Lines(), "mininterval": 30, "maxinterval": 30, "delay": 30}
+        layout = "{n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+    layout = "{desc}: " + layout if options.get("desc") else layout
+    look |= {"bar_format": layout, "disable": not is_main()}
+    return tqdm(iterable, **{**look, **options})
 
 
 def score_captions(references, hypotheses, meteor=False):
-    """Corpus metrics on the 0–100 scale, computed on words.
+    """Corpus metrics on the 0–100 scale, computed on words that were tokenised alike.
 
-    nltk's BLEU-n counts one n-gram for a caption shorter than n words, where coco-caption counts none; on captions of
-    at least four words the two agree.
-
-    BLEU-1..4 from nltk (Papineni et al. 2002), ROUGE-L, CIDEr and METEOR 1.5 from pycocoevalcap. Both sides must have
-    been tokenised alike.
+    BLEU-1..4 from nltk (Papineni et al. 2002), ROUGE-L, CIDEr and METEOR 1.5 from pycocoevalcap.
+    nltk's BLEU-n counts one n-gram for a caption shorter than n words, where coco-caption counts
+    none; on captions of at least four words the two agree.
 
     :param references: list (pictures) of lists (captions) of lists of words
     :param hypotheses: list of lists of words, one per picture
     :param meteor: METEOR too; it needs Java and takes some seconds
-    :return: dict of floats: BLEU-1, …, BLEU-4, [METEOR,] ROUGE-L, CIDEr; METEOR is None where Java is missing
+    :return: dict of floats: BLEU-1, …, BLEU-4, [METEOR,] ROUGE-L, CIDEr; METEOR may be None
     :raises UserError: if there is nothing to score
     """
     from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
@@ -632,77 +710,86 @@ def score_captions(references, hypotheses, meteor=False):
     from pycocoevalcap.rouge.rouge import Rouge
 
     if not references or len(references) != len(hypotheses):
-        raise UserError(
-            f"{len(references)} pictures with references, {len(hypotheses)} captions: expected as many "
-            "of both, and at least one"
-        )
-    # without smoothing nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
+        counts = f"{len(references)} pictures with references, {len(hypotheses)} captions"
+        raise UserError(f"{counts}: expected as many of both, and at least one")
+    # nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
     smooth = SmoothingFunction(epsilon=1e-12).method1
     weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
     bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
-    scores = {f"BLEU-{n}": 100 * bleu[n - 1] for n in range(1, 5)}
-    if meteor:
-        scores["METEOR"] = _meteor(references, hypotheses)
-    gts, res = _as_texts(references, hypotheses)
-    scores["ROUGE-L"] = 100 * float(Rouge().compute_score(gts, res)[0])
-    scores["CIDEr"] = 100 * float(Cider().compute_score(gts, res)[0])
-    return scores
+    gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
+    res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
+    return {
+        **{f"BLEU-{n}": 100 * score for n, score in enumerate(bleu, 1)},
+        **({"METEOR": _meteor(gts, res)} if meteor else {}),
+        "ROUGE-L": 100 * float(Rouge().compute_score(gts, res)[0]),
+        "CIDEr": 100 * float(Cider().compute_score(gts, res)[0]),
+    }
+
+
+def _meteor(gts, res):
+    """METEOR 1.5 (Denkowski and Lavie 2014), or None where Java is missing or fails."""
+    from unittest import mock
+
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    if not shutil.which("java"):
+        return None
+    # the Java program reads and writes numbers by the user's language, some of which have 0,5
+    options = "-Duser.language=en -Duser.country=US -Duser.language.format=en"
+    options = f"{os.environ.get('_JAVA_OPTIONS', '')} {options} -Dfile.encoding=UTF-8"
+    with mock.patch.dict(os.environ, {"_JAVA_OPTIONS": options, "LC_ALL": "C"}):
+        scorer = Meteor()
+    try:
+        return 100 * scorer.compute_score(gts, res)[0]
+    except (OSError, ValueError) as error:  # Java is there but does not run the program
+        scorer.lock.release()  # else its destructor waits for ever, or complains
+        with contextlib.suppress(OSError):
+            scorer.meteor_p.stdin.close()
+        note(f"METEOR left out, it failed in Java ({error}): see whether java -version works")
 
 
 class CiderD:
-    """CIDEr-D of single captions, fast enough to reward every sample in training (Vedantam et al. 2015, section 5).
+    """CIDEr-D of single captions, fast enough to reward every sample in training.
 
-    The same figure as pycocoevalcap's (a test holds that), with all that depends on the references computed once; the
-    document frequencies are those of the references given here. The caption's end counts as a word: without it,
-    training on the reward learns to stop in the middle of a phrase.
+    Vedantam et al. 2015, section 5; the same figure as pycocoevalcap's, with all that depends on
+    the references computed once. The caption's end counts as a word: without it, training on the
+    reward learns to stop in the middle of a phrase.
 
     :param references: list (pictures) of lists (captions) of lists of words
     """
 
     def __init__(self, references, end="<end>"):
         self.references, self.end, self.log_pictures = references, end, math.log(len(references))
-        frequency = collections.Counter(
-            ngram
-            for captions in references
-            for ngram in set().union(*(self._count(words, end) for words in captions))
-        )
+        frequency = collections.Counter()
+        for captions in references:
+            frequency.update(set().union(*(self._count(words, end) for words in captions)))
         self.log_frequency = {ngram: math.log(n) for ngram, n in frequency.items()}
         self.weighed = {}  # by picture, when it is first asked for: a consensus asks for few
 
     def _count(self, words, end):
         words = [*words, end] if end else words
-        return collections.Counter(
-            tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1)
-        )
+        starts = ((i, n) for n in range(1, 5) for i in range(len(words) - n + 1))
+        return collections.Counter(tuple(words[i : i + n]) for i, n in starts)
 
     def _weigh(self, counts):
         """tf-idf of each n-gram, its norm for each n, and the length in bigrams."""
-        vector = {
-            ngram: n * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
-            for ngram, n in counts.items()
-        }
-        squares = [0.0] * 4
-        for ngram, value in vector.items():
-            squares[len(ngram) - 1] += value * value
-        return (
-            vector,
-            [math.sqrt(square) for square in squares],
-            sum(n for g, n in counts.items() if len(g) == 2),
-        )
+        vector, squares, length = {}, [0.0] * 4, 0
+        for ngram, n in counts.items():
+            vector[ngram] = n * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
+            squares[len(ngram) - 1] += vector[ngram] ** 2
+            length += n * (len(ngram) == 2)
+        return vector, list(map(math.sqrt, squares)), length
 
     def __call__(self, picture, words, ended=True):
-        """Score a caption of a picture.
+        """Score a caption of a picture; 1.0 is CIDEr 100.
 
         :param picture: its number in the references
-        :param words: list of words
         :param ended: whether the caption ended by itself, and was not cut off
-        :return: float; 1.0 is CIDEr 100
         """
         vector, norms, length = self._weigh(self._count(words, self.end if ended else None))
+        captions = self.references[picture]
         if picture not in self.weighed:
-            self.weighed[picture] = [
-                self._weigh(self._count(said, self.end)) for said in self.references[picture]
-            ]
+            self.weighed[picture] = [self._weigh(self._count(said, self.end)) for said in captions]
         total = 0.0
         for other, other_norms, other_length in self.weighed[picture]:
             products = [0.0] * 4
@@ -711,60 +798,4 @@ class CiderD:
                     products[len(ngram) - 1] += min(value, other[ngram]) * other[ngram]
             cosine = sum(p / (a * b) for p, a, b in zip(products, norms, other_norms) if a and b)
             total += cosine * math.exp(-((length - other_length) ** 2) / 72)  # sigma = 6
-        return 10 * total / 4 / len(self.references[picture])
-
-
-def _as_texts(references, hypotheses):
-    """The two dicts that pycocoevalcap's scorers take."""
-    return (
-        {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)},
-        {i: [" ".join(words)] for i, words in enumerate(hypotheses)},
-    )
-
-
-class Meteor:
-    """METEOR 1.5 (Denkowski and Lavie 2014) by pycocoevalcap, in a Java process that lives as long as this object."""
-
-    def __init__(self):
-        from pycocoevalcap.meteor.meteor import Meteor as Scorer
-
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            # Ctrl-C reaches every process of the terminal, but a training that saves itself still needs its scorer;
-            # what is ignored here stays ignored in the new process
-            for number in StopSignals.numbers():
-                before[number] = signal.signal(number, signal.SIG_IGN)
-        try:
-            self.scorer = Scorer()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def __call__(self, references, hypotheses):
-        """Score captions.
-
-        :param references: list of lists (captions) of lists of words
-        :param hypotheses: list of lists of words, as many
-        :return: (METEOR of all together, list of each one's own), from 0 to 1
-        :raises UserError: if Java fails
-        """
-        try:
-            return self.scorer.compute_score(*_as_texts(references, hypotheses))
-        except (OSError, ValueError) as error:  # Java is there but does not run the scorer
-            self.scorer.lock.release()  # else its destructor waits for ever, or complains
-            with contextlib.suppress(OSError):
-                self.scorer.meteor_p.stdin.close()
-            raise UserError(
-                f"METEOR failed in Java ({error}): see whether java -version works"
-            ) from error
-
-
-def _meteor(references, hypotheses):
-    """METEOR, or None where Java is missing or fails."""
-    if not shutil.which("java"):
-        return None
-    try:
-        return 100 * Meteor()(references, hypotheses)[0]
-    except UserError as error:
-        print(f"METEOR left out: {error}", file=sys.stderr)
-        return None
+        return 10 * total / 4 / len(captions)

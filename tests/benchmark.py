@@ -208,11 +208,11 @@ def section_decoder(device, args):
     """One training step of the decoder on given features, 8×8×2048 seen as 14×14: forward and backward."""
     ours, textbook = decoder_pair(device)
     data = FakeDataset(args.pictures)
-    rows = datasets.caption_rows(data, np.arange(args.pictures))
+    rows = datasets.collate(data, np.arange(args.pictures))
     features = torch.randn(args.pictures, 64, 2048, device=device).relu()
     captions, pictures = (
         torch.from_numpy(rows.captions).to(device),
-        torch.from_numpy(rows.pictures).to(device),
+        torch.from_numpy(rows.image_index).to(device),
     )
     lengths, words = rows.decode_lengths, sum(rows.decode_lengths)
 
@@ -262,13 +262,13 @@ def section_training(device, args):
     torch.manual_seed(0)
     textbook = Textbook(encoder.encoder_dim).to(device)
     optimizer = torch.optim.Adam(textbook.parameters(), lr=4e-4)
-    rows = datasets.caption_rows(data, np.arange(args.pictures))
+    rows = datasets.collate(data, np.arange(args.pictures))
     captions = torch.from_numpy(rows.captions).to(device)
 
     def update():  # every caption brings its picture along, as a loader of (picture, caption) pairs gives it
         with torch.no_grad():
             grids = pooled(
-                torch.cat([encoder(part.to(device)) for part in images[rows.pictures].split(16)])
+                torch.cat([encoder(part.to(device)) for part in images[rows.image_index].split(16)])
             )
         scores = textbook(grids, captions, rows.decode_lengths)
         loss = F.cross_entropy(
@@ -538,12 +538,8 @@ def section_prepare(device, args):
                 folder / "ours.hdf5",
                 records,
                 WORD_MAP,
-                split="train",
-                captions_per_image=5,
-                max_len=50,
-                image_size=256,
-                seed=0,
-                attributes={},
+                datasets.Settings(),
+                {},
                 workers=cores,
             )
 
@@ -559,7 +555,7 @@ sys.path.insert(0, sys.argv[1])
 import torch, datasets, utils
 data = datasets.CaptionDataset(sys.argv[2])
 for batch in datasets.training_batches(data, 16, seed=0, epoch=0)[:100]:
-    data.images(batch), datasets.caption_rows(data, batch)
+    data.images(batch), datasets.collate(data, batch)
 print(f"{time.time() - began:.1f} s for imports, opening and 100 batches, peak memory "
       f"{utils.peak_memory_gb(torch.device('cpu'))} GB")
 """
@@ -675,14 +671,14 @@ def section_finetune(device, args):
         {**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY
     ).to(device)
     textbook = Textbook(encoder.encoder_dim).to(device)
-    rows = datasets.caption_rows(data, np.arange(args.pictures))
+    rows = datasets.collate(data, np.arange(args.pictures))
     captions = torch.from_numpy(rows.captions).to(device)
     parameters = [p for p in [*encoder.parameters(), *textbook.parameters()] if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-5)
 
     def update():
         scores = textbook(
-            pooled(encoder(images[rows.pictures].to(device))), captions, rows.decode_lengths
+            pooled(encoder(images[rows.image_index].to(device))), captions, rows.decode_lengths
         )
         loss = F.cross_entropy(
             scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0

@@ -1,7 +1,8 @@
-"""Whatever a file or a command line holds: a result or our own clear error, never a traceback, a crash or a hang.
+"""Whatever a file or a command line holds: a result or a clear error, never a crash or a hang.
 
-Files are mutated and given to the readers in a process of its own (libhdf5, Pillow's decoders or torch might crash or
-hang). The long form takes minutes and prints how many files it mutated: python -m pytest tests/test_fuzz.py -m slow -s
+Files are mutated and given to the readers in a process of its own (libhdf5, Pillow's decoders or
+torch might crash or hang). The long form takes minutes and prints how many files it mutated:
+python -m pytest tests/test_fuzz.py -m slow -s
 """
 
 import argparse
@@ -32,7 +33,7 @@ import utils
 
 ROOT = Path(utils.__file__).parent
 
-# ------------------------------------------------------------------------------------------------------------ mutations
+# ---------------------------------------------------------------------------------------- mutations
 
 TOKENS = [
     b'"',
@@ -64,7 +65,7 @@ TOKENS = [
 
 
 def mutate(data, rng):
-    """A copy with one to three faults: bytes changed, the end cut off, bytes put in, a block zeroed or repeated.
+    """A copy with one to three faults: changed, cut off, put in, zeroed or repeated.
 
     Half of them lie near the start or the end, where formats keep what says how to read the rest.
     """
@@ -92,7 +93,7 @@ def mutate(data, rng):
 
 
 def mutate_member(data, rng):
-    """A zip archive with one member mutated and its checksum right again, so that readers get to the content."""
+    """A zip archive with one member mutated and its checksum right again."""
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w") as new:
         members = old.infolist()
@@ -104,8 +105,9 @@ def mutate_member(data, rng):
     return result.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------------- readers
-# Each reads a file as the scripts do and uses the result as they would; what that needs lies in the folder's parent.
+# ------------------------------------------------------------------------------------------ readers
+# Each reads a file as the scripts do and uses the result as they would; what that needs lies in the
+# folder's parent.
 
 
 def read_picture(path):
@@ -125,7 +127,7 @@ def read_hdf5(path):
         evaluation.judge_caption(scene, ["red", "circle", "left", "star"])
         evaluation.pointing(scene, ["red", "circle"], np.ones((2, 4)), (2, 2))
     data.check_word_map(datasets.load_word_map(path.parent.parent / "word_map.json"))
-    datasets.caption_rows(data, np.arange(len(data)))
+    datasets.collate(data, np.arange(len(data)))
 
 
 def read_word_map(path):
@@ -191,7 +193,7 @@ def read_checkpoint(path):
 
 
 def tiny_encoder(torch):
-    """In place of a CNN, whose weights would make every checkpoint one of 45 MB; all else is read as ever."""
+    """In place of a CNN, whose weights would make every checkpoint one of 45 MB."""
 
     class Encoder(torch.nn.Module):
         def __init__(self, name, weights):
@@ -211,7 +213,7 @@ def check_message(error):
 
 
 def main(folders):
-    """Read every file of the folders, each with the reader that its folder is called by; a line for each."""
+    """Read every file of the folders, each with the reader that its folder is called by."""
     for path in (path for folder in folders for path in sorted(Path(folder).iterdir())):
         print(path, end=": ", flush=True)
         try:
@@ -235,7 +237,7 @@ READERS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- whole files
+# -------------------------------------------------------------------------------------- whole files
 
 
 def make_picture(seed=0, width=40, height=30):
@@ -251,7 +253,7 @@ def encoded(image, kind, **options):
 
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory):
-    """Whole files to mutate: kind -> list of (suffix, bytes); and the folder of what reading them needs."""
+    """Whole files to mutate: kind -> list of (suffix, bytes); and the folder of the rest."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "pictures").mkdir()
     names = [f"{i:02d}.jpg" for i in range(6)]
@@ -331,7 +333,7 @@ def whole_pictures():
 
 
 def whole_checkpoints(word_map):
-    """A checkpoint as train.py writes it, but of a few kilobytes; in torch's zip format and in its older one."""
+    """A checkpoint as train.py writes it, but of a few kilobytes; in both of torch's formats."""
     import torch
 
     import models
@@ -369,11 +371,11 @@ def whole_checkpoints(word_map):
         yield buffer.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def write_mutated(folder, kind, wholes, numbers):
-    """Write whole files of a kind and mutated ones into a folder of its own; each depends on its number alone."""
+    """Write whole files of a kind and mutated ones; each depends on its number alone."""
     folder = folder / f"{kind}-{numbers.start}"
     folder.mkdir()
     for i, (suffix, data) in enumerate(wholes):
@@ -454,7 +456,8 @@ def test_many_damaged_files_give_results_or_clear_errors(kind, wholes):
         read += read_in_a_process([made], 300)
         shutil.rmtree(made)
     print(
-        f"\n{kind}: {read.total():,} mutated files, {read['refused']:,} refused, {time.time() - began:.0f} s"
+        f"\n{kind}: {read.total():,} mutated files, {read['refused']:,} refused, "
+        f"{time.time() - began:.0f} s"
     )
     assert read.total() == MANY[kind]
 
@@ -470,7 +473,7 @@ def test_mutations_are_many_and_of_every_sort():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 
 @given(st.lists(st.text(max_size=40), max_size=8), st.integers(1, 3))
@@ -498,10 +501,10 @@ def test_any_caption_comes_back_from_its_ids(texts, min_word_freq):
         assert len(ids) == len(caption) + 3
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 SCRIPTS = ("create_input_files", "train", "eval", "caption")
-# what keeps a script from working for long if all its flags are sound: it finds none of what it is told to read
+# what keeps a script from working for long if all its flags are sound: it finds nothing to read
 IDLE = {
     "create_input_files": ["--source", "nowhere"],
     "train": ["--data_folder", "."],

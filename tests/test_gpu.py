@@ -25,9 +25,12 @@ WITHOUT_DROPOUT = ["--dropout", "0", "--embed_dropout", "0", "--feature_dropout"
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
+def exact_products():
     """Float32 products as exact as a CPU's; train.py allows TensorFloat32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved or fed with nonsense: what they leave, and how they go on."""
+"""Runs that are killed, stopped or starved: what they leave, and how they go on."""
 
 import os
 import signal
@@ -39,21 +39,22 @@ def whole(training_data, tmp_path_factory):
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------ kill -9
 
-# Forked children of a process that has imported everything: a start costs no imports, and 50 kills take a minute.
+# Forked children of a process that has imported everything: a start costs no imports.
 KILLER = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import create_input_files, train, utils
-import matplotlib.figure, nltk.translate.bleu_score, pycocoevalcap.cider.cider, pycocoevalcap.rouge.rouge, torchvision
+import matplotlib.figure, nltk.translate.bleu_score, pycocoevalcap.cider.cider
+import pycocoevalcap.rouge.rouge, torch, torchvision
 kills, rng = 0, random.Random(int(sys.argv[3]))
 longest = float(sys.argv[4])
 while True:
     child = os.fork()
     if child == 0:
-        for script, flags in ((create_input_files, sys.argv[5].split("|")), (train, sys.argv[6].split("|"))):
-            script.main(script.get_args_parser().parse_args(flags))
+        for script, flags in zip((create_input_files, train), sys.argv[5:]):
+            script.main(script.get_args_parser().parse_args(flags.split("|")))
         os._exit(0)
     os.setpgid(child, child)  # by the parent, which must not kill before it is done
     wait, end = rng.uniform(0, longest), time.time()
@@ -155,21 +156,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(kills, own_d
     print(f"{survived} kills in {seed} runs")
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    with utils.atomic_path(tmp_path / "file.json") as temporary:
-        stem = temporary.name.partition(f"{os.getpid()}.")[0]
-    for owner in (dead.pid, os.getpid()):
-        (tmp_path / f"{stem}{owner}.abc.partial.json").write_text("half")
-    utils.write_json(tmp_path / "file.json", {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"{stem}{os.getpid()}.abc.partial.json",
-        "file.json",
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------ stop signals
+# ------------------------------------------------------------ stop signals
 
 
 @pytest.mark.parametrize(
@@ -178,7 +165,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         ("SIGTERM", train.Update, "compute", 2, []),  # in the second update
         ("SIGINT", train.Update, "compute", 4, ["--checkpoint_every", 2]),
         ("SIGUSR1", train, "caption_validation", 1, []),
-        ("SIGTERM", utils, "save_checkpoint", 1, []),  # while it writes
+        ("SIGTERM", models, "save_checkpoint", 1, []),  # while it writes
         ("SIGTERM", train, "write_log", 2, []),
     ],
 )
@@ -257,7 +244,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
     equal_runs(whole, tmp_path, training_data)
 
 
-# ------------------------------------------------------------------------------------------- what must not get lost
+# ------------------------------------------------------------ what must not get lost
 
 
 def test_two_runs_do_not_write_to_one_place(training_data, tmp_path, fails):
@@ -331,7 +318,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_old_checkpoint(room, tmp_pa
     path = tmp_path / "checkpoint.pth.tar"
     models.save_checkpoint(path, {"weights": torch.zeros(9)})
     code = f"""
-import resource, sys, torch, utils
+import resource, sys, torch, models, utils
 resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
 try:
     models.save_checkpoint({str(path)!r}, {{"weights": torch.zeros(10 ** 6)}})
@@ -354,7 +341,8 @@ from pathlib import Path
 data = datasets.CaptionDataset({str(data.path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 5, 10 ** 5))
 try:
-    datasets.encode_split(data, lambda images: torch.zeros(len(images), 64, 512), Path({str(tmp_path / "f.npy")!r}))
+    path = Path({str(tmp_path / "f.npy")!r})
+    datasets.encode_split(data, lambda images: torch.zeros(len(images), 64, 512), path)
 except utils.UserError as error:
     print(error)
 """
@@ -372,7 +360,8 @@ def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
     path, made = tmp_path / "features.npy", []
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
     script = (
-        f"import time, numpy, utils\nwith utils.locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
+        "import time, numpy, utils\n"
+        f"with utils.locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
         f" time.sleep(2)\n numpy.save({str(path)!r}, numpy.ones(({len(data)}, 4, 3), 'float16'))"
     )
     other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
@@ -383,7 +372,7 @@ def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
     other.wait()
 
 
-# ------------------------------------------------------------------------------------------------- numbers and memory
+# ------------------------------------------------------------ numbers and memory
 
 
 def poisoned(monkeypatch, numbers, value=float("nan")):
@@ -429,15 +418,17 @@ def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(
     [
         "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
         "torch.empty(10 ** 15)",
+        "raise torch.AcceleratorError('CUDA error: out of memory')",
         "raise MemoryError('no room')",
+        "raise MemoryError",
     ],
 )
 def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(raising, tmp_path):
     code = f"""
-import argparse, torch, utils
+import torch, utils
 def main(args):
     {raising}
-utils.run(main, argparse.ArgumentParser(prog="train.py"))
+utils.run(main, utils.ArgumentParser(prog="train.py"))
 """
     done = subprocess.run(
         [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
