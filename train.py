@@ -1,537 +1,609 @@
-"""Train a captioner, validate it on captions that it makes on its own, and keep the best.
+"""Train a captioner, validate it on captions made by beam search, and keep the best.
 
 python train.py
 python train.py --preset shapes
-python train.py --encoder vgg16 --decoder gru --scheduled_sampling inverse_sigmoid --output_folder vgg16_gru
+python train.py --encoder vgg16 --decoder gru --output_folder vgg16_gru
+python train.py --scheduled_sampling inverse_sigmoid --output_folder scheduled
 python train.py --resume
 """
 
 import argparse
 import contextlib
-import functools
+import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
+import lazy_loader as lazy
 
-import datasets
-import models
 import utils
 from utils import UserError
 
-ARCHITECTURE = (
-    "encoder",
-    "decoder",
-    "attention",
-    "encoded_image_size",
-    "attention_dim",
-    "embed_dim",
-    "decoder_dim",
-    "deep_output",
-    "position_encoding",
-)
-MAY_CHANGE_ON_RESUME = (
-    "data_folder",
-    "output_folder",
-    "resume",
-    "device",
-    "workers",
-    "epochs",
-    "patience",
-    "encoder_weights",
-    "init_from",
-    "embeddings",
-    "checkpoint_every",
-)
-PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
-    "shapes": {
-        "data_name": datasets.base_name("shapes", 5, 5),
-        "encoder": "efficientnet_lite0",
-        "encoded_image_size": 0,
-        "position_encoding": True,
-        "decoder_dim": 256,
-        "attention_dim": 256,
-        "embed_dim": 128,
-        "epochs": 12,
-        "batch_size": 16,
-        "learning_rate": 3e-3,
-        "warmup": 50,
-        "alpha_c": 0.0,
-        "label_smoothing": 0.0,
-        "dropout": 0.2,
-        "embed_dropout": 0.1,
-        "feature_dropout": 0.1,
-        "beam_size": 1,
-        "amp": True,
-    },
-}
-MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
+# loaded when first used: --help and a mistake in a flag need not wait for them
+np, torch, datasets, models = map(lazy.load, ("numpy", "torch", "datasets", "models"))
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description="Train Show, Attend and Tell.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="other defaults: shapes, for the generated data set"
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_folder",
-        type=Path,
-        default=Path("data"),
-        help="folder with the files that create_input_files.py wrote; feature stores are kept there too",
-    )
-    group.add_argument(
-        "--data_name", default=datasets.base_name("flickr8k", 5, 5), help="their common name"
-    )
-    group.add_argument(
-        "--output_folder",
-        type=Path,
-        default=Path("checkpoints"),
-        help="folder for checkpoints, log and learning curves; give each variant its own",
-    )
+def train(trainer, args):
+    """The training: epochs, batches, validation, checkpoints.
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--encoder",
-        choices=models.ENCODERS,
-        default="resnet101",
-        metavar="NAME",
-        help=f"CNN that sees the picture: {', '.join(models.ENCODERS)}",
-    )
-    group.add_argument(
-        "--encoder_weights",
-        default="imagenet",
-        metavar="imagenet|none|FILE",
-        help="what the CNN starts from: ImageNet's weights, random ones, or a state dict file",
-    )
-    group.add_argument(
-        "--encoded_image_size",
-        type=int,
-        default=14,
-        help="side of the grid that attention sees; 0 keeps the CNN's own (faster)",
-    )
-    group.add_argument("--decoder", choices=models.DECODERS, default="lstm", help="recurrent cell")
-    group.add_argument(
-        "--attention",
-        choices=models.ATTENTIONS,
-        default="soft",
-        help="soft weighs all places, hard samples one (REINFORCE), mean does not look anywhere",
-    )
-    group.add_argument(
-        "--attention_dim", type=int, default=512, help="width of the attention network"
-    )
-    group.add_argument("--embed_dim", type=int, default=512, help="width of the word embedding")
-    group.add_argument("--decoder_dim", type=int, default=512, help="width of the recurrent state")
-    group.add_argument(
-        "--deep_output",
-        action="store_true",
-        help="score words from word, state and context (paper, eq. 7), not from the state alone",
-    )
-    group.add_argument(
-        "--position_encoding",
-        action="store_true",
-        help="add a fixed code of row and column to the CNN's features, so that captions can tell left "
-        "from right (not in the paper)",
-    )
-    group.add_argument(
-        "--embeddings", type=Path, help="word vectors in GloVe's text format to start from"
-    )
+    :param trainer: ``Trainer``, from :func:`prepare`: the model, and where its training stands
+    """
+    model, optimizer, history = trainer.model, trainer.optimizer, trainer.history
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=15, help="passes over the training pictures")
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        default=16,
-        help="pictures per update, each with all its captions; lower it if memory runs out",
-    )
-    group.add_argument(
-        "--learning_rate", type=float, default=6e-4, help="of the decoder, at its peak"
-    )
-    group.add_argument(
-        "--lr_schedule",
-        choices=("cosine", "plateau", "constant"),
-        default="cosine",
-        help="after the warm-up: cosine falls to 0 at the last epoch; plateau multiplies by 0.8 after "
-        "every 2 epochs without a better validation score",
-    )
-    group.add_argument(
-        "--warmup", type=int, default=200, help="updates over which the learning rate rises from 0"
-    )
-    group.add_argument("--weight_decay", type=float, default=0.01, help="of AdamW")
-    group.add_argument("--grad_clip", type=float, default=5.0, help="largest norm of the gradient")
-    group.add_argument(
-        "--dropout",
-        type=float,
-        default=0.6,
-        help="on what words are scored from; raise it on overfitting",
-    )
-    group.add_argument("--embed_dropout", type=float, default=0.5, help="on embedded words")
-    group.add_argument("--feature_dropout", type=float, default=0.3, help="on the CNN's features")
-    group.add_argument(
-        "--label_smoothing",
-        type=float,
-        default=0.1,
-        help="share of each target spread over all words",
-    )
-    group.add_argument(
-        "--alpha_c",
-        type=float,
-        default=0.1,
-        help="weight of the doubly stochastic penalty, which makes attention visit every place",
-    )
-    group.add_argument(
-        "--fine_tune_encoder",
-        action="store_true",
-        help="train the CNN too, all but its first block (EfficientNet: but its first three stages); its "
-        "features are then not cached",
-    )
-    group.add_argument(
-        "--encoder_learning_rate", type=float, default=1e-4, help="of the CNN, at its peak"
-    )
-    group.add_argument(
-        "--mirror",
-        action="store_true",
-        help="show pictures mirrored every other time, except those whose captions say left or right; a "
-        "frozen CNN's feature store then holds both and takes twice the time and disk (default: off)",
-    )
-    group.add_argument(
-        "--scst",
-        action="store_true",
-        help="self-critical training: five captions are sampled for each picture, and those with a "
-        "higher CIDEr-D than the others made likelier (Rennie et al. 2017, Luo 2020); without "
-        "dropout; the loss is minus their mean reward x 100; needs --init_from and a small "
-        "--learning_rate, 1e-4 for example",
-    )
-    group.add_argument(
-        "--scst_meteor",
-        type=float,
-        default=0.0,
-        help="with --scst: reward captions by CIDEr-D + this x METEOR, 5 for example, which makes them "
-        "longer; needs Java",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of weights, dropout, sampling and the order of pictures",
-    )
+    def train_step(batch, epsilon):
+        with utils.autocast(trainer.device, args.amp):
+            images = trainer.encoder_input(batch)
+            captions, lengths, image_index = batch.captions, batch.decode_lengths, batch.image_index
+            output = model(images, captions, lengths, image_index, epsilon, args.ss_argmax)
+        loss, nll = trainer.loss(output, batch)
+        optimizer.zero_grad(set_to_none=True)
+        # DistributedDataParallel averages the gradients, but the processes' losses add up
+        (loss * utils.world_size()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, args.grad_clip)
+        # The fused optimizer leaves everything as it is where found_inf is 1: nobody waits for the GPU.
+        optimizer.found_inf, optimizer.grad_scale = 1 - norm.isfinite().float(), None
+        optimizer.step()
+        trainer.count(loss.detach(), nll, batch)
 
-    group = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)")
-    group.add_argument(
-        "--scheduled_sampling",
-        choices=("none", "linear", "exponential", "inverse_sigmoid"),
-        default="none",
-        help="how the probability of feeding the true word falls; none keeps it at 1",
-    )
-    group.add_argument(
-        "--ss_min",
-        type=float,
-        default=0.75,
-        help="the probability never falls below this; lower it for more of the model's own words",
-    )
-    group.add_argument(
-        "--ss_k",
-        type=float,
-        help="k of the schedule's formula (None: such that ss_min is reached at the last update)",
-    )
-    group.add_argument(
-        "--ss_slope",
-        type=float,
-        help="linear only: fall of the probability per update (None: as for ss_k)",
-    )
-    group.add_argument(
-        "--ss_argmax",
-        action="store_true",
-        help="feed the model's likeliest word instead of one drawn from its distribution",
-    )
-
-    group = parser.add_argument_group("validation")
-    group.add_argument(
-        "--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at"
-    )
-    group.add_argument(
-        "--patience", type=int, default=6, help="stop after so many epochs without a better score"
-    )
-
-    group = parser.add_argument_group("continuing")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
-        help="go on with an interrupted run exactly where it was: the run of --output_folder, or the "
-        "given checkpoint; with nothing there yet, start",
-    )
-    group.add_argument(
-        "--init_from",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="start a new run from a checkpoint's weights and architecture, for example to fine-tune",
-    )
-    group.add_argument(
-        "--checkpoint_every",
-        type=int,
-        default=0,
-        help="save every so many updates too, for long epochs; 0: after each epoch, and when stopped",
-    )
-    utils.add_search_flags(parser, consensus=False)
-    utils.add_device_flags(parser)
-    return parser
+    step = CudaGraphStep(train_step, trainer) if trainer.use_graphs else train_step
+    while len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience:
+        # self-critical training: captions are sampled without dropout, and trained on as likely as they were
+        trainer.captioner.decoder.train(not args.scst)
+        for batch in trainer.batches():
+            with trainer.stop.held():  # a signal to stop takes effect between two updates
+                for group in optimizer.param_groups:
+                    group["lr"].fill_(group["peak_lr"] * trainer.learning_rate_factor())
+                utils.set_seed(args.seed, trainer.update, utils.rank())
+                batch = trainer.sample_and_reward(batch) if args.scst else batch
+                step(batch.to(trainer.device), trainer.epsilon())
+                trainer.advance(batch)
+                if args.checkpoint_every and trainer.update % args.checkpoint_every == 0:
+                    trainer.save(trainer.latest_path)
+            trainer.stop.check()
+        record = trainer.epoch_record()
+        scores, hypotheses = validate(trainer, args)
+        record |= scores | {"seconds": round(trainer.seconds_since_start(), 1)}
+        is_best = record[args.metric] > best_score(history, args.metric)
+        with trainer.stop.held():
+            history.append(record)
+            trainer.begin_epoch()
+            if (
+                is_best
+            ):  # first: if the run is killed in between, the epoch is repeated and ends the same
+                trainer.save(trainer.best_path)
+            trainer.save(trainer.latest_path)
+            write_reports(trainer, args)
+            print_epoch(record, args, is_best, trainer.val_data, hypotheses)
 
 
-def check_args(args):
-    """Refuse values that cannot work, before anything is read or written."""
-    check_ranges(
-        args,
-        encoded_image_size=(0, 64),
-        attention_dim=(1, 65536),
-        embed_dim=(1, 65536),
-        decoder_dim=(1, 65536),
-        epochs=(1, 100000),
-        batch_size=(1, 65536),
-        learning_rate=(0, 10),
-        encoder_learning_rate=(0, 10),
-        warmup=(0, 10**9),
-        weight_decay=(0, 10),
-        grad_clip=(1e-6, 1e6),
-        dropout=(0, 0.99),
-        embed_dropout=(0, 0.99),
-        feature_dropout=(0, 0.99),
-        label_smoothing=(0, 0.99),
-        alpha_c=(0, 1000),
-        scst_meteor=(0, 1000),
-        seed=(0, 2**63 - 1),
-        ss_k=(1e-6, 1e9),
-        ss_slope=(0, 1),
-        ss_min=(0, 1),
-        patience=(1, 100000),
-        checkpoint_every=(0, 10**9),
-    )
-    if args.resume and args.init_from:
-        raise UserError(
-            "--resume goes on with a run, --init_from starts a new one: give one of them"
-        )
-    if args.scst and not (args.init_from or args.resume):
-        raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
-    if args.scst_meteor and not args.scst:
-        raise UserError(
-            "--scst_meteor is a part of the reward of self-critical training: add --scst or leave it out"
-        )
-    if args.scst_meteor and not shutil.which("java"):
-        raise UserError(
-            "--scst_meteor: METEOR needs Java, and there is no program java here: install a Java runtime, or "
-            "leave the flag out"
-        )
-    if args.scst and args.scheduled_sampling != "none":
-        raise UserError(
-            "--scst feeds the model's own words already: leave out --scheduled_sampling"
-        )
-    if args.scheduled_sampling == "exponential" and args.ss_k is not None and args.ss_k > 1:
-        raise UserError(
-            f"--ss_k {args.ss_k}: expected at most 1 for --scheduled_sampling exponential, which is k^i"
-        )
-    if args.ss_slope is not None and args.scheduled_sampling in ("exponential", "inverse_sigmoid"):
-        raise UserError(
-            f"--ss_slope is for --scheduled_sampling linear; leave it out of {args.scheduled_sampling}"
-        )
-    if args.embeddings and args.init_from:
-        raise UserError(
-            "--embeddings and --init_from both say what the word vectors start from: give one of them"
-        )
-    if args.scheduled_sampling == "none" and (
-        args.ss_argmax or args.ss_k is not None or args.ss_slope is not None
-    ):
-        raise UserError(
-            "--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule"
+def validate(trainer, args):
+    """Metrics of captions generated by beam search, and the teacher-forced loss, on the validation split.
+
+    :return: (dict of metrics and ``val_nll``, list of captions as lists of words); each process captions its share
+    """
+    data, captioner, share = trainer.val_data, trainer.captioner, utils.share(len(trainer.val_data))
+    captioner.decoder.eval()
+    utils.set_seed(args.seed, trainer.update)  # of locations that hard attention samples
+    with utils.autocast(trainer.device, args.amp):
+        features = trainer.val_features
+        if features is None:  # the CNN has changed
+            features = captioner.features(data, args.data_folder, share, args.workers)
+        else:
+            features = features[share]
+        nll = teacher_forced_nll(captioner.decoder, data, features, share)
+        found = models.caption_split(
+            [captioner], [features], beam_size=args.beam_size, length_penalty=args.length_penalty,
+            max_decode_steps=args.max_decode_steps, with_alphas=False,
+        )  # fmt: skip
+    hypotheses = sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
+    scores = utils.is_main() and utils.score_captions(data.references, hypotheses)
+    return utils.broadcast(scores) | {"val_nll": nll}, hypotheses
+
+
+def teacher_forced_nll(decoder, data, features, share, batch_size=64):
+    """Cross-entropy per word of the true captions of a split, each word predicted from the true words before it.
+
+    :param features: float (n, num_pixels, encoder_dim), of this process's share of the images
+    """
+    device, total = next(decoder.parameters()).device, [0.0, 0]
+    numbers = np.arange(len(data))[share]
+    for i in range(0, len(numbers), batch_size):
+        captions, lengths, image_index = datasets.collate(data, numbers[i : i + batch_size])
+        if lengths:
+            captions, image_index = torch.from_numpy(captions), torch.from_numpy(image_index)
+            with torch.no_grad():
+                encoder_out = features[i : i + batch_size].to(
+                    device
+                )  # (num_images, n, encoder_dim)
+                output = decoder(encoder_out, captions.to(device), lengths, image_index.to(device))
+                _, nll = models.caption_loss(output, num_words=1, alpha_c=0, decoder=decoder.eval())
+            total = [total[0] + nll.item(), total[1] + sum(lengths)]
+    nll, words = np.sum(utils.all_gather(total), axis=0)
+    return float(nll / max(words, 1))
+
+
+class Batch(NamedTuple):
+    """One process's share of an update. One of ``images``, ``features`` and ``indices`` is there."""
+
+    numbers: Any  # int64 (num_images,), numpy: the images' numbers in the split
+    images: Any  # uint8 (num_images, 3, S, S): the CNN is trained too
+    features: Any  # float16 (num_images, n, encoder_dim): the CNN is frozen
+    indices: Any  # int64 (num_images,): the CNN is frozen and all its features are on the GPU
+    captions: Any  # int64 (B, max_decode_length + 1)
+    decode_lengths: list  # of B ints
+    image_index: Any  # int64 (B,): each caption's image in this batch
+    advantages: Any  # float32 (B,), of sampled captions
+    num_words: Any  # float32 (), words of all processes' shares
+    reward: Any  # float32 (), of sampled captions, mean over all processes' shares
+
+    def to(self, device):
+        """The batch with its tensors on a device."""
+        tensors = {name: t for name, t in self._asdict().items() if torch.is_tensor(t)}
+        return self._replace(**{n: t.to(device, non_blocking=True) for n, t in tensors.items()})
+
+
+# ---------------------------------------------------------------- beyond the main path
+
+
+class Trainer:
+    """What a training needs at every update, and where it stands.
+
+    Nothing is drawn that does not follow from seed, update and process, so that a run can go on where it
+    was stopped. With several processes each takes its share of a batch's images.
+    """
+
+    def __init__(self, args, captioner, train_data, val_data, stop):
+        self.args, self.captioner, self.stop = args, captioner, stop
+        self.train_data, self.val_data, self.device = train_data, val_data, captioner.device
+        self.latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
+        self.best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
+        self.features = self.val_features = self.progress = None
+        self.optimizer = build_optimizer(args, captioner)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        encoder = captioner.encoder if args.fine_tune_encoder else None
+        self.model = models.CaptioningNetwork(encoder, captioner.decoder)
+        if utils.world_size() > 1:
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
+        self.history, self.update, self.started, self.seconds_before = [], 0, time.time(), 0.0
+        # sums over the epoch, kept on the device: asking for them would make the host wait
+        self.total = torch.zeros(3, device=self.device)  # loss, nll, updates
+        self.skipped = torch.zeros(
+            2, device=self.device
+        )  # updates that were not finite: all, in a row
+        self.words, self.seconds, self.warned = 0, 0.0, 0
+        if args.scst:
+            self.reward = utils.CiderD(train_data.references)
+            banned = datasets.special_tokens(captioner.word_map)
+            self.banned = torch.tensor(banned, device=self.device)
+
+    def encoder_input(self, batch):
+        """What the network takes: images for a CNN that is trained, else features."""
+        if batch.indices is not None:
+            return self.features[batch.indices]  # (num_images, n, encoder_dim)
+        return batch.images if batch.features is None else batch.features
+
+    def loss(self, output, batch):
+        """(loss, nll) of a share, each divided by the words of the whole batch."""
+        args = self.args
+        if (
+            output is None
+        ):  # fewer images in the last batch than processes: the others wait for gradients
+            zero = sum(p.sum() for p in self.parameters if p.requires_grad) * 0
+            return zero, torch.zeros((), device=self.device)
+        if args.scst:
+            return models.self_critical_loss(output, batch.advantages, self.banned, batch.num_words)
+        return models.caption_loss(
+            output,
+            batch.num_words,
+            args.label_smoothing,
+            args.alpha_c,
+            decoder=self.captioner.decoder,
         )
 
+    def epsilon(self):
+        """Probability of feeding the true word at this update."""
+        args, updates = self.args, self.captioner.config["total_updates"]
+        schedule = models.Schedule(updates, args.ss_min, args.ss_k, args.ss_slope)
+        return models.scheduled_sampling_epsilon(args.scheduled_sampling, self.update, schedule)
 
-def check_ranges(args, **bounds):
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value}: expected a value from {low} to {high}")
+    def learning_rate_factor(self):
+        """Share of the peak learning rate at this update."""
+        return learning_rate_factor(self.captioner.config, self.update, self.history)
+
+    def batches(self):
+        """The epoch's batches, or what is left of them, loaded ahead of time in threads, with a progress bar."""
+        epoch, args = len(self.history), self.args
+        order = datasets.training_batches(self.train_data, args.batch_size, args.seed, epoch)
+        mirrored = None
+        if (
+            args.mirror
+        ):  # half of the images that are still described truly when left and right change places
+            coins = np.random.default_rng([args.seed, epoch, 1]).random(len(self.train_data)) < 0.5
+            mirrored = coins & datasets.mirrorable(self.train_data, self.captioner.word_map)
+        done = self.update - epoch * len(order)
+        self.epoch_began, self.words_before = time.time() - self.seconds, self.words
+        bar = utils.progress(
+            total=len(order), initial=done, desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch", leave=False
+        )  # fmt: skip
+        with bar as self.progress:
+            load = lambda numbers: self.load(numbers, mirrored)
+            yield from datasets.read_ahead(load, order[done:], args.workers)
+        self.check()
+
+    def load(self, numbers, mirrored):
+        """What an update needs of its images, on the CPU; runs in threads.
+
+        :param numbers: int array, the images of all processes
+        :param mirrored: bool array (N,), which of all images to show mirrored; or None
+        :return: ``Batch`` of this process's share
+        """
+        num_words = datasets.count_words(self.train_data, numbers)
+        numbers = numbers[utils.rank() :: utils.world_size()]
+        captions, lengths, image_index = datasets.collate(self.train_data, numbers)
+        images = features = indices = None
+        if self.features is None:
+            images = self.train_data.images(numbers)
+            if mirrored is not None:
+                images[mirrored[numbers]] = images[mirrored[numbers], ..., ::-1]
+        elif self.features.is_cuda:
+            indices = numbers
+        else:  # by numpy: torch would start a second team of OpenMP threads here, which fight the first for the cores
+            features = self.features.numpy().take(numbers, axis=0)
+        advantages = np.zeros(len(captions), np.float32)
+        arrays = (images, features, indices, captions, advantages, image_index)
+        tensors = [None if a is None else self.pinned(a) for a in arrays]
+        images, features, indices, captions, advantages, image_index = tensors
+        scalars = self.pinned(np.float32(num_words)), self.pinned(np.float32(0))
+        return Batch(
+            numbers, images, features, indices, captions, lengths, image_index, advantages, *scalars
+        )
+
+    def pinned(self, array):
+        """A tensor that a GPU can fetch while the host goes on."""
+        tensor = torch.as_tensor(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def count(self, loss, nll, batch):
+        """Add an update to the epoch's sums. Of self-critical training the loss is minus the reward."""
+        bad = self.optimizer.found_inf
+        loss = -batch.reward if self.args.scst else loss
+        sums = torch.stack([loss, nll, torch.full_like(bad, 1 / utils.world_size())])
+        self.total += torch.where(bad > 0, 0, sums)
+        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
+
+    def advance(self, batch):
+        """One update more: counters, progress bar, and now and then a look at the losses."""
+        self.words += int(batch.num_words)
+        self.update += 1
+        self.seconds = time.time() - self.epoch_began
+        self.progress.update()
+        if self.device.type == "cpu" or self.update % 25 == 0:
+            self.check()
+        if self.update % 25 == 0:
+            loss, _, count = self.total.tolist()
+            rate = self.words / max(self.seconds, 1e-9)
+            self.progress.set_postfix_str(
+                f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s"
+            )
+
+    def check(self):
+        """Warn of updates whose gradient was not finite and which were left out, or give up.
+
+        :raises UserError: if there are many in a row
+        """
+        count, in_a_row = self.skipped.tolist()
+        if in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"the loss was not finite in the last {in_a_row:.0f} updates: lower --learning_rate or --grad_clip, or "
+                "leave out --amp; the last checkpoint is kept, and the model is as it was before these updates"
+            )
+        if count > self.warned:
+            print(
+                f"warning: update {self.update}: the loss was not finite; {count:.0f} updates of this epoch were left out",
+                file=sys.stderr,
+            )
+            self.warned = count
+
+    def begin_epoch(self):
+        """Reset the epoch's sums."""
+        self.total.zero_()
+        self.skipped.zero_()
+        self.words, self.seconds, self.warned = 0, 0.0, 0
+
+    def epoch_record(self):
+        """What the log says of the epoch: losses, rates, words per second."""
+        loss, nll, count = utils.all_reduce_sum(self.total.clone()).tolist()
+        self.update -= 1  # the rates of the last update
+        rate, epsilon = self.args.learning_rate * self.learning_rate_factor(), self.epsilon()
+        self.update += 1
+        return {
+            "epoch": len(self.history) + 1, "update": self.update, "loss": loss / max(count, 1), "nll": nll / max(count, 1),
+            "skipped_updates": int(self.skipped[0]), "learning_rate": rate, "epsilon": epsilon,
+            "train_seconds": round(self.seconds, 1), "words_per_second": round(self.words / max(self.seconds, 1e-9)),
+            "peak_memory_gb": utils.peak_memory_gb(self.device),
+        }  # fmt: skip
+
+    def seconds_since_start(self):
+        """Seconds that the run took so far, with those before it was resumed."""
+        return self.seconds_before + time.time() - self.started
+
+    def save(self, path):
+        """Save the model and where its training stands; all processes must ask at the same time."""
+        total = utils.all_reduce_sum(self.total.clone()).cpu()
+        so_far = {
+            "total": total,
+            "skipped": self.skipped.cpu(),
+            "words": self.words,
+            "seconds": self.seconds,
+        }
+        captioner = self.captioner
+        state = {
+            "config": captioner.config, "word_map": captioner.word_map, "encoder": captioner.encoder.state_dict(),
+            "decoder": captioner.decoder.state_dict(), "history": self.history,
+            "seconds": self.seconds_since_start(), "optimizer": self.optimizer.state_dict(),
+            "update": self.update, "epoch_so_far": so_far,
+        }  # fmt: skip
+        with self.stop.held():
+            if utils.is_main():
+                models.save_checkpoint(path, state)
+
+    def resume(self, checkpoint, path):
+        """Put the training back to where a checkpoint was saved.
+
+        :raises UserError: if it is damaged
+        """
+        try:
+            own = [
+                {key: group[key] for key in ("lr", "capturable")}
+                for group in self.optimizer.param_groups
+            ]
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for group, kept in zip(self.optimizer.param_groups, own):
+                kept["lr"].fill_(float(group["lr"]))
+                group.update(kept)  # what belongs to the device, which may be another one now
+            self.history, self.update = checkpoint["history"], int(checkpoint["update"])
+            self.seconds_before, so_far = float(checkpoint["seconds"]), checkpoint["epoch_so_far"]
+            self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it
+            self.skipped.copy_(so_far["skipped"])
+            self.words, self.seconds = so_far["words"], so_far["seconds"]
+            best = best_score(self.history, self.args.metric)
+            per_epoch = math.ceil(len(self.train_data) / self.args.batch_size)
+            if not 0 <= self.update - len(self.history) * per_epoch <= per_epoch:
+                raise ValueError(f"{self.update} updates in {len(self.history)} epochs")
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be resumed; start a new "
+                "run from its weights with --init_from"
+            ) from error
+        so_far = f"; best {self.args.metric} so far {best:.2f}" if self.history else ""
+        print(f"resuming after epoch {len(self.history)}, update {self.update}{so_far}")
+
+    def sample_and_reward(self, batch, samples=5):
+        """Sample captions, and reward each by how much it beats the others of its image.
+
+        Rennie et al. 2017 compare with the greedy caption, which costs a search. The mean of the other samples costs
+        nothing, and the advantages add up to zero (Luo 2020, "A better variant of self-critical sequence training").
+
+        :return: ``Batch`` of the sampled captions, longest first
+        """
+        captioner, count = self.captioner, len(batch.numbers)
+        captions, rewards = np.zeros((0, 1), np.int64), np.zeros(0, np.float32)
+        if count:
+            with torch.no_grad(), utils.autocast(self.device, self.args.amp):
+                images = self.encoder_input(batch.to(self.device))
+                encoder_out = images if batch.images is None else captioner.encoder(images)
+                captions = models.sample_captions(
+                    captioner.decoder,
+                    encoder_out,
+                    captioner.word_map,
+                    samples,
+                    self.args.max_decode_steps,
+                )  # (num_images, samples, steps)
+            captions = captions.flatten(0, 1).cpu().numpy()
+            end = captioner.word_map[datasets.END]
+            texts = [datasets.decode_caption(caption, captioner.words) for caption in captions]
+            rewards = np.array(
+                [self.reward(batch.numbers[i // samples], text, end in caption)
+                 for i, (text, caption) in enumerate(zip(texts, captions))], np.float32,
+            )  # fmt: skip
+        means = rewards.reshape(-1, samples).mean(axis=1).repeat(samples)
+        advantages = (rewards - means) * samples / (samples - 1)  # from the mean of the others
+        lengths = (captions != datasets.PAD_ID).sum(axis=1)
+        order = np.argsort(-lengths, kind="stable")
+        starts = np.full((len(captions), 1), captioner.word_map[datasets.START])
+        captions = np.concatenate([starts, captions], axis=1)[order, : lengths.max(initial=0) + 1]
+        words, number, reward = np.sum(
+            utils.all_gather([lengths.sum(), len(captions), rewards.sum()]), axis=0
+        )
+        image_index = np.arange(count).repeat(samples)[order]
+        return batch._replace(
+            captions=self.pinned(captions), decode_lengths=lengths[order].tolist(), image_index=self.pinned(image_index),
+            advantages=self.pinned(advantages[order].astype(np.float32)), num_words=self.pinned(np.float32(words)),
+            reward=self.pinned(np.float32(100 * reward / number)),
+        )  # fmt: skip
+
+
+class CudaGraphStep:
+    """A training step that is recorded as a CUDA graph for each shape of its batch, and then replayed in one launch.
+
+    The decoder's loop is hundreds of kernels too small to keep a GPU busy. A graph has fixed shapes: captions are padded
+    to a multiple of four words, the batch to a multiple of sixteen captions (which say nothing), and at most
+    ``MAX_GRAPHS`` graphs are kept; other shapes run without. The first step of a shape runs without a graph, which also
+    sets up what a recording must find in place.
+    """
+
+    MAX_GRAPHS = 32
+
+    def __init__(self, step, trainer):
+        self.step, self.device, self.graphs = step, trainer.device, {}
+        self.epsilon = torch.ones((), device=self.device)
+        self.sampling = trainer.args.scheduled_sampling != "none"
+        self.stream = torch.cuda.Stream(self.device)
+
+    def __call__(self, batch, epsilon):
+        batch = self.padded(batch)
+        if self.sampling:
+            epsilon = self.epsilon.fill_(epsilon)
+        tensors = {name: t for name, t in batch._asdict().items() if torch.is_tensor(t)}
+        key = tuple((name, *t.shape) for name, t in tensors.items())
+        if key not in self.graphs:
+            self.graphs[key] = None
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(
+                self.stream
+            ):  # recording refuses what autograd began on the default stream
+                self.step(batch, epsilon)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return
+        if self.graphs[key] is None:
+            if sum(made is not None for made in self.graphs.values()) >= self.MAX_GRAPHS:
+                self.step(batch, epsilon)
+                return
+            self.graphs[key] = self.record(batch, tensors, epsilon)
+        graph, static = self.graphs[key]
+        for name, tensor in tensors.items():
+            static[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+
+    def record(self, batch, tensors, epsilon):
+        """Record a step; return (graph, the tensors that it reads)."""
+        static = {name: tensor.clone() for name, tensor in tensors.items()}
+        graph = torch.cuda.CUDAGraph()
+        pool = next((made[0].pool() for made in self.graphs.values() if made), None)
+        # thread_local: the threads that load ahead go on pinning memory meanwhile
+        with torch.cuda.graph(
+            graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            self.step(batch._replace(**static), epsilon)
+        return graph, static
+
+    @staticmethod
+    def padded(batch):
+        """The batch in one of a few shapes; what is added counts in no loss."""
+        steps, rows = (
+            4 * math.ceil(batch.decode_lengths[0] / 4),
+            16 * math.ceil(len(batch.captions) / 16),
+        )
+        pad = torch.nn.functional.pad
+        more = rows - len(batch.captions)
+        return batch._replace(
+            captions=pad(batch.captions, (0, steps + 1 - batch.captions.shape[1], 0, more), value=datasets.PAD_ID),
+            decode_lengths=[steps] * rows, image_index=pad(batch.image_index, (0, more)),
+            advantages=pad(batch.advantages, (0, more)),
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ preparation
 
 
 def main(args):
     check_args(args)
-    with contextlib.ExitStack() as stack:
-        train(args, stack)
+    with contextlib.ExitStack() as stack:  # of what the run holds until its end: lock, processes
+        trainer, args = prepare(args, stack)
+        try:
+            train(trainer, args)
+        except utils.Stopped as signal:
+            trainer.save(trainer.latest_path)
+            how = "saved. The same command with --resume goes on"
+            signal.args = (f"{signal} after update {trainer.update}; {how}",)
+            raise
+        best = max(trainer.history, key=lambda record: record[args.metric])
+        print(
+            f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of {len(trainer.history)}, "
+            f"{best['seconds']:.0f} s after the start; peak memory {utils.peak_memory_gb(trainer.device)} GB: "
+            f"{trainer.best_path}"
+        )
 
 
-def train(args, stack):
-    """The whole run. What it holds until its end, its lock and its processes, is entered on ``stack``."""
-    started = time.time()
+def prepare(args, stack):
+    """Data, model, optimizer and features of a run, new or to go on with.
+
+    :param stack: ``contextlib.ExitStack`` for what the run holds until its end
+    :return: (``Trainer``, the flags with the architecture that a checkpoint brought)
+    """
     device = stack.enter_context(utils.processes(args.device))
     stop = stack.enter_context(utils.StopSignals())
-    dtype = torch.bfloat16 if args.amp else torch.float32
-    # oneDNN compiles kernels for each shape it meets, and no two batches have the same: a thousand kept ones, its default,
-    # hold and scatter a gigabyte of memory and are no faster
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    train_data = datasets.CaptionDataset(
-        datasets.split_path(args.data_folder, "train", args.data_name)
-    )
-    val_data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "val", args.data_name))
+    splits = [
+        datasets.split_path(args.data_folder, split, args.data_name) for split in ("train", "val")
+    ]
+    train_data, val_data = map(datasets.CaptionDataset, splits)
     word_map = datasets.load_word_map(datasets.word_map_path(args.data_folder, args.data_name))
     for data in (train_data, val_data):
         data.check_word_map(word_map)
-
-    latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
-    best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
-    checkpoint = find_checkpoint(args, latest_path, best_path, word_map)
-    check_sizes(train_data, val_data, checkpoint if args.resume else None)
-    if args.scst and args.attention == "hard":
+    if len(val_data) == 1 and args.metric == "CIDEr":
         raise UserError(
-            "--scst does not train where --attention hard looks: start from a model with soft attention"
+            "--metric CIDEr: CIDEr of a single image is always 0; choose another, BLEU-4 for example"
         )
+    path, checkpoint, resuming = load_run(args, word_map)
+    args = with_architecture(args, checkpoint, path, resuming)
+    check_sizes(train_data, val_data, checkpoint if resuming else None)
     utils.set_seed(args.seed)
-    encoder, decoder = build_model(args, checkpoint, word_map, device)
-    encoder.fine_tune(args.fine_tune_encoder)
-    updates_per_epoch = math.ceil(len(train_data) / args.batch_size)
-    total_updates = args.epochs * updates_per_epoch
-    ss_constants = models.schedule_constants(
-        args.scheduled_sampling, total_updates, args.ss_k, args.ss_slope, args.ss_min
-    )
+    encoder, decoder = build_model(args, checkpoint, word_map, train_data, device)
+    decoder.sample_location = args.sample_location
     config = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }
-    config |= {
-        "encoder_dim": encoder.encoder_dim,
-        "image_size": train_data.image_size,
-        "total_updates": total_updates,
-        "ss_constants": list(ss_constants),
-        "machine": utils.describe_machine(device),
-    }
-    decoder.sample_location = args.sample_location
+    total_updates = args.epochs * math.ceil(len(train_data) / args.batch_size)
+    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size}
+    config |= {"total_updates": total_updates, "machine": utils.describe_machine(device)}
     captioner = models.Captioner(encoder, decoder, word_map, config)
+    latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
     stack.enter_context(utils.locked(datasets.lock_path(latest_path), latest_path))
+    check_space(args, captioner)
     print_header(args, captioner, train_data, val_data)
-
-    shown = WithMirrored(train_data) if args.mirror else train_data
-    train_features = None if args.fine_tune_encoder else features_of(shown, captioner, args, dtype)
-    val_features = None if args.fine_tune_encoder else features_of(val_data, captioner, args, dtype)
-    step = Update(
-        args, captioner, build_optimizer(args, encoder, decoder), train_data, train_features, dtype
-    )
-    history, seconds_before = [], 0.0
-    if checkpoint and args.resume:
-        history, seconds_before = go_on(args, step, checkpoint, updates_per_epoch)
-        write_reports(args, config, history)  # which the interrupted run may not have come to
-
-    def save(path=latest_path):
-        state = {
-            "config": config,
-            "word_map": word_map,
-            "encoder": encoder.state_dict(),
-            "decoder": decoder.state_dict(),
-            "history": history,
-            "seconds": seconds_before + time.time() - started,
-            **step.state_dict(),
-        }
-        with stop.held():
-            if utils.is_main():
-                models.save_checkpoint(path, state)
-
-    try:
-        while (
-            len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience
-        ):
-            record = train_epoch(args, config, captioner, step, history, stop, save)
-            utils.set_seed(
-                args.seed, step.update
-            )  # of locations that hard attention samples in validation
-            hypotheses = caption_validation(val_data, val_features, captioner, args, dtype)
-            record |= utils.broadcast(
-                utils.is_main() and utils.score_captions(val_data.references, hypotheses)
-            )
-            record["seconds"] = round(seconds_before + time.time() - started, 1)
-            is_best = record[args.metric] > best_score(history, args.metric)
-            with stop.held():
-                history.append(record)
-                step.begin_epoch()
-                # BEST first: if the run is killed in between, the epoch is repeated and ends the same
-                if is_best:
-                    save(best_path)
-                save()
-                write_reports(args, config, history)
-                print_epoch(record, args, is_best, val_data, hypotheses)
-    except utils.Stopped as signal:
-        save()
-        signal.args = (
-            f"{signal} after update {step.update}; saved. The same command with --resume goes on",
-        )
-        raise
-    best = max(history, key=lambda record: record[args.metric])
-    print(
-        f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
-        f"{best['seconds']:.0f} s after the start; peak memory {utils.peak_memory_gb(device)} GB: {best_path}"
-    )
+    trainer = Trainer(args, captioner, train_data, val_data, stop)
+    if not args.fine_tune_encoder:
+        trainer.features, trainer.val_features = frozen_features(trainer, args)
+    if resuming:
+        trainer.resume(checkpoint, path)
+        write_reports(trainer, args)  # which the interrupted run may not have come to
+    return trainer, args
 
 
-# --------------------------------------------------------------------------------------------------- preparations
+def load_run(args, word_map):
+    """The checkpoint to go on with or to start from.
 
-
-def find_checkpoint(args, latest_path, best_path, word_map):
-    """The checkpoint to go on from or to start from, checked against the flags; None starts anew."""
-    path, checkpoint = args.init_from, None
-    found = [p for p in (latest_path, best_path) if p.exists()]
-    if found and int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    ):  # torchrun --max_restarts repeats the command
-        args.resume, args.init_from = args.resume or "auto", None
-    if args.resume == "auto":
+    :return: (path, checkpoint, whether to go on with its run); (None, None, False) starts anew
+    :raises UserError: if it cannot be used, or an earlier run would be overwritten
+    """
+    paths = [
+        datasets.checkpoint_path(args.output_folder, args.data_name, best) for best in (False, True)
+    ]
+    found = [path for path in paths if path.exists()]
+    # torchrun --max_restarts repeats the command after a process has died
+    restarted = bool(found) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = args.resume or ("auto" if restarted else None)
+    if resume == "auto":
         if not found:
-            print(f"nothing to resume at {latest_path}: starting anew")
-            return None
+            print(f"nothing to resume at {paths[0].absolute()}: starting anew")
+            return None, None, False
         path, checkpoint = first_readable(found)
-    elif args.resume:
-        path = Path(args.resume)
+    elif resume:
+        path = Path(resume)
+        if path.is_dir():  # of a run: its latest
+            path = datasets.checkpoint_path(path, args.data_name)
+        checkpoint = models.load_checkpoint(path)
     elif found:
         raise UserError(
-            f"{found[0]} holds an earlier run: add --resume to go on with it, or choose another "
-            "--output_folder"
+            f"{found[0]} holds an earlier run: add --resume to go on with it, or choose another --output_folder"
         )
-    if path is None:
-        return None
-    checkpoint = checkpoint or models.load_checkpoint(path)
-    models.check_checkpoint(checkpoint, path)
+    elif args.init_from:
+        path = models.run_checkpoint(args.init_from)
+        checkpoint = models.load_checkpoint(path)
+    else:
+        return None, None, False
     if checkpoint["word_map"] != word_map:
         raise UserError(
-            f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name "
-            "the data it was trained on"
+            f"{path} was trained with another word map than {args.data_name} in {args.data_folder}; name the data "
+            "it was trained on"
         )
-    config, defaults = checkpoint["config"], vars(get_args_parser().parse_args([]))
-    for key in ARCHITECTURE:  # the checkpoint says what it is; a flag may agree or be left out
-        if getattr(args, key) not in (config.get(key), defaults[key]):
-            raise UserError(
-                f"--{key} {getattr(args, key)}: {path} was built with {config.get(key)}; leave the flag out"
-            )
-        setattr(args, key, config.get(key))
-    if args.init_from:
-        return checkpoint
-    changed = [
-        f"--{key} {getattr(args, key)} (was {config.get(key)})"
-        for key in defaults
-        if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key, defaults[key])
-    ]
-    if changed:
-        raise UserError(
-            f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; give the "
-            "same flags, or start a new run from its weights with --init_from"
-        )
-    return checkpoint
+    return path, checkpoint, bool(resume)
 
 
 def first_readable(paths):
@@ -539,7 +611,7 @@ def first_readable(paths):
 
     :return: (path, checkpoint)
     """
-    for path, other in zip(paths, paths[1:]):
+    for path, other in itertools.pairwise(paths):
         try:
             return path, models.load_checkpoint(path)
         except UserError as error:
@@ -547,53 +619,68 @@ def first_readable(paths):
     return paths[-1], models.load_checkpoint(paths[-1])
 
 
+def with_architecture(args, checkpoint, path, resuming):
+    """The flags, with the architecture of a checkpoint, which says itself what it is.
+
+    :raises UserError: if a flag contradicts it, or if a run is to be resumed with other flags
+    """
+    if not checkpoint:
+        return args
+    config, defaults = checkpoint["config"], vars(get_args_parser().parse_args([]))
+    for key in models.ARCHITECTURE:  # a flag may agree or be left out
+        if getattr(args, key) not in (config.get(key), defaults[key]):
+            raise UserError(
+                f"--{key} {getattr(args, key)}: {path} was built with {config.get(key)}; leave the flag out"
+            )
+    args = argparse.Namespace(**vars(args) | {key: config.get(key) for key in models.ARCHITECTURE})
+    if args.scst and args.attention == "hard":
+        raise UserError(
+            "--scst does not train hard attention: start from a model with soft attention"
+        )
+    changed = [
+        f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
+        if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key, defaults[key])
+    ]  # fmt: skip
+    if resuming and changed:
+        raise UserError(
+            f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; give the same flags, "
+            "or start a new run from its weights with --init_from"
+        )
+    return args
+
+
 def check_sizes(train_data, val_data, checkpoint):
-    """:raises UserError: if the pictures of the two splits, and of a run to resume, are not of one size"""
+    """:raises UserError: if the images of the two splits, and of a run to resume, are not of one size"""
     sizes = {
-        "the training pictures": train_data.image_size,
-        "the validation pictures": val_data.image_size,
+        "the training images": train_data.image_size,
+        "the validation images": val_data.image_size,
     }
     if checkpoint:
         sizes["the run to resume"] = checkpoint["config"]["image_size"]
     if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{size} pixels in {what}" for what, size in sizes.items())
         raise UserError(
-            "expected pictures of one size, found "
-            + ", ".join(f"{size} pixels in {what}" for what, size in sizes.items())
-            + "; prepare the data with one --image_size"
+            f"expected images of one size, found {found}; prepare the data with one --image_size"
         )
 
 
-def go_on(args, step, checkpoint, updates_per_epoch):
-    """Put a training back to where its checkpoint was saved.
-
-    :param step: ``Update``
-    :return: (history, seconds that the run took so far)
-    """
-    try:
-        step.load_state_dict(checkpoint)
-        history, seconds = checkpoint["history"], float(checkpoint["seconds"])
-        best = best_score(history, args.metric)
-        if not 0 <= step.update - len(history) * updates_per_epoch <= updates_per_epoch:
-            raise ValueError(f"{step.update} updates in {len(history)} epochs")
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        where = (
-            f"the last checkpoint in {args.output_folder}" if args.resume == "auto" else args.resume
-        )
-        raise UserError(
-            f"{where} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be resumed; "
-            "start a new run from its weights with --init_from"
-        ) from error
-    so_far = f"; best {args.metric} so far {best:.2f}" if history else ""
-    print(f"resuming after epoch {len(history)}, update {step.update}{so_far}")
-    return history, seconds
-
-
-def build_model(args, checkpoint, word_map, device):
-    """Encoder and decoder, from a checkpoint's weights if there is one."""
-    encoder = models.Encoder(args.encoder, "none" if checkpoint else args.encoder_weights)
-    decoder = models.build_decoder(
-        {**vars(args), "encoder_dim": encoder.encoder_dim}, len(word_map)
+def check_space(args, captioner):
+    """:raises UserError: if the disk cannot hold two checkpoints and the temporary copy of one"""
+    weights = sum(
+        p.nbytes for module in (captioner.encoder, captioner.decoder) for p in module.parameters()
     )
+    learning = [captioner.decoder, *([captioner.encoder] if args.fine_tune_encoder else [])]
+    moments = 2 * sum(p.nbytes for module in learning for p in module.parameters())
+    if utils.is_main():
+        utils.check_disk(args.output_folder, 3 * (weights + moments))
+
+
+def build_model(args, checkpoint, word_map, train_data, device):
+    """Encoder and decoder, from a checkpoint's weights if there is one."""
+    encoder = models.Encoder(args.encoder, "none" if checkpoint else args.encoder_weights).to(
+        device
+    )
+    decoder = models.build_decoder(vars(args) | {"encoder_dim": encoder.encoder_dim}, len(word_map))
     if checkpoint:
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
@@ -602,84 +689,65 @@ def build_model(args, checkpoint, word_map, device):
         with torch.no_grad():
             decoder.embedding.weight[torch.from_numpy(found)] = torch.from_numpy(vectors[found])
         print(f"{args.embeddings}: vectors for {found.sum()} of {len(word_map)} words")
-    return encoder.to(device), decoder.to(device)
+    if not checkpoint and args.encoder_weights == "none":
+        images = [
+            train_data.images(slice(i, i + 16)) for i in range(0, min(64, len(train_data)), 16)
+        ]
+        spread = models.calibrate(encoder, [torch.from_numpy(batch).to(device) for batch in images])
+        if spread < 0.05 and not args.fine_tune_encoder:
+            print(
+                "warning: with random weights this CNN gives nearly the same features for every image, so captions "
+                "cannot depend on the image: take --encoder_weights imagenet, or train it with --fine_tune_encoder",
+                file=sys.stderr,
+            )
+    encoder.fine_tune(args.fine_tune_encoder)
+    return encoder, decoder.to(device)
 
 
-def features_of(data, captioner, args, dtype):
-    """Features of a split from its feature store, made now if it is missing; on the GPU if they fit there.
-
-    :return: float16 tensor (N, n, encoder_dim)
-    """
-    key = datasets.feature_key(captioner.encoder.digest(), data.images_digest, dtype)
-    path = datasets.features_path(args.data_folder, args.data_name, data.split, key)
-    features = encode_split(data, captioner, args, dtype, path)
-    device = captioner.device
-    if device.type == "cuda" and features.nbytes < 0.6 * torch.cuda.mem_get_info(device)[0]:
-        features = features.to(device)
-    return features
-
-
-def encode_split(data, captioner, args, dtype, path=None, rows=None):
-    """Features of a split (or of a slice of it) as a float16 tensor (N, n, encoder_dim) in main memory."""
-    return torch.from_numpy(
-        datasets.encode_split(
-            data, lambda images: captioner.encode(images, dtype), path, rows, workers=args.workers
-        )
-    )
-
-
-def caption_validation(data, features, captioner, args, dtype):
-    """Captions of the validation pictures, lists of words; each process makes its share."""
-    rows = utils.share(len(data))
-    features = (
-        encode_split(data, captioner, args, dtype, rows=rows)
-        if features is None
-        else features[rows]
-    )
-    found = models.caption_split(
-        [captioner],
-        [features],
-        dtype,
-        beam_size=args.beam_size,
-        length_penalty=args.length_penalty,
-        max_decode_steps=args.max_decode_steps,
-        with_alphas=False,
-    )
-    return sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
-
-
-def build_optimizer(args, encoder, decoder):
+def build_optimizer(args, captioner):
     """AdamW over the decoder and, if it is fine-tuned, the encoder."""
-    groups = [{"params": list(decoder.parameters()), "peak_lr": args.learning_rate}]
+    groups = [{"params": list(captioner.decoder.parameters()), "peak_lr": args.learning_rate}]
     if args.fine_tune_encoder:
-        groups.append(
-            {
-                "params": [p for p in encoder.parameters() if p.requires_grad],
-                "peak_lr": args.encoder_learning_rate,
-            }
-        )
-    device = groups[0]["params"][0].device
+        learning = [p for p in captioner.encoder.parameters() if p.requires_grad]
+        groups.append({"params": learning, "peak_lr": args.encoder_learning_rate})
     for group in groups:  # a tensor, which CUDA graphs read, and one for each group
-        group["lr"] = torch.tensor(0.0, device=device)
-    return torch.optim.AdamW(
-        groups, capturable=device.type == "cuda", weight_decay=args.weight_decay, fused=True
-    )
+        group["lr"] = torch.tensor(0.0, device=captioner.device)
+    is_cuda = captioner.device.type == "cuda"
+    return torch.optim.AdamW(groups, capturable=is_cuda, weight_decay=args.weight_decay, fused=True)
 
 
-# --------------------------------------------------------------------------------------------------- the training
+def frozen_features(trainer, args):
+    """Features of both splits, float16 (N, n, encoder_dim): on the GPU if they fit there.
+
+    :return: (of the training images, of the validation images)
+    """
+    device = trainer.device
+    with utils.autocast(device, args.amp):
+        found = [
+            trainer.captioner.features(data, args.data_folder, workers=args.workers)
+            for data in (trainer.train_data, trainer.val_data)
+        ]
+    if (
+        device.type == "cuda"
+        and sum(f.nbytes for f in found) < 0.6 * torch.cuda.mem_get_info(device)[0]
+    ):
+        found = [features.to(device) for features in found]
+    return found
 
 
 def best_score(history, metric):
+    """The best score of the epochs so far."""
     return max((record[metric] for record in history), default=-1.0)
 
 
 def epochs_without_gain(history, metric):
+    """How many epochs ago the best score was."""
     scores = [record[metric] for record in history]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
 def learning_rate_factor(config, update, history):
-    """Share of the peak learning rate at an update; a function of what is already logged, so nothing needs resuming."""
+    """Share of the peak learning rate at an update; a function of what is logged already, so nothing needs resuming."""
     if update < config["warmup"]:
         return (update + 1) / config["warmup"]
     if config["lr_schedule"] == "constant":
@@ -693,460 +761,74 @@ def learning_rate_factor(config, update, history):
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-class WithMirrored:
-    """The pictures of a split, and after them the same pictures mirrored: number N + i is picture i, left and right changed.
-
-    It has what :func:`encode_split` asks of a ``CaptionDataset``.
-
-    :param dataset: ``CaptionDataset``
-    """
-
-    def __init__(self, dataset):
-        self.dataset, self.split = dataset, dataset.split
-        self.images_digest = f"{dataset.images_digest} and mirrored"
-
-    def __len__(self):
-        return 2 * len(self.dataset)
-
-    def images(self, numbers):
-        """Pictures by number, uint8 (B, 3, S, S)."""
-        images = self.dataset.images(numbers % len(self.dataset))
-        mirrored = numbers >= len(self.dataset)
-        images[mirrored] = images[mirrored, ..., ::-1]
-        return images
-
-
-class Model(torch.nn.Module):
-    """Encoder and decoder as one module, whose gradients DistributedDataParallel can average.
-
-    :param features: float16 tensor (N, n, encoder_dim) on a GPU, of which the inputs are numbers; or None
-    """
-
-    def __init__(self, args, captioner, features, dtype):
-        super().__init__()
-        self.encoder, self.decoder = (
-            captioner.encoder if args.fine_tune_encoder else None,
-            captioner.decoder,
-        )
-        self.argmax, self.dtype, self.features = args.ss_argmax, dtype, features
-
-    def encoded(self, inputs):
-        """Features of what ``Update.load`` gave: pictures, features, or numbers of features."""
-        if self.encoder is not None:
-            with torch.autocast(
-                inputs.device.type, self.dtype, enabled=self.dtype != torch.float32
-            ):
-                return self.encoder(inputs)
-        return inputs if self.features is None else self.features[inputs]
-
-    def forward(self, inputs, captions, steps, pictures, epsilon):
-        if not steps:  # fewer pictures in the last batch than processes
-            return None
-        return self.decoder(
-            self.encoded(inputs), captions, steps, pictures, epsilon, self.argmax, self.dtype
-        )
-
-
-class Update:
-    """One training update: forward, loss, backward, clipping, optimizer; and where the training stands.
-
-    On a GPU the decoder's loop is hundreds of kernels too small to keep the card busy, so each update is recorded once
-    as a CUDA graph and then replayed in one launch. A graph has fixed shapes: captions are padded to a multiple of four
-    words, and one graph is made for each such length. The first update of a length runs without a graph, which also
-    sets up what a recording must find in place.
-
-    With several processes each takes its share of a batch's pictures, without graphs; the loss is divided by the words
-    of the whole batch.
-
-    Nothing is drawn that does not follow from seed, update and process, so that a run can go on where it was stopped.
-
-    :param features: float16 tensor (N, n, encoder_dim), with --mirror of ``WithMirrored``; or None to encode
-        and fine-tune
-    """
-
-    def __init__(self, args, captioner, optimizer, data, features, dtype):
-        self.args, self.captioner, self.optimizer, self.dtype = args, captioner, optimizer, dtype
-        self.data, self.features, self.device = data, features, captioner.device
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.model = Model(
-            args, captioner, features if features is not None and features.is_cuda else None, dtype
-        )
-        self.ddp = self.model
-        if utils.world_size() > 1:
-            self.ddp = torch.nn.parallel.DistributedDataParallel(self.model)
-        self.update = 0
-        # sums over the epoch of loss, nll and updates, kept on the device: asking for them would make the host wait
-        self.total = torch.zeros(3, device=self.device)
-        self.skipped = torch.zeros(
-            2, device=self.device
-        )  # updates that were not finite: all, and in a row
-        self.warned = 0
-        self.words, self.seconds = 0, 0.0
-        self.graphs = {}
-        self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
-        self.reward = utils.CiderD(data.references) if args.scst else None
-        self.meteor = utils.Meteor() if args.scst_meteor else None
-        self.banned = (
-            torch.tensor(datasets.special_tokens(captioner.word_map), device=self.device)
-            if args.scst
-            else None
-        )
-        if self.use_graphs:
-            self.epsilon = torch.ones((), device=self.device)
-            self.stream = torch.cuda.Stream(self.device)
-
-    def begin_epoch(self):
-        self.total.zero_()
-        self.skipped.zero_()
-        self.words, self.seconds, self.warned = 0, 0.0, 0
-
-    def state_dict(self):
-        """Where the training stands, in the middle of an epoch too; all processes must ask at the same time."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "update": self.update,
-            "epoch_so_far": {
-                "total": utils.all_reduce_sum(self.total.clone()).cpu(),
-                "skipped": self.skipped.cpu(),
-                "words": self.words,
-                "seconds": self.seconds,
-            },
-        }
-
-    def load_state_dict(self, state):
-        own = [
-            {key: group[key] for key in ("lr", "capturable")}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, kept in zip(self.optimizer.param_groups, own):
-            kept["lr"].fill_(float(group["lr"]))
-            group.update(kept)  # what belongs to the device, which may be another one now
-        self.update, so_far = int(state["update"]), state["epoch_so_far"]
-        self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it
-        self.skipped.copy_(so_far["skipped"])
-        self.words, self.seconds = so_far["words"], so_far["seconds"]
-
-    def load(self, pictures, mirrored=None):
-        """What an update needs of its pictures, as tensors on the CPU; runs in threads, ahead of time.
-
-        :param pictures: int array of picture indices
-        :param mirrored: bool array (N,), which of all pictures to show mirrored; or None
-        :return: (pictures, ``datasets.CaptionBatch``, inputs: images, features or, if those are on the GPU, numbers,
-            words of the whole batch): of this process's share of the pictures
-        """
-        num_words = datasets.count_words(self.data, pictures)
-        pictures = pictures[utils.rank() :: utils.world_size()]
-        source, numbers = self.data, pictures
-        if mirrored is not None:
-            source, numbers = (
-                WithMirrored(self.data),
-                pictures + len(self.data) * mirrored[pictures],
-            )
-        if self.features is None:
-            inputs = torch.from_numpy(source.images(numbers))
-        else:
-            # copied by numpy: torch would start a second team of OpenMP threads here, which fight the first for the cores
-            inputs = torch.from_numpy(
-                numbers if self.features.is_cuda else self.features.numpy().take(numbers, axis=0)
-            )
-        return pictures, datasets.collate(self.data, pictures), self.pin(inputs), num_words
-
-    def pin(self, tensor):
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def __call__(self, pictures, rows, inputs, num_words, epsilon):
-        """Make the update.
-
-        :param epsilon: probability of feeding the true word
-        """
-        utils.set_seed(self.args.seed, self.update, utils.rank())
-        advantages, reward = np.zeros(len(rows.captions), np.float32), 0.0
-        if self.reward:
-            if len(pictures):
-                rows, advantages, reward = self.explore(pictures, inputs.to(self.device))
-            num_words, count = np.sum(
-                utils.all_gather([sum(rows.decode_lengths), len(rows.decode_lengths)]), axis=0
-            ).tolist()
-            reward = 100 * reward / count
-        steps, captions = rows.decode_lengths, rows.captions
-        if self.use_graphs:
-            length = 4 * math.ceil(steps[0] / 4)
-            captions = np.pad(captions, ((0, 0), (0, length + 1 - captions.shape[1])))
-            steps = [length] * len(steps)
-        arrays = (captions, rows.image_index, advantages, np.float32(num_words), np.float32(reward))
-        self.run(steps, [inputs, *(self.pin(torch.as_tensor(array)) for array in arrays)], epsilon)
-        self.words += num_words
-        self.update += 1
-
-    @torch.no_grad()
-    def explore(self, pictures, inputs, samples=5):
-        """Sample captions, and reward each by how much it beats the others of its picture.
-
-        Rennie et al. compare with the greedy caption, which costs a search; the mean of the other samples costs nothing,
-        and the advantages add up to zero (Luo 2020, "A better variant of self-critical sequence training").
-
-        :return: (``datasets.CaptionBatch``, float32 advantages, sum of the rewards), longest caption first
-        """
-        words, end = self.captioner.words, self.captioner.word_map[datasets.END]
-        captions = (
-            models.sample_captions(
-                self.captioner.decoder,
-                self.model.encoded(inputs),
-                self.captioner.word_map,
-                samples,
-                self.args.max_decode_steps,
-                self.dtype,
-            )
-            .flatten(0, 1)
-            .cpu()
-            .numpy()
-        )
-        numbers = np.repeat(np.arange(len(pictures)), samples)
-        texts = [datasets.decode_caption(caption, words) for caption in captions]
-        rewards = np.array(
-            [
-                self.reward(pictures[i], text, end in caption)
-                for i, text, caption in zip(numbers, texts, captions)
-            ],
-            np.float32,
-        )
-        if self.meteor:
-            _, scores = self.meteor([self.data.references[pictures[i]] for i in numbers], texts)
-            rewards += self.args.scst_meteor * np.array(scores, np.float32)
-        means = rewards.reshape(-1, samples).mean(1).repeat(samples)
-        advantages = (rewards - means) * samples / (samples - 1)  # from the mean of the others
-        lengths = (captions != 0).sum(1)
-        order = np.argsort(-lengths, kind="stable")
-        starts = np.full((len(captions), 1), self.captioner.word_map[datasets.START])
-        captions = np.concatenate([starts, captions], axis=1)[order, : lengths.max() + 1]
-        return (
-            datasets.CaptionBatch(captions, lengths[order].tolist(), numbers[order]),
-            advantages[order],
-            rewards.sum(),
-        )
-
-    def run(self, steps, tensors, epsilon):
-        """Compute the update on tensors of the CPU, through a CUDA graph where there are any."""
-        if not self.use_graphs:
-            self.compute(steps, *(t.to(self.device) for t in tensors), epsilon)
-            return
-        if self.args.scheduled_sampling != "none":
-            epsilon = self.epsilon.fill_(epsilon)
-        key = (steps[0], *(t.shape for t in tensors))
-        if key not in self.graphs:
-            self.graphs[key] = None
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(
-                self.stream
-            ):  # recording refuses what autograd began on the default stream
-                self.compute(
-                    steps, *(t.to(self.device, non_blocking=True) for t in tensors), epsilon
-                )
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            return
-        if self.graphs[key] is None:
-            inputs = [t.to(self.device) for t in tensors]
-            graph = torch.cuda.CUDAGraph()
-            pool = next((made[0].pool() for made in self.graphs.values() if made), None)
-            self.optimizer.zero_grad(set_to_none=True)
-            # thread_local: the threads that read ahead go on pinning memory meanwhile
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                self.compute(steps, *inputs, epsilon)
-            self.graphs[key] = graph, inputs
-        graph, inputs = self.graphs[key]
-        for static, tensor in zip(inputs, tensors):
-            static.copy_(tensor, non_blocking=True)
-        graph.replay()
-
-    def compute(self, steps, inputs, captions, pictures, advantages, num_words, reward, epsilon):
-        args, output = self.args, self.ddp(inputs, captions, steps, pictures, epsilon)
-        if output is None:  # no share in this batch, but the others wait for these gradients
-            loss, nll = (
-                sum(p.sum() for p in self.parameters if p.requires_grad) * 0,
-                torch.zeros((), device=self.device),
-            )
-        elif args.scst:
-            loss, nll = models.self_critical_loss(output, advantages, self.banned, num_words)
-        else:
-            loss, nll = models.caption_loss(
-                output,
-                num_words,
-                args.label_smoothing,
-                args.alpha_c,
-                decoder=self.captioner.decoder,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        (
-            loss * utils.world_size()
-        ).backward()  # DistributedDataParallel averages; the shares' losses add up
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.grad_clip)
-        # the fused optimizer leaves everything as it is where found_inf is 1; asking here would make the host wait
-        bad = 1 - norm.isfinite().float()
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
-        self.optimizer.step()
-        # self-critical training lowers minus the reward; the value of its surrogate says nothing
-        sums = torch.stack(
-            [
-                -reward if args.scst else loss.detach(),
-                nll,
-                torch.full_like(bad, 1 / utils.world_size()),
-            ]
-        )
-        self.total += torch.where(bad > 0, 0, sums)
-        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
-
-    def check(self):
-        """Warn of updates whose gradient was not finite and which were left out, or give up.
-
-        :raises UserError: if there are many in a row
-        """
-        count, in_a_row = self.skipped.tolist()
-        if in_a_row >= MAX_SKIPPED:
-            raise UserError(
-                f"the loss was not finite in the last {in_a_row:.0f} updates: lower --learning_rate or "
-                "--grad_clip, or leave out --amp; the last checkpoint is kept, and the model is as it was "
-                "before these updates"
-            )
-        if count > self.warned:
-            print(
-                f"warning: update {self.update}: the loss was not finite; {count:.0f} updates of this epoch were left "
-                "out",
-                file=sys.stderr,
-            )
-            self.warned = count
-
-
-def train_epoch(args, config, captioner, step, history, stop, save):
-    """One pass over the training pictures, or what is left of it.
-
-    :param step: ``Update``
-    :param history: records of the epochs before
-    :param stop: ``utils.StopSignals``
-    :param save: function that saves the training as it stands
-    :return: the epoch's record: losses, rates, words per second
-    """
-    # without dropout in self-critical training: captions are sampled without, and must be trained on as they were likely
-    captioner.decoder.train(not args.scst)
-    epoch, seconds_before, began = len(history), step.seconds, time.time()
-    batches = datasets.training_batches(step.data, args.batch_size, args.seed, epoch)
-    mirrored = (
-        (np.random.default_rng([args.seed, epoch, 1]).random(len(step.data)) < 0.5)
-        & datasets.mirrorable(step.data, captioner.word_map)
-        if args.mirror
-        else None
-    )
-    load = functools.partial(step.load, mirrored=mirrored)
-    done, words_before = step.update - epoch * len(batches), step.words
-    rates = functools.partial(learning_rate_factor, config, history=history)
-    sample = functools.partial(models.scheduled_sampling_epsilon, args.scheduled_sampling)
-    with utils.progress(
-        total=len(batches),
-        initial=done,
-        desc=f"epoch {epoch + 1}/{args.epochs}",
-        unit="batch",
-        leave=False,
-    ) as bar:
-        for loaded in datasets.read_ahead(load, batches[done:], args.workers):
-            with stop.held():
-                for group in step.optimizer.param_groups:
-                    group["lr"].fill_(group["peak_lr"] * rates(step.update))
-                step(*loaded, sample(step.update, *config["ss_constants"], args.ss_min))
-                step.seconds = seconds_before + time.time() - began
-                if args.checkpoint_every and step.update % args.checkpoint_every == 0:
-                    save()
-            stop.check()
-            bar.update()
-            if step.device.type == "cpu" or step.update % 25 == 0:
-                step.check()
-            if step.update % 25 == 0:
-                loss, _, count = step.total.tolist()
-                rate = (step.words - words_before) / (time.time() - began)
-                bar.set_postfix_str(f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s")
-    step.check()  # waits for the device
-    step.seconds = seconds_before + time.time() - began
-    loss, nll, count = utils.all_reduce_sum(step.total.clone()).tolist()
-    captioner.decoder.eval()
-    return {
-        "epoch": epoch + 1,
-        "update": step.update,
-        "loss": loss / max(count, 1),
-        "nll": nll / max(count, 1),
-        "skipped_updates": int(step.skipped[0]),
-        "learning_rate": args.learning_rate * rates(step.update - 1),
-        "epsilon": sample(step.update - 1, *config["ss_constants"], args.ss_min),
-        "train_seconds": round(step.seconds, 1),
-        "words_per_second": round(step.words / step.seconds),
-        "peak_memory_gb": utils.peak_memory_gb(step.device),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- the reports
+# ---------------------------------------------------------------------------------------- reports
 
 
 def print_header(args, captioner, train_data, val_data):
-    """What runs, on what, with which options: enough to run it again."""
+    """What runs, on what, and which options differ from the defaults; all of them stand in the log."""
     print(captioner.config["machine"])
-    counts = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in (("encoder", captioner.encoder), ("decoder", captioner.decoder))
-    }
-    print(
-        f"{args.encoder} {counts['encoder'] / 1e6:.1f} M parameters, {args.attention} attention + {args.decoder} "
-        f"{counts['decoder'] / 1e6:.1f} M; {len(captioner.word_map)} words; {len(train_data)} training pictures with "
-        f"{len(train_data.captions)} captions, {len(val_data)} validation pictures"
+    encoder, decoder = (
+        f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters"
+        for module in (captioner.encoder, captioner.decoder)
     )
-    print("options: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
+    print(
+        f"model: {args.encoder}, {encoder}; {args.attention} attention and {args.decoder}, {decoder}"
+    )
+    print(
+        f"data: {args.data_name}: {len(train_data):,} training images with {len(train_data.captions):,} captions, "
+        f"{len(val_data):,} validation images; {len(captioner.word_map) - 4:,} words and 4 special tokens"
+    )
+    defaults = vars(get_args_parser().parse_args([]))
+    differing = {key: value for key, value in sorted(vars(args).items()) if value != defaults[key]}
+    print("options: " + (" ".join(f"--{k} {v}" for k, v in differing.items()) or "all by default"))
 
 
 def print_epoch(record, args, is_best, val_data, hypotheses):
-    """A line for the epoch and three captions of validation pictures, always the same ones."""
+    """A line for the epoch and three captions of validation images, always the same ones."""
     print(
-        f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | validation, beam "
-        f"{args.beam_size}: BLEU-4 {record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, "
+        f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | validation: nll "
+        f"{record['val_nll']:.3f}; beam {args.beam_size}: BLEU-4 {record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, "
         f"CIDEr {record['CIDEr']:.1f}{' *' if is_best else ''} | {record['words_per_second']:,} words/s, "
         f"{record['seconds']:.0f} s since start"
     )
     for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
-        print(
-            f"    {val_data.image_names[i]}: {' '.join(hypotheses[i])}   (true: {val_data.raw_references[i][0]})"
-        )
+        caption, true = " ".join(hypotheses[i]), val_data.raw_references[i][0]
+        print(f"    {val_data.image_names[i]}: {caption}   (true: {true})")
 
 
-def write_reports(args, config, history):
-    """The log and the learning curves of the epochs so far."""
-    if history and utils.is_main():
-        write_log(datasets.log_path(args.output_folder, args.data_name), config, history)
-        draw_curves(datasets.curves_path(args.output_folder, args.data_name), history)
-
-
-def write_log(path, config, history):
-    """JSON lines: the configuration, then a record per epoch. Written whole each time: it never holds half a line."""
-    lines = [{"config": config}, *history]
-    with utils.atomic_path(path) as temporary:
+def write_reports(trainer, args):
+    """The log (JSON lines: configuration, then a record per epoch) and the learning curves of the epochs so far."""
+    if not (trainer.history and utils.is_main()):
+        return
+    lines = [{"config": trainer.captioner.config}, *trainer.history]
+    with utils.atomic_path(datasets.log_path(args.output_folder, args.data_name)) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    draw_curves(
+        datasets.curves_path(args.output_folder, args.data_name), trainer.history, args.metric
+    )
 
 
-def draw_curves(path, history):
-    """Loss and validation scores over the epochs, as a PNG."""
+def draw_curves(path, history, metric):
+    """Losses and validation scores over the epochs, the best epoch marked, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [record["epoch"] for record in history]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    best = max(history, key=lambda record: record[metric])["epoch"]
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     panels = {
-        "training": ["nll"],
-        "validation: BLEU": METRICS[:4],
-        "validation: ROUGE-L, CIDEr": METRICS[4:],
-    }
-    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items()):
-        for name in names:
-            axes.plot(epochs, [record[name] for record in history], "o-", markersize=3, label=name)
-        axes.legend(frameon=False)
-        axes.set_title(title)
-        axes.set_xlabel("epoch")
+        "loss (nll per word)": ["nll", "val_nll"], "validation: BLEU": METRICS[:4],
+        "validation: ROUGE-L": ["ROUGE-L"], "validation: CIDEr": ["CIDEr"],
+    }  # fmt: skip
+    names = {"nll": "training", "val_nll": "validation"}
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for key in keys:
+            values = [record.get(key, math.nan) for record in history]
+            axes.plot(epochs, values, "o-", markersize=3, label=names.get(key, key))
+        axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
+        axes.set_xlim(0.5, epochs[-1] + 0.5)
+        axes.legend(frameon=False, fontsize=8)
+        axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -1154,10 +836,204 @@ def draw_curves(path, history):
         figure.savefig(temporary, dpi=120)
 
 
+# ------------------------------------------------------------------------------------------ flags
+
+MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
+MAY_CHANGE_ON_RESUME = (
+    "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
+    "encoder_weights", "init_from", "embeddings", "checkpoint_every",
+)  # fmt: skip
+PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
+    "shapes": {
+        "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
+        "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256, "attention_dim": 256,
+        "embed_dim": 128, "epochs": 12, "batch_size": 16, "learning_rate": 3e-3, "warmup": 50, "alpha_c": 0.0,
+        "label_smoothing": 0.0, "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1,
+        "amp": True,
+    },
+}  # fmt: skip
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser(
+        description="Train Show, Attend and Tell.", examples=__doc__.partition("\n\n")[2]
+    )
+    number, text = utils.bounded, "other defaults: shapes, for the generated data set"
+    parser.add_argument("--preset", choices=PRESETS, help=text)
+
+    add = parser.add_argument_group("data").add_argument
+    text = (
+        "folder with the files that create_input_files.py wrote; feature stores are kept there too"
+    )
+    add("--data_folder", type=Path, default=Path("data"), help=text)
+    add("--data_name", default="flickr8k_5_cap_per_img_5_min_word_freq", help="their common name")
+    text = "folder for checkpoints, log and learning curves; give each variant its own"
+    add("--output_folder", type=Path, default=Path("checkpoints"), help=text)
+
+    add = parser.add_argument_group("model").add_argument
+    text = (
+        "CNN that sees the image: resnet18, 34, 50, 101, 152; vgg11, 13, 16, 19, each also as vgg11_bn; "
+        "efficientnet_lite0, efficientnet_lite2"
+    )
+    add("--encoder", default="resnet101", metavar="NAME", help=text)
+    text = "what the CNN starts from: imagenet, none (random weights), or a state dict file"
+    add("--encoder_weights", default="imagenet", metavar="FILE", help=text)
+    text = "side of the grid that attention sees; 0 keeps the CNN's own (faster)"
+    add("--encoded_image_size", type=number(int, 0, 64), default=14, help=text)
+    add("--decoder", default="lstm", metavar="NAME", help="recurrent cell: lstm or gru")
+    text = "soft weighs all places, hard samples one (REINFORCE), mean does not look anywhere"
+    add("--attention", default="soft", metavar="NAME", help=text)
+    width = number(int, 1, 65536)
+    add("--attention_dim", type=width, default=512, help="width of the attention network")
+    add("--embed_dim", type=width, default=512, help="width of the word embedding")
+    add("--decoder_dim", type=width, default=512, help="width of the recurrent state")
+    text = "score words from word, state and context (paper, eq. 7), not from the state alone"
+    add("--deep_output", action="store_true", help=text)
+    text = (
+        "add a fixed code of row and column to the CNN's features, so that captions can tell left from right "
+        "(not in the paper)"
+    )
+    add("--position_encoding", action="store_true", help=text)
+    add(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="word vectors in GloVe's text format to start from",
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--epochs", type=number(int, 1, 100_000), default=15, help="passes over the training images"
+    )
+    text = "images per update, each with all its captions; lower it if memory runs out"
+    add("--batch_size", type=width, default=16, help=text)
+    rate, share = number(float, 0, 10), number(float, 0, 0.99)
+    add("--learning_rate", type=rate, default=6e-4, help="of the decoder, at its peak")
+    text = (
+        "after the warm-up: cosine falls to 0 at the last epoch; plateau multiplies by 0.8 after every 2 epochs "
+        "without a better validation score"
+    )
+    add("--lr_schedule", choices=("cosine", "plateau", "constant"), default="cosine", help=text)
+    text = "updates over which the learning rate rises from 0"
+    add("--warmup", type=number(int, 0, 10**9), default=200, help=text)
+    add("--weight_decay", type=rate, default=0.01, help="of AdamW")
+    add(
+        "--grad_clip",
+        type=number(float, 1e-6, 1e6),
+        default=5.0,
+        help="largest norm of the gradient",
+    )
+    text = "share dropped of what words are scored from; raise it on overfitting"
+    add("--dropout", type=share, default=0.6, help=text)
+    add("--embed_dropout", type=share, default=0.5, help="share dropped of embedded words")
+    add("--feature_dropout", type=share, default=0.3, help="share dropped of the CNN's features")
+    add(
+        "--label_smoothing",
+        type=share,
+        default=0.1,
+        help="share of each target spread over all words",
+    )
+    text = (
+        "weight of the doubly stochastic penalty (eq. 14), which makes attention visit every place"
+    )
+    add("--alpha_c", type=number(float, 0, 1000), default=0.1, help=text)
+    text = (
+        "train the CNN too, all but its first block (EfficientNet: but its first three stages); its features are "
+        "then not cached"
+    )
+    add("--fine_tune_encoder", action="store_true", help=text)
+    add("--encoder_learning_rate", type=rate, default=1e-4, help="of the CNN, at its peak")
+    text = (
+        "with --fine_tune_encoder: show images mirrored every other time, except those whose captions say left or "
+        "right"
+    )
+    add("--mirror", action="store_true", help=text)
+    text = (
+        "self-critical sequence training (Rennie et al. 2017, Luo 2020): five captions are sampled for each image, and "
+        "those with a higher CIDEr-D than the others made likelier; without dropout; the loss shown is minus their mean "
+        "reward x 100; needs --init_from and a small --learning_rate, 1e-4 for example"
+    )
+    add("--scst", action="store_true", help=text)
+    text = "of weights, dropout, sampling and the order of images"
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help=text)
+
+    add = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)").add_argument
+    text = "how the probability of feeding the true word falls: none, linear, exponential or inverse_sigmoid"
+    add("--scheduled_sampling", default="none", metavar="NAME", help=text)
+    text = "the probability never falls below this; lower it for more of the model's own words"
+    add("--ss_min", type=number(float, 0, 1), default=0.75, help=text)
+    text = "k of the schedule's formula (default: such that ss_min is reached at the last update)"
+    add("--ss_k", type=number(float, 1e-6, 1e9), help=text)
+    text = "linear only: fall of the probability per update (default: as for ss_k)"
+    add("--ss_slope", type=number(float, 0, 1), help=text)
+    text = "feed the model's likeliest word instead of one drawn from its distribution"
+    add("--ss_argmax", action="store_true", help=text)
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at")
+    text = "stop after so many epochs without a better score"
+    add("--patience", type=number(int, 1, 100_000), default=6, help=text)
+
+    add = parser.add_argument_group("continuing").add_argument
+    text = (
+        "go on with an interrupted run exactly where it was: the run of --output_folder, or the given checkpoint or "
+        "folder; with nothing there yet, start"
+    )
+    add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=text)
+    text = "start a new run from a checkpoint's weights and architecture, for example to fine-tune"
+    add("--init_from", type=Path, metavar="CHECKPOINT", help=text)
+    text = "save every so many updates too, for long epochs; 0: after each epoch, and when stopped"
+    add("--checkpoint_every", type=number(int, 0, 10**9), default=0, help=text)
+    utils.add_search_flags(parser, consensus=False)
+    utils.add_device_flags(parser)
+    return parser
+
+
+def check_args(args):
+    """Refuse flags that contradict each other, before anything is read or written."""
+    if args.resume and args.init_from:
+        raise UserError(
+            "--resume goes on with a run, --init_from starts a new one: give one of them"
+        )
+    if args.scst and not (args.init_from or args.resume):
+        raise UserError("--scst improves a trained model: name its checkpoint with --init_from")
+    if args.scst and args.scheduled_sampling != "none":
+        raise UserError(
+            "--scst feeds the model's own words already: leave out --scheduled_sampling"
+        )
+    if args.mirror and not args.fine_tune_encoder:
+        raise UserError(
+            "--mirror shows the CNN mirrored images, but a frozen CNN's features are computed once: add "
+            "--fine_tune_encoder, or leave --mirror out"
+        )
+    if args.embeddings and args.init_from:
+        raise UserError(
+            "--embeddings and --init_from both say what the word vectors start from: give one of them"
+        )
+    check_schedule(args)
+
+
+def check_schedule(args):
+    """Refuse flags of scheduled sampling that do not fit the schedule."""
+    name, constants = args.scheduled_sampling, args.ss_k is not None or args.ss_slope is not None
+    models.look_up(models.SCHEDULES, name, "schedule")
+    if name == "exponential" and args.ss_k is not None and args.ss_k > 1:
+        raise UserError(
+            f"--ss_k {args.ss_k}: expected at most 1 for --scheduled_sampling exponential, which is k^i"
+        )
+    if args.ss_slope is not None and name != "linear" and name != "none":
+        raise UserError(f"--ss_slope is for --scheduled_sampling linear; leave it out of {name}")
+    if name == "none" and (args.ss_argmax or constants):
+        raise UserError(
+            "--ss_k, --ss_slope and --ss_argmax do nothing without --scheduled_sampling; name a schedule"
+        )
+
+
 def with_preset(parser):
     """The parser with the defaults of the preset that the command line names, if it names one."""
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=PRESETS)
+    preset.add_argument("--preset")
     args, _ = preset.parse_known_args()
     parser.set_defaults(**PRESETS.get(args.preset, {}))
     return parser
