@@ -28,7 +28,7 @@ def main(args):
         print(utils.describe_machine(device))
         mine = utils.share(len(data))
         features = [c.features(data, args.data_folder, mine, args.workers) for c in captioners]
-        rows = {}
+        gazed, rows = gaze_features(captioners, features[0], mine.start), {}
         for beam_size in args.beam_size:
             utils.set_seed(0)  # of sampled locations
             began = time.time()
@@ -47,8 +47,8 @@ def main(args):
                 captions = [captioners[0].text(hypothesis) for hypothesis in best]
                 write_captions(data, captions, files[beam_size])
                 rows[beam_size] = score(data, captions, [h.alphas for h in best])
-                if len(captioners) == 1 and captioners[0].config["attention"] != "mean":
-                    rows[beam_size] |= measure_gaze(captioners[0], features[0], best)
+                if gazed is not None:
+                    rows[beam_size] |= measure_gaze(captioners[0], gazed, best)
                 rows[beam_size]["ms per picture"] = 1000 * seconds / len(captions)
         if utils.is_main():
             report(args, data, files, rows)
@@ -400,7 +400,17 @@ FUNCTION_WORDS = frozenset(
 )
 
 
-def measure_gaze(captioner, features, hypotheses, pictures=400, batch_size=16):
+def gaze_features(captioners, features, start, pictures=400):
+    """Features of the first pictures, from all processes; None where there is no gaze to measure.
+
+    :param features: float (N, n, encoder_dim), of this process's share, which begins at ``start``
+    """
+    if len(captioners) > 1 or captioners[0].config["attention"] == "mean":
+        return None
+    return torch.cat(utils.all_gather(features[: max(0, pictures - start)].float()))
+
+
+def measure_gaze(captioner, features, hypotheses, batch_size=16):
     """How focused attention is, how far it moves, and whether the words depend on it.
 
     Measured on the model's own captions, teacher-forced. Deletion: at one word, the tenth of the
@@ -410,17 +420,16 @@ def measure_gaze(captioner, features, hypotheses, pictures=400, batch_size=16):
 
     :param features: float (N, n, encoder_dim), the encoder's own grid
     :param hypotheses: list of at least N ``Hypothesis``
-    :param pictures: how many to measure, the first ones that have words
     :return: dict of means over content words (see ``FUNCTION_WORDS``), None where there are none:
         "places" (effective number: exp of the entropy of alpha), "peak" (largest weight),
         "movement" (half the L1 distance to the previous content word's alpha, 0 to 1), "fall" and
         "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
         nothing); the other words' "function places"; and "num_pixels"
     """
-    rows = [i for i in range(len(features)) if hypotheses[i].words][:pictures]
+    rows = [i for i in range(len(features)) if hypotheses[i].words]
     generator, found = torch.Generator().manual_seed(0), collections.defaultdict(list)
     for i in range(0, len(rows), batch_size):
-        images = features[rows[i : i + batch_size]].float().to(captioner.device)
+        images = features[rows[i : i + batch_size]].to(captioner.device)
         spoken = [torch.tensor(hypotheses[row].words) for row in rows[i : i + batch_size]]
         with torch.no_grad():
             for name, values in _gaze_of(captioner, images, spoken, generator).items():

@@ -108,7 +108,7 @@ def test_an_ensemble_of_equals_is_its_member(best_checkpoint, training_data, tmp
 def test_different_models_decode_together(
     best_checkpoint, training_data, tmp_path, no_java, monkeypatch
 ):
-    monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
     train.main(
         train_args(
             training_data,
@@ -132,7 +132,7 @@ def test_different_models_decode_together(
 def test_the_mean_of_two_trainings_is_a_model_of_its_own(
     best_checkpoint, training_data, tmp_path, no_java, monkeypatch, fails
 ):
-    monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
     train.main(
         train_args(training_data, tmp_path / "on", "--init_from", best_checkpoint, "--epochs", 1)
     )
@@ -173,22 +173,22 @@ def test_the_mean_of_two_trainings_is_a_model_of_its_own(
     )
     with fails("--average .*mean.pth.tar exists"):
         evaluate(training_data, tmp_path, "--model", best_checkpoint, after, "--average", mean)
-    for flags in (
-        ["--decoder", "gru"],
-        ["--position_encoding"],
-    ):  # other weights, and others of the same shape
-        other = tmp_path / flags[-1].strip("-")
-        train.main(train_args(training_data, other, *flags, "--epochs", 1))
+    # other weights, and others of the same shape
+    for change in ({"decoder": "gru"}, {"position_encoding": True}):
+        checkpoint = models.load_checkpoint(mean)
+        checkpoint["config"] |= change
+        decoder = models.build_decoder(checkpoint["config"], len(checkpoint["word_map"]))
+        checkpoint["decoder"] = decoder.state_dict()
+        models.save_checkpoint(tmp_path / "other.pth.tar", checkpoint)
+        flags = [
+            "--model",
+            mean,
+            tmp_path / "other.pth.tar",
+            "--average",
+            tmp_path / "none.pth.tar",
+        ]
         with fails("not of one architecture"):
-            evaluate(
-                training_data,
-                tmp_path,
-                "--model",
-                mean,
-                datasets.checkpoint_path(other, training_data[1]),
-                "--average",
-                tmp_path / "none.pth.tar",
-            )
+            evaluate(training_data, tmp_path, *flags)
 
 
 def test_scores_of_another_model_are_not_overwritten(
@@ -338,7 +338,7 @@ def test_no_file_is_written_where_a_checkpoint_says(
     checkpoint = models.load_checkpoint(best_checkpoint)
     checkpoint["config"]["data_name"] = name
     torch.save(checkpoint, tmp_path / "other.pth.tar")
-    with fails("the data's name .*expected a name of" if name else "add --data_name"):
+    with fails("the data's name .*expected at most 120 letters" if name else "add --data_name"):
         evaluate(training_data, tmp_path / "a" / "b", "--model", tmp_path / "other.pth.tar")
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth.tar"]
 
@@ -641,8 +641,15 @@ def test_the_size_of_a_batch_does_not_change_the_gaze(gaze):
         assert one[name] == pytest.approx(all_at_once[name], rel=1e-4, abs=1e-6)
 
 
-def test_the_first_pictures_with_words_are_measured(gaze):
-    assert gaze(pictures=2) == pytest.approx(gaze(said=SAID[:2] + [[], []]), nan_ok=True)
+def test_the_first_pictures_are_measured_whatever_process_holds_their_features(monkeypatch):
+    captioner = types.SimpleNamespace(config={"attention": "soft"})
+    shares, gathered = torch.arange(10.0).view(2, 5, 1, 1), []
+    monkeypatch.setattr(utils, "all_gather", lambda part: gathered.append(part) or [part])
+    for start, share in zip((0, 5), shares):
+        evaluation.gaze_features([captioner], share, start, pictures=7)
+    assert torch.cat(gathered).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    captioner.config["attention"] = "mean"
+    assert evaluation.gaze_features([captioner], shares[0], 0) is None
 
 
 def test_a_grid_of_another_size_than_the_encoders_is_measured_too(gaze):
