@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import lazy_loader as lazy
 
+if sys.flags.safe_path:
+    sys.exit("train.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 
@@ -788,9 +790,10 @@ def print_header(args, captioner, train_data, val_data):
         f"data: {args.data_name}: {len(train_data):,} training images with {len(train_data.captions):,} captions, "
         f"{len(val_data):,} validation images; {len(captioner.word_map) - 4:,} words and 4 special tokens"
     )
-    defaults = vars(get_args_parser().parse_args([]))
-    differing = {key: value for key, value in sorted(vars(args).items()) if value != defaults[key]}
-    print("options: " + (" ".join(f"--{k} {v}" for k, v in differing.items()) or "all by default"))
+    for group in get_args_parser()._action_groups:
+        values = {a.dest: getattr(args, a.dest, a.default) for a in group._group_actions if getattr(args, a.dest, a.default) != a.default}
+        if values:
+            print(f"{group.title}: " + " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in values.items()))
 
 
 def print_epoch(record, args, is_best, val_data, hypotheses):
