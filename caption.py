@@ -2,7 +2,7 @@
 
 python caption.py --img photo.jpg --model checkpoints
 python caption.py --img photo.jpg --model checkpoints --beam_size 3 --n_best 3 --gif
-python caption.py --img holiday/ 'more/*.png' --model checkpoints --no_plot --json captions.json
+python caption.py --img holiday/ --model checkpoints --no_plot --json captions.json
 """
 
 import collections
