@@ -1,8 +1,8 @@
 """Caption pictures and draw where the model looked at each word.
 
 python caption.py --img photo.jpg --model checkpoints
-python caption.py --img photo.jpg --model checkpoints --beam_size 3 --n_best 3 --gif
-python caption.py --img holiday/ --model checkpoints --no_plot --json captions.json
+python caption.py --img photo.jpg --model checkpoints --n_best 3 --gif
+python caption.py --img holiday/ --model checkpoints --no_plot --json out.json
 """
 
 import collections
