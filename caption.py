@@ -227,7 +227,7 @@ def report(path, hypotheses, captioner, say):
         for h in hypotheses
     ]
     lines = [
-        "{caption}  (score {score:.3f}, log-probability {log_prob:.2f})".format(**caption)
+        "{caption}  (log-probability {log_prob:.2f}, score {score:.3f})".format(**caption)
         for caption in captions
     ]
     numbered = (f"\n{i:>4}. {line}" for i, line in enumerate(lines, 1))
