@@ -22,6 +22,8 @@ from pathlib import Path
 
 import lazy_loader as lazy
 
+if sys.flags.safe_path:
+    sys.exit("caption.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 

@@ -224,6 +224,7 @@ def download(
     :raises UserError: if one cannot be had; the message says how to get it by hand
     """
     utils.check_disk(folder, sum(archives[name][1] for name in names))
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for name in names:
         md5, size = archives[name]
         path, part = Path(folder) / name, Path(folder) / f"{name}.part"

@@ -107,8 +107,7 @@ MAX_PIXELS = 89_478_485  # of a decoded picture: 268 MB as RGB; Pillow warns bey
 def open_image(source, size=None, name=None):
     """Read a picture as a person would see it: of every mode as RGB, rotated as its EXIF says.
 
-    Transparent pixels lie over white, 16-bit and float values are scaled, of an animation the first
-    frame is read.
+    Transparent pixels lie over white, 16-bit and float values are scaled, films give one picture.
 
     :param source: path (``zipfile.Path`` too) or bytes
     :param size: side in pixels that the picture will be resized to, if known: a large JPEG is then
@@ -927,15 +926,13 @@ def _deal_splits(splits, seed):
     :param splits: dict of names to splits or None
     :return: the same without None, list of notes
     """
-    known = set(splits.values())
-    lacking = [split for split in ("test", "val") if split not in known]
+    lacking = [split for split in ("test", "val") if split not in splits.values()]
     pool, parts = [name for name, split in splits.items() if not split], lacking or ["test", "val"]
-    size = max(1, round(len(pool) / 10))
-    if lacking and "train" in known:
+    train = [name for name, split in splits.items() if split == "train"]
+    size = max(1, round(len(pool or train) / 10))
+    if pool and lacking and train:
         size = math.ceil(len(pool) / len(lacking))
-        if not pool:
-            pool = [name for name, split in splits.items() if split == "train"]
-            size = max(1, round(len(pool) / 10))
+    pool = pool or (train if lacking else [])
     if not pool:
         return splits, []
     pool.sort(key=lambda n: hashlib.sha256(f"{seed}/{n}".encode("utf-8", "replace")).digest())
@@ -1044,12 +1041,10 @@ def _place_several(rng, sides, vertical):
 def _outline(shape, angle):
     """Corners of a shape around (0, 0), turned by ``angle`` radians; its box's longer side is 1."""
     corners = {"circle": 72, "square": 4, "triangle": 3, "star": 10}[shape]
-    start = -math.pi / 4 if shape == "square" else -math.pi / 2
-    points = []
-    for i in range(corners):
-        radius = 0.45 if shape == "star" and i % 2 else 1
-        turn = start + angle + 2 * math.pi * i / corners
-        points.append((radius * math.cos(turn), radius * math.sin(turn)))
+    start = angle - math.pi / (4 if shape == "square" else 2)
+    turns = [start + 2 * math.pi * i / corners for i in range(corners)]
+    radii = [0.45 if shape == "star" and i % 2 else 1 for i in range(corners)]
+    points = [(r * math.cos(turn), r * math.sin(turn)) for r, turn in zip(radii, turns)]
     xs, ys = zip(*points)
     side = max(max(xs) - min(xs), max(ys) - min(ys))
     middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2

@@ -9,11 +9,14 @@ import collections
 import itertools
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import lazy_loader as lazy
 
+if sys.flags.safe_path:
+    sys.exit("eval.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 

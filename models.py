@@ -4,7 +4,7 @@ An image becomes a grid of features (``Encoder``). For every word a small networ
 (``Attention``), and an LSTM or GRU scores the next word (``DecoderWithAttention``). Training,
 beam search and sampling all loop one function, ``DecoderWithAttention.step``.
 
-    captioner = load_captioner("checkpoints/BEST_checkpoint_shapes_5_cap_per_img_5_min_word_freq.pth.tar")
+    captioner = load_captioner(run_checkpoint("checkpoints"))
     captioner.caption(images)[0][0].words
 """
 
@@ -55,12 +55,9 @@ class Encoder(nn.Module):
         if weights != "none":
             load_classifier_weights(backbone, name, weights)
         self.frozen_blocks = backbone.frozen_blocks
-        self.register_buffer(
-            "mean", 255 * torch.tensor(backbone.mean).view(3, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "std", 255 * torch.tensor(backbone.std).view(3, 1, 1), persistent=False
-        )
+        for key in ("mean", "std"):  # of each colour channel
+            value = 255 * torch.tensor(getattr(backbone, key)).view(3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
         self.cnn = nn.Sequential(*backbone.blocks).to(memory_format=torch.channels_last)
         self.fine_tune(False)
         self.train(False)
@@ -74,17 +71,12 @@ class Encoder(nn.Module):
         :return: float (B, num_pixels, encoder_dim), the grid row by row
         """
         images = (images.float() - self.mean) / self.std  # (B, 3, height, width)
-        grid = self.cnn(
-            images.contiguous(memory_format=torch.channels_last)
-        )  # (B, encoder_dim, rows, columns)
+        images = images.contiguous(memory_format=torch.channels_last)
+        grid = self.cnn(images)  # (B, encoder_dim, rows, columns)
         return grid.permute(0, 2, 3, 1).flatten(1, 2)  # (B, num_pixels, encoder_dim)
 
     def fine_tune(self, fine_tune=True):
-        """Let all but the first ``frozen_blocks`` blocks learn, or freeze everything.
-
-        The first blocks detect edges and colours, which serve any photograph, and their large maps
-        take the most time to train.
-        """
+        """Let all but the first ``frozen_blocks`` blocks learn, or freeze everything."""
         self.requires_grad_(False)
         if fine_tune:
             for block in self.cnn[self.frozen_blocks :]:
@@ -100,24 +92,15 @@ class Backbone(NamedTuple):
 
     classifier: nn.Module  # the whole network, as files of weights describe it
     blocks: list  # its layers from the image to the grid
-    frozen_blocks: int  # how many of them fine-tuning leaves as they are
-    mean: tuple = (0.485, 0.456, 0.406)  # of each colour channel in [0, 1], as in its own training
+    frozen_blocks: int  # edges and colours, which serve any photograph: fine-tuning leaves them
+    mean: tuple = (0.485, 0.456, 0.406)  # of the colour channels in [0, 1], as in its own training
     std: tuple = (0.229, 0.224, 0.225)
 
 
 def resnet(name):
-    """A ResNet without its average pooling and classifier. The stem and the first stage stay frozen."""
+    """A ResNet without average pooling and classifier; stem and first stage stay frozen."""
     model = torchvision_model(name)
     return Backbone(model, list(model.children())[:-2], frozen_blocks=5)
-
-
-def vgg(name):
-    """A VGG before its last max-pool, as in the paper (section 4.3). The first block stays frozen."""
-    model = torchvision_model(name)
-    first_pool = next(
-        i for i, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)
-    )
-    return Backbone(model, list(model.features)[:-1], frozen_blocks=first_pool + 1)
 
 
 def torchvision_model(name):
@@ -127,11 +110,9 @@ def torchvision_model(name):
     return torchvision.models.get_model(name, weights=None)
 
 
-# An entry more is an encoder more: a function that takes the name and returns a ``Backbone``.
+# To add an encoder, add an entry: a function that takes the name and returns a ``Backbone``.
 ENCODERS = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet),
-    **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), vgg),
-    **dict.fromkeys(("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"), vgg),
 }
 
 
@@ -141,8 +122,8 @@ ENCODERS = {
 class Attention(nn.Module):
     """The attention network of the paper: additive scores (section 3.1.2, eq. 4; here with a ReLU).
 
-    Another network may replace it: it needs a ``project`` that is called once per image and a
-    ``forward`` that is called at every word, and an entry in ``ATTENTIONS``.
+    Another network can take its place: it needs ``project``, called once for each image,
+    ``forward``, called at every word, and an entry in ``ATTENTIONS``.
     """
 
     def __init__(self, encoder_dim, decoder_dim, attention_dim):
@@ -150,12 +131,10 @@ class Attention(nn.Module):
         self.encoder_att = nn.Linear(encoder_dim, attention_dim)
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
-        self.full_att.bias.requires_grad_(
-            False
-        )  # softmax does not see what moves all energies alike
+        self.full_att.bias.requires_grad_(False)  # softmax does not see what moves all alike
 
     def project(self, encoder_out):
-        """What does not depend on the word: (B, num_pixels, encoder_dim) to (B, num_pixels, attention_dim)."""
+        """The share of the image, float (B, num_pixels, encoder_dim) to (..., attention_dim)."""
         return self.encoder_att(encoder_out)
 
     def forward(self, encoder_att, h):
@@ -165,9 +144,8 @@ class Attention(nn.Module):
         :param h: float (B, R, decoder_dim), R hidden states for each image
         :return: energies, float (B, R, num_pixels)
         """
-        att = encoder_att.unsqueeze(1) + self.decoder_att(h).unsqueeze(
-            2
-        )  # (B, R, num_pixels, attention_dim)
+        decoder_att = self.decoder_att(h).unsqueeze(2)  # (B, R, 1, attention_dim)
+        att = encoder_att.unsqueeze(1) + decoder_att  # (B, R, num_pixels, attention_dim)
         return self.full_att(att.relu_()).squeeze(3)  # (B, R, num_pixels)
 
 
@@ -176,9 +154,7 @@ class AttentionOutput(NamedTuple):
 
     alpha: torch.Tensor  # float32 (B, R, num_pixels), sums to 1
     weights: torch.Tensor  # float32 (B, R, num_pixels), of the sum that makes the context vector
-    log_prob: torch.Tensor | None = (
-        None  # hard attention in training: (B, R), of the sampled location
-    )
+    log_prob: torch.Tensor | None = None  # hard attention in training: (B, R), of the sample
 
 
 def soft(energies, decoder):
@@ -187,30 +163,26 @@ def soft(energies, decoder):
     return AttentionOutput(alpha, alpha)
 
 
-# An entry more is an attention more: the network that scores the places, and what is done with its energies.
+# To add an attention, add an entry: the network that scores the places, and what its energies do.
 ATTENTIONS = {"soft": (Attention, soft)}
 
 
 # ---------------------------------------------------------------------------------------- decoder
 
-# An entry more is a recurrent cell more: cell(input_size, hidden_size), called as torch's own cells are.
+# To add a recurrent cell, add an entry: cell(input_size, hidden_size), called as torch's own.
 DECODERS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 
 
 class ImageContext(NamedTuple):
-    """What a batch of images offers the decoder at every word; made once, by ``init_hidden_state``."""
+    """What a batch of images offers the decoder at every word."""
 
     encoder_out: torch.Tensor  # (B, n, encoder_dim), on the encoder's own grid
     encoder_att: torch.Tensor  # (B, num_pixels, ...), projected by the attention network
-    pool: (
-        torch.Tensor | None
-    )  # (num_pixels, n), where attention sees another grid than the encoder's
+    pool: torch.Tensor | None  # (num_pixels, n), if attention sees another grid than the encoder's
 
     def first(self, count):
         """The context of the first images."""
-        return self._replace(
-            encoder_out=self.encoder_out[:count], encoder_att=self.encoder_att[:count]
-        )
+        return ImageContext(self.encoder_out[:count], self.encoder_att[:count], self.pool)
 
 
 class DecoderWithAttention(nn.Module):
@@ -225,10 +197,10 @@ class DecoderWithAttention(nn.Module):
     :param decoder: a key of ``DECODERS``
     :param attention: a key of ``ATTENTIONS``
     :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
-    :param deep_output: score words from word, state and context (eq. 7) and not from the state alone
+    :param deep_output: score words from word, state and context (eq. 7), not from the state alone
     :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
-    :param dropout, embed_dropout, feature_dropout: on what words are scored from, on embedded words,
-        on the encoder's grid
+    :param dropout, embed_dropout, feature_dropout: on what words are scored from, on embedded
+        words, on the encoder's grid
     :raises UserError: if decoder or attention is unknown
     """
 
@@ -242,9 +214,7 @@ class DecoderWithAttention(nn.Module):
         score, self.attend = look_up(ATTENTIONS, attention, "attention")
         self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
         self.deep_output, self.position_encoding = deep_output, position_encoding
-        self.sample_location = (
-            False  # hard attention after training: a sampled location or the likeliest
-        )
+        self.sample_location = False  # hard attention at inference: sample, or take the likeliest
         self.attention = score(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
@@ -275,27 +245,20 @@ class DecoderWithAttention(nn.Module):
         :return: (context, state): ``ImageContext``, and a tuple of float32 (B, 1, decoder_dim):
             (h, c) for an LSTM, else (h,)
         """
-        encoder_out = encoder_out.to(
-            compute_dtype(encoder_out.device)
-        )  # (num_images, n, encoder_dim)
+        place = encoder_out.device, compute_dtype(encoder_out.device)
+        encoder_out = encoder_out.to(*place)  # (num_images, n, encoder_dim)
         side, pool = math.isqrt(encoder_out.shape[1]), None
         if self.position_encoding:
-            encoder_out = encoder_out + position_code(
-                side, *encoder_out.shape[2:], encoder_out.device, encoder_out.dtype
-            )
+            encoder_out = encoder_out + position_code(side, encoder_out.shape[2], *place)
         encoder_out = self.feature_dropout(encoder_out)
         encoder_att = self.attention.project(encoder_out)  # (num_images, n, attention_dim)
         mean = encoder_out.mean(dim=1)  # (num_images, encoder_dim)
         if self.encoded_image_size not in (0, side):
-            pool = pooling_matrix(
-                side, self.encoded_image_size, encoder_out.device, encoder_out.dtype
-            )  # (num_pixels, n)
+            pool = pooling_matrix(side, self.encoded_image_size, *place)  # (num_pixels, n)
             encoder_att = pool @ encoder_att  # (num_images, num_pixels, attention_dim)
             mean = pool.mean(dim=0) @ encoder_out
         inits = [self.init_h, self.init_c] if self.init_c else [self.init_h]
-        state = tuple(
-            init(mean).float().unsqueeze(1) for init in inits
-        )  # (num_images, 1, decoder_dim)
+        state = tuple(init(mean).float().unsqueeze(1) for init in inits)  # (num_images, 1, ...)
         if image_index is not None:  # index_select, whose gradient is summed in a fixed order
             encoder_out = encoder_out.index_select(0, image_index)  # (B, n, encoder_dim)
             encoder_att = encoder_att.index_select(0, image_index)  # (B, num_pixels, attention_dim)
@@ -308,32 +271,27 @@ class DecoderWithAttention(nn.Module):
         :param words: int64 (B, R), the previous words
         :param state: tuple of float32 (B, R, decoder_dim)
         :param context: ``ImageContext`` of the B images
-        :return: (scores, attention, state): float32 (B, R, vocab_size); ``AttentionOutput``; the new state
+        :return: (scores, attention, state): float32 (B, R, vocab_size); ``AttentionOutput``; the
+            new state
         """
         h = state[0]  # (B, R, decoder_dim)
         embedded = self.embed_dropout(self.embedding(words))  # (B, R, embed_dim)
-        attention = self.attend(
-            self.attention(context.encoder_att, h), self
-        )  # alpha: (B, R, num_pixels)
-        weights = (
-            attention.weights
-            if context.pool is None
-            else attention.weights.to(context.pool.dtype) @ context.pool
-        )  # (B, R, n)
-        z = weights.to(context.encoder_out.dtype) @ context.encoder_out  # (B, R, encoder_dim)
+        energies = self.attention(context.encoder_att, h)  # (B, R, num_pixels)
+        attention = self.attend(energies, self)  # alpha: (B, R, num_pixels)
+        weights = attention.weights.to(context.encoder_out.dtype)  # (B, R, num_pixels)
+        if context.pool is not None:
+            weights = weights @ context.pool  # (B, R, n)
+        z = weights @ context.encoder_out  # (B, R, encoder_dim)
         z = torch.sigmoid(self.f_beta(h)) * z  # the gate of section 4.2.1
-        state = self.recur(
-            torch.cat([embedded.to(z.dtype), z], dim=2), state
-        )  # each (B, R, decoder_dim)
-        output = self.dropout(state[0])
+        state = self.recur(torch.cat([embedded.to(z.dtype), z], dim=2), state)
+        output = state[0]  # (B, R, decoder_dim)
         if self.deep_output:  # eq. 7
-            output = self.dropout(
-                embedded + self.deep_h(state[0]) + self.deep_z(z)
-            )  # (B, R, embed_dim)
-        return self.fc(output).float(), attention, state
+            output = embedded + self.deep_h(output) + self.deep_z(z)  # (B, R, embed_dim)
+        scores = self.fc(self.dropout(output)).float()  # (B, R, vocab_size)
+        return scores, attention, state
 
     def recur(self, x, state):
-        """Advance the recurrent cell; torch's cells take (rows, features) and an LSTM's state as a pair."""
+        """Advance the recurrent cell: torch's take rows, and an LSTM's state as a pair."""
         flat = tuple(s.flatten(0, 1) for s in state)  # (B * R, decoder_dim)
         new = self.decode_step(x.flatten(0, 1), flat if len(flat) > 1 else flat[0])
         new = new if isinstance(new, tuple) else (new,)
@@ -342,18 +300,18 @@ class DecoderWithAttention(nn.Module):
     def forward(
         self, encoder_out, captions, decode_lengths, image_index, epsilon=1.0, argmax=False
     ):
-        """Run over captions for training: teacher forcing, or scheduled sampling if ``epsilon`` is below 1.
+        """Run over captions for training: teacher forcing, or scheduled sampling below epsilon 1.
 
-        Scheduled sampling (Bengio et al. 2015, section 2.4): for every token a coin shows the ground
-        truth with probability epsilon; else the model's own word is fed, drawn from its distribution of
-        the step before. No gradient flows through the draw. Scores are compared with the ground truth.
+        Scheduled sampling (Bengio et al. 2015, section 2.4): with probability epsilon the true word
+        is fed, else the model's own, drawn from its distribution of the step before. No gradient
+        flows through the draw, and scores are always compared with the true words.
 
         :param encoder_out: float (num_images, n, encoder_dim)
         :param captions: int64 (B, >= max_decode_length + 1): <start>, words, <end>, then <pad>
-        :param decode_lengths: list of B ints in decreasing order: steps to run for each row, at least its
-            words and <end>; a list, so that the loop never waits for the device
+        :param decode_lengths: list of B ints in decreasing order: words and <end> of each caption;
+            a list, so that the loop never waits for the device
         :param image_index: int64 (B,), which image each caption describes
-        :param epsilon: probability of feeding the ground truth; a float, or a tensor that a CUDA graph reads
+        :param epsilon: float, or a tensor that a CUDA graph reads
         :param argmax: feed the model's likeliest word and not a draw
         :return: ``DecoderOutput``
         :raises ValueError: if the lengths are not in decreasing order
@@ -373,30 +331,18 @@ class DecoderWithAttention(nn.Module):
                 step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
                 scores.append(step_scores.squeeze(1))  # (n, vocab_size)
                 ended = len(captions) - n
-                alphas.append(
-                    F.pad(attention.alpha.squeeze(1), (0, 0, 0, ended))
-                )  # (B, num_pixels)
+                alphas.append(F.pad(attention.alpha[:, 0], (0, 0, 0, ended)))  # (B, num_pixels)
                 if attention.log_prob is not None:
-                    log_probs.append(F.pad(attention.log_prob.squeeze(1), (0, ended)))  # (B,)
+                    log_probs.append(F.pad(attention.log_prob[:, 0], (0, ended)))  # (B,)
         targets = torch.cat([captions[:n, t + 1] for t, n in enumerate(live)])  # (num_words,)
         real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
         row = torch.arange(len(captions), device=captions.device)
-        return DecoderOutput(
-            torch.cat(scores), targets, torch.stack(alphas, dim=1) * real.unsqueeze(2),
-            torch.stack(log_probs, dim=1) * real if log_probs else None, torch.cat([row[:n] for n in live]),
-        )  # fmt: skip
-
-
-class DecoderOutput(NamedTuple):
-    """What a training pass gives. "Packed" is time-major: all live rows of step 0, then of step 1, and so on."""
-
-    scores: torch.Tensor  # float32 (num_words, vocab_size), packed
-    targets: torch.Tensor  # int64 (num_words,), packed; <pad> where a row ran past its caption
-    alphas: torch.Tensor  # float32 (B, max_decode_length, num_pixels), zero past each caption's end
-    log_probs: (
-        torch.Tensor | None
-    )  # hard attention: (B, max_decode_length), of the sampled locations
-    rows: torch.Tensor  # int64 (num_words,), packed: the caption of each word
+        rows = torch.cat([row[:n] for n in live])  # (num_words,)
+        alphas = torch.stack(alphas, dim=1) * real.unsqueeze(
+            2
+        )  # (B, max_decode_length, num_pixels)
+        log_probs = torch.stack(log_probs, dim=1) * real if log_probs else None
+        return DecoderOutput(torch.cat(scores), targets, alphas, log_probs, rows)
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -405,7 +351,8 @@ class DecoderOutput(NamedTuple):
 def doubly_stochastic_penalty(alphas):
     """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
 
-    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past each caption's end
+    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past
+        each caption's end
     :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
     """
     visits = alphas.sum(dim=1)  # (batch_size, num_pixels)
@@ -414,35 +361,37 @@ def doubly_stochastic_penalty(alphas):
 
 
 def caption_loss(
-    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, decoder=None
-):
+    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, grounding=0.0,
+    decoder=None,
+):  # fmt: skip
     """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
 
-    The paper sums both terms of eq. 14 over a caption. Here both are divided by the number of words,
-    which keeps their proportion and makes batches of any lengths comparable. Hard attention adds the
-    gradient estimate of section 4.1: the sampled locations' log-probabilities times how much likelier
-    the caption was than the moving average, and the entropy of alpha.
+    The paper sums both terms of eq. 14 over a caption. Here both are divided by the number of
+    words, which keeps their proportion and makes batches of any lengths comparable. Hard attention
+    adds the gradient estimate of section 4.1.
 
     :param output: ``DecoderOutput``
     :param num_words: divisor, if not this batch's own words (several processes share a batch)
-    :param label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016)
+    :param label_smoothing: share of the target spread over all words (Szegedy et al. 2016)
     :param alpha_c: weight of the doubly stochastic penalty
     :param alpha_entropy_c: hard attention: weight of the entropy
+    :param grounding: weight of the attention teacher's loss
     :param decoder: hard attention: the decoder, whose moving average is updated
     :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient
     """
     real = output.targets != PAD_ID  # (num_words,)
     num_words = real.sum() if num_words is None else num_words
     log_probs = output.scores.log_softmax(dim=1)  # (num_words, vocab_size)
-    word_nll = F.nll_loss(
-        log_probs, output.targets, reduction="none", ignore_index=PAD_ID
-    )  # (num_words,)
+    word_nll = F.nll_loss(log_probs, output.targets, reduction="none", ignore_index=PAD_ID)
     loss = word_nll.sum()
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * (log_probs.mean(dim=1) * real).sum()
+        even = -(log_probs.mean(dim=1) * real).sum()
+        loss = (1 - label_smoothing) * loss + label_smoothing * even
     if alpha_c:
         num_captions = (output.alphas.sum(dim=(1, 2)) > 0).sum()
         loss = loss + alpha_c * num_captions * doubly_stochastic_penalty(output.alphas)
+    if output.grounding is not None:
+        loss = loss + grounding * output.grounding
     if output.log_probs is not None:
         loss = loss + hard_attention_loss(output, word_nll.detach(), alpha_entropy_c, decoder)
     return loss / num_words, word_nll.detach().sum() / num_words
@@ -458,11 +407,8 @@ def linear(progress, schedule):
     return k - slope * progress * schedule.updates
 
 
-# An entry more is a schedule more: a function of the progress of the training, from 0 to 1, and the constants.
-SCHEDULES = {
-    "none": lambda progress, schedule: 1.0,
-    "linear": linear,
-}
+# To add a schedule, add an entry: a function of the training's progress, from 0 to 1.
+SCHEDULES = {"none": lambda progress, schedule: 1.0, "linear": linear}
 
 
 def scheduled_sampling_epsilon(name, update, schedule):
@@ -485,32 +431,10 @@ class Hypothesis(NamedTuple):
 
     words: list  # of word ids, without <start> and <end>
     log_prob: float  # of the words and of <end>, if it ended
-    score: (
-        float  # what hypotheses are ranked by: log_prob / length^length_penalty, plus the consensus
-    )
+    score: float  # what it is ranked by: log_prob / length^length_penalty, plus the consensus
     alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
     ended: bool  # False: cut off at max_decode_steps
     word_log_probs: list  # of each word
-
-
-class Beams(NamedTuple):
-    """K hypotheses of each of B images, all t words long."""
-
-    log_prob: torch.Tensor  # (B, K)
-    score: torch.Tensor  # (B, K)
-    seqs: torch.Tensor  # int64 (B, K, t); <pad> after <end>
-    word_log_probs: torch.Tensor  # (B, K, t)
-    alphas: torch.Tensor  # (B, K, t, num_pixels); num_pixels is 0 where nobody wants them
-
-    def take(self, index):
-        """The hypotheses of an int64 index (B, k)."""
-        return Beams(*(x.gather(1, like(index, x)) for x in self))
-
-    def append(self, log_prob, score, word, word_log_prob, alpha):
-        """The hypotheses one word longer; what is given has a value for each of them."""
-        last = (word, word_log_prob, alpha)
-        longer = (torch.cat([x, y.unsqueeze(2)], dim=2) for x, y in zip(self[2:], last))
-        return Beams(log_prob, score, *longer)
 
 
 @torch.no_grad()
@@ -520,21 +444,21 @@ def beam_search(
 ):  # fmt: skip
     """Find the likeliest captions of a batch of images.
 
-    Several decoders form an ensemble: their word probabilities are averaged. <pad>, <start> and <unk>
-    are never produced. A hypothesis ends when <end> is among the beam_size best continuations of its
-    image. An image is done when none of its live hypotheses, were it to end now at no cost, would enter
-    its n best; without a length penalty that is exact, as log-probabilities only fall. Where nothing
-    ended, the best unfinished hypotheses are returned.
+    Several decoders form an ensemble: their word probabilities are averaged. <pad>, <start> and
+    <unk> are never produced. A hypothesis ends when <end> is among the beam_size best continuations
+    of its image. An image is done when no live hypothesis, were it to end now at no cost, would
+    enter its n best; without a length penalty that is exact. Where nothing ended, the best
+    unfinished hypotheses are returned.
 
     :param decoders: list of ``DecoderWithAttention`` with one word map, in eval mode
-    :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features of the same images
+    :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features
     :param word_map: word to id
     :param beam_size: hypotheses kept alive per image; 1 is greedy
     :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted
     :param max_decode_steps: longest caption, in words
     :param n_best: captions returned per image, at most beam_size
     :param with_alphas: keep the attention weights (the mean over decoders of the first one's grid)
-    :param consensus: ``Consensus`` that ranks the beam_size best anew before the n_best are taken, or None
+    :param consensus: ``Consensus`` that ranks the beam anew before the n_best are taken, or None
     :return: list of B lists of at most n_best ``Hypothesis``, best first
     :raises UserError: if a number is out of range, or the model's scores are not finite
     """
@@ -549,9 +473,8 @@ def beam_search(
     live, ended = (empty_beams(len(words), k, num_pixels, device) for k in (beam_size, keep))
     live.log_prob[:, 0] = 0  # at the start all beams are one
     for step in range(max_decode_steps + 1):
-        log_probs, alpha, states = score_words(
-            decoders, words, states, contexts
-        )  # (B, K, vocab_size)
+        # (B, K, vocab_size) and (B, K, num_pixels)
+        log_probs, alpha, states = score_words(decoders, words, states, contexts)
         log_probs[..., banned] = -math.inf
         # at most K of the best 2K continuations are <end>, so K others are among them
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
@@ -566,9 +489,7 @@ def beam_search(
         ended = best_ended(ended, grown, is_end, beam_size)
         if step == max_decode_steps:
             break
-        best = (
-            grown.log_prob.masked_fill(is_end, -math.inf).topk(beam_size, dim=1).indices
-        )  # (B, K)
+        _, best = grown.log_prob.masked_fill(is_end, -math.inf).topk(beam_size, dim=1)  # (B, K)
         live = grown.take(best)
         live.log_prob.masked_fill_(is_end.gather(1, best), -math.inf)  # too few words are left
         parent, words = parent.gather(1, best), word.gather(1, best)
@@ -603,7 +524,7 @@ class Captioner:
 
     @torch.no_grad()
     def encode(self, images):
-        """Features on the encoder's own grid: uint8 (B, 3, S, S) to float (B, n, encoder_dim) on the device."""
+        """Features on the encoder's own grid: uint8 (B, 3, S, S) to float (B, n, encoder_dim)."""
         return self.encoder(images.to(self.device))
 
     def caption(self, images, **options):
@@ -615,7 +536,7 @@ class Captioner:
         return [self.words[word] for word in hypothesis.words]
 
     def features(self, dataset, folder, rows=None, workers=2):
-        """Features of a split: of a frozen encoder from the feature store, made now if it is missing.
+        """Features of a split: of a frozen encoder from the feature store, which is made if missing.
 
         :param dataset: ``datasets.CaptionDataset``
         :param folder: data folder, where feature stores are kept
@@ -624,23 +545,17 @@ class Captioner:
         """
         path = None
         if not self.config["fine_tune_encoder"]:
-            key = datasets.feature_key(
-                encoder_digest(self.encoder), dataset.images_digest, compute_dtype(self.device)
-            )
-            path = datasets.features_path(folder, dataset.name, dataset.split, key)
-        features = torch.from_numpy(
-            datasets.encode_split(dataset, self.encode, path, rows, workers=workers)
-        )
-        return features if path is None else features[rows or slice(None)]
+            path = feature_store(self, dataset, folder)
+        features = datasets.encode_split(dataset, self.encode, path, rows, workers=workers)
+        return torch.from_numpy(features if path is None else features[rows or slice(None)])
 
 
 def load_captioner(path, device="cpu", word_map=None):
-    """Build the model that a checkpoint describes, with its weights; nothing in the file is executed.
+    """Build the model that a checkpoint describes; nothing in the file is executed.
 
     :param path: checkpoint written by ``train.py``, or one of the PyTorch captioning tutorial
     :param device: where to put the model
-    :param word_map: the word map that the user believes it was trained with, checked against its own.
-        The tutorial's checkpoints have none and need it
+    :param word_map: checked against the checkpoint's own; the tutorial's have none and need it
     :return: ``Captioner``
     :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
     """
@@ -668,6 +583,13 @@ def look_up(table, name, what):
     return table[name]
 
 
+def vgg(name):
+    """A VGG before its last max-pool, as in the paper (section 4.3); its first block stays frozen."""
+    model = torchvision_model(name)
+    is_pool = [isinstance(layer, nn.MaxPool2d) for layer in model.features]
+    return Backbone(model, list(model.features)[:-1], frozen_blocks=is_pool.index(True) + 1)
+
+
 def efficientnet_lite(name):
     """An EfficientNet-Lite, trained on values in [-1, 1]. Stem and first three of seven stages stay frozen."""
     import timm  # takes a second to import, and only these encoders need it
@@ -677,8 +599,17 @@ def efficientnet_lite(name):
     return Backbone(model, blocks, frozen_blocks=5, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
+VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
+ENCODERS |= dict.fromkeys((*VGGS, *(f"{name}_bn" for name in VGGS)), vgg)
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
 ENCODERS |= dict.fromkeys(EFFICIENTNETS, efficientnet_lite)
+
+
+def feature_store(captioner, dataset, folder):
+    """Path of the features of a split; it tells encoder, weights, images and arithmetic apart."""
+    digest, dtype = encoder_digest(captioner.encoder), compute_dtype(captioner.device)
+    key = datasets.feature_key(digest, dataset.images_digest, dtype)
+    return datasets.features_path(folder, dataset.name, dataset.split, key)
 
 
 def encoder_digest(encoder):
@@ -694,12 +625,13 @@ def encoder_digest(encoder):
 def calibrate(encoder, batches):
     """Set BatchNorm's statistics of an encoder with random weights from a few batches of images.
 
-    Without it the statistics are those of no image at all, and features of a deep CNN all but vanish.
+    Without it the statistics are those of no image at all, and features of a deep CNN all but
+    vanish.
 
     :param encoder: ``Encoder``
     :param batches: iterable of uint8 (B, 3, S, S) on the encoder's device
-    :return: float, how much features differ between images: their deviation over the images, over their
-        deviation over everything; near 0, every image looks the same to the decoder
+    :return: float, how much features differ between images: their deviation over the images, over
+        their deviation over everything; near 0, every image looks the same to the decoder
     """
     norms = [
         module
@@ -863,9 +795,10 @@ def compute_dtype(device):
 def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     """Adaptive average pooling of a square grid, written as a matrix.
 
-    Pooling is linear, so it commutes with the attention's projection and with the weighted sum of the
-    features. Both run on the CNN's own grid, 8 x 8 for example, and only this matrix stands between it and
-    the grid that attention sees, 14 x 14 for example: the same numbers for a third of the work.
+    Pooling is linear, so it commutes with the attention's projection and with the weighted sum of
+    the features. Both run on the CNN's own grid, 8 x 8 for example, and only this matrix stands
+    between it and the grid that attention sees, 14 x 14 for example: the same numbers for a third
+    of the work.
 
     :param size: side of the grid that comes in
     :param encoded_image_size: side of the grid that comes out
@@ -879,8 +812,9 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
 def position_code(size, channels, device="cpu", dtype=torch.float32):
     """A fixed code of row and column for every place of a square grid (the sines of Vaswani et al. 2017, in 2-D).
 
-    A CNN's features tell little of where in the image they are. With the code added, attention and decoder
-    can tell left from right. The wavelengths run from twice the image's side down to two cells.
+    A CNN's features tell little of where in the image they are. With the code added, attention and
+    decoder can tell left from right. The wavelengths run from twice the image's side down to two
+    cells.
 
     :return: (size^2, channels), in [-0.1, 0.1]: waves along the rows, then along the columns
     """
@@ -897,6 +831,17 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
 # ---------------------------------------------------------------------------- training of the decoder
 
 
+class DecoderOutput(NamedTuple):
+    """What a training pass gives. "Packed": the live rows of step 0, then of step 1, and so on."""
+
+    scores: torch.Tensor  # float32 (num_words, vocab_size), packed
+    targets: torch.Tensor  # int64 (num_words,), packed; <pad> where a row ran past its caption
+    alphas: torch.Tensor  # float32 (B, max_decode_length, num_pixels), zero past each caption's end
+    log_probs: torch.Tensor | None  # hard attention: (B, max_decode_length), of the samples
+    rows: torch.Tensor  # int64 (num_words,), packed: the caption of each word
+    grounding: torch.Tensor | None = None  # scalar, the loss of an ``AttentionTeacher``
+
+
 def live_rows(decode_lengths, group=8):
     """How many rows each step runs. Rows leave in groups: fewer shapes, for which fewer kernels are compiled.
 
@@ -910,31 +855,76 @@ def live_rows(decode_lengths, group=8):
 
 
 class CaptioningNetwork(nn.Module):
-    """Encoder and decoder as one module, whose gradients DistributedDataParallel can average.
+    """What is trained, as one module, whose gradients DistributedDataParallel can average.
 
     :param encoder: ``Encoder`` that learns too; None: the features are given
     :param decoder: ``DecoderWithAttention``
+    :param teacher: ``AttentionTeacher``, or None
     """
 
-    def __init__(self, encoder, decoder):
+    def __init__(self, encoder, decoder, teacher=None):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.teacher = encoder, decoder, teacher
 
-    def forward(self, images, *inputs):
-        """``images`` are what the encoder takes or, without an encoder, its features; see the decoder's ``forward``."""
-        if not inputs[1]:  # fewer images in the last batch than processes
+    def forward(self, images, captions, decode_lengths, image_index, *sampling):
+        """``images`` or, without an encoder, features; the rest as in the decoder's ``forward``."""
+        if not decode_lengths:  # fewer images in the last batch than processes
             return None
         encoder_out = images if self.encoder is None else self.encoder(images)
-        return self.decoder(encoder_out, *inputs)
+        output = self.decoder(encoder_out, captions, decode_lengths, image_index, *sampling)
+        if self.teacher is None:
+            return output
+        return output._replace(
+            grounding=self.teacher(encoder_out, output.alphas, captions, image_index)
+        )
+
+
+class AttentionTeacher(nn.Module):
+    """Shows attention where to look, in training alone (``--grounding``).
+
+    Each place of the grid guesses the word to come from its own feature. The loss is the negative
+    log-likelihood of the true word when attention chooses whose guess counts, the marginal
+    likelihood of a latent alignment (Shankar et al. 2018; Deng et al. 2018). Its gradient draws
+    attention to the places from which the word can be read, which the decoder's own loss hardly
+    does: it can live on the mean feature.
+    """
+
+    def __init__(self, encoder_dim, vocab_size):
+        super().__init__()
+        self.place_words = nn.Linear(encoder_dim, vocab_size)
+
+    def forward(self, encoder_out, alphas, captions, image_index):
+        """
+        :param encoder_out: float (num_images, n, encoder_dim)
+        :param alphas: float (B, max_decode_length, num_pixels)
+        :return: scalar, summed over the real words
+        """
+        side, new_side = math.isqrt(encoder_out.shape[1]), math.isqrt(alphas.shape[2])
+        if side != new_side:  # what attention weighs are means of the encoder's places
+            alphas = alphas @ pooling_matrix(
+                side, new_side, alphas.device
+            )  # (B, max_decode_length, n)
+        guesses = self.place_words(encoder_out.to(compute_dtype(encoder_out.device)))
+        guesses = (
+            guesses.float().log_softmax(dim=2).transpose(1, 2).flatten(0, 1)
+        )  # (num_images * vocab_size, n)
+        targets = captions[:, 1 : alphas.shape[1] + 1]  # (B, max_decode_length)
+        rows = image_index.unsqueeze(1) * self.place_words.out_features + targets
+        guesses = guesses.index_select(0, rows.flatten()).unflatten(
+            0, rows.shape
+        )  # (B, max_decode_length, n)
+        log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)
+        return -(log_likelihood * (targets != PAD_ID)).sum()
 
 
 class deferred_weight_gradients(TorchFunctionMode):
     """Inside ``with deferred_weight_gradients():`` each weight's gradient is formed once, after the last step's.
 
-    Autograd alone forms a product of the weight's size at every step and adds them up; here one product over
-    all steps' rows does it, which makes a training epoch about a quarter faster on a CPU. Layers are called as
-    ever: this mode sees the calls of ``F.linear``, ``lstm_cell`` and ``gru_cell`` that they end in. Any other
-    operation is left to autograd, so a layer or cell of your own needs no change here.
+    Autograd alone forms a product of the weight's size at every step and adds them up; here one
+    product over all steps' rows does it, which makes a training epoch about a quarter faster on a
+    CPU. Layers are called as ever: this mode sees the calls of ``F.linear``, ``lstm_cell`` and
+    ``gru_cell`` that they end in. Any other operation is left to autograd, so a layer or cell of
+    your own needs no change here.
     """
 
     def __init__(self):
@@ -1021,8 +1011,8 @@ def self_critical_loss(output, advantages, banned, num_words=None):
 
     :param output: ``DecoderOutput`` of a pass over the sampled captions
     :param advantages: float (B,), each caption's reward less its baseline's
-    :param banned: int64 ids of words that were never sampled. They get no probability here either: else what
-        the sampled words lose goes to them, where no reward ever sees it
+    :param banned: int64 ids of words that were never sampled. They get no probability here either:
+        else what the sampled words lose goes to them, where no reward ever sees it
     :param num_words: divisor, if not this batch's own words (several processes share a batch)
     :return: (loss, nll): scalars, per word; nll is the samples' cross-entropy, without gradient
     """
@@ -1074,6 +1064,26 @@ SCHEDULES |= {"exponential": exponential, "inverse_sigmoid": inverse_sigmoid}
 # --------------------------------------------------------------------------- parts of beam search
 
 
+class Beams(NamedTuple):
+    """K hypotheses of each of B images, all t words long."""
+
+    log_prob: torch.Tensor  # (B, K)
+    score: torch.Tensor  # (B, K)
+    seqs: torch.Tensor  # int64 (B, K, t); <pad> after <end>
+    word_log_probs: torch.Tensor  # (B, K, t)
+    alphas: torch.Tensor  # (B, K, t, num_pixels); num_pixels is 0 where nobody wants them
+
+    def take(self, index):
+        """The hypotheses of an int64 index (B, k)."""
+        return Beams(*(x.gather(1, like(index, x)) for x in self))
+
+    def append(self, log_prob, score, word, word_log_prob, alpha):
+        """The hypotheses one word longer; what is given has a value for each of them."""
+        last = (word, word_log_prob, alpha)
+        longer = (torch.cat([x, y.unsqueeze(2)], dim=2) for x, y in zip(self[2:], last))
+        return Beams(log_prob, score, *longer)
+
+
 def check_search(beam_size, n_best, max_decode_steps):
     """:raises UserError: if a number is out of range"""
     if not 1 <= n_best <= beam_size or max_decode_steps < 1:
@@ -1114,7 +1124,8 @@ def best_ended(ended, grown, is_end, beam_size):
 def score_words(decoders, words, states, contexts):
     """One step of every decoder.
 
-    :return: (log_probs, alpha, states): (B, K, vocab_size), of the mean of the probabilities; (B, K, num_pixels)
+    :return: (log_probs, alpha, states): (B, K, vocab_size), of the mean of the probabilities; (B,
+        K, num_pixels)
     """
     steps = [decoder.step(words, *rest) for decoder, *rest in zip(decoders, states, contexts)]
     scores, attentions, states = zip(*steps)
@@ -1156,7 +1167,8 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps):
 
     :param encoder_out: float (B, n, encoder_dim)
     :param samples: captions per image
-    :return: int64 (B, samples, steps): words, <end>, then <pad>; <end> is missing where max_decode_steps cut
+    :return: int64 (B, samples, steps): words, <end>, then <pad>; <end> is missing where
+        max_decode_steps cut
     """
     context, state = decoder.init_hidden_state(encoder_out)
     state = tuple(s.expand(-1, samples, -1) for s in state)  # (B, samples, decoder_dim)
@@ -1204,10 +1216,11 @@ def caption_split(captioners, features, batch_size=None, **options):
 def average_weights(captioners):
     """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups").
 
-    Weights can be averaged if the trainings started from one checkpoint, for example before and after
-    self-critical training. Averaging models that do not share a starting point gives noise.
+    Weights can be averaged if the trainings started from one checkpoint, for example before and
+    after self-critical training. Averaging models that do not share a starting point gives noise.
 
-    :param captioners: list of ``Captioner`` with one word map; the first one's tensors are overwritten
+    :param captioners: list of ``Captioner`` with one word map; the first one's tensors are
+        overwritten
     :return: ``Captioner``, the first one
     :raises UserError: if they are not of one architecture
     """
@@ -1227,15 +1240,18 @@ def average_weights(captioners):
 
 class Consensus:
     """Prefers, among the hypotheses of beam search, what people said of similar images (Mao et al. 2015, "Deep
-    captioning with multimodal recurrent neural networks"; Devlin et al. 2015, "Exploring nearest neighbor approaches").
+    captioning with multimodal recurrent neural networks"; Devlin et al. 2015, "Exploring nearest
+    neighbor approaches").
 
-    Images are alike if their mean features are: by the cosine after each channel was given mean 0 and deviation
-    1 over the training images. A caption's agreement is its CIDEr-D against the captions of the ten nearest
-    training images, weighted by exp(cosine / 0.1); its score rises by ``weight`` x that.
+    Images are alike if their mean features are: by the cosine after each channel was given mean 0
+    and deviation 1 over the training images. A caption's agreement is its CIDEr-D against the
+    captions of the ten nearest training images, weighted by exp(cosine / 0.1); its score rises by
+    ``weight`` x that.
 
     :param captioners: list of ``Captioner`` that decode together
     :param references: list (training images) of lists (captions) of lists of words
-    :param means: list of float32 arrays (N, encoder_dim), each captioner's mean features of those images
+    :param means: list of float32 arrays (N, encoder_dim), each captioner's mean features of those
+        images
     :param weight: float
     """
 
@@ -1272,7 +1288,8 @@ class Consensus:
     def __call__(self, encoder_outs, found):
         """Rank hypotheses anew.
 
-        :param encoder_outs: list of float (B, n, encoder_dim), each captioner's features of the images
+        :param encoder_outs: list of float (B, n, encoder_dim), each captioner's features of the
+            images
         :param found: list of B lists of ``Hypothesis``
         :return: the same lists, best first, with the new scores
         """
@@ -1300,12 +1317,7 @@ def mean_features(dataset, captioner, folder, workers):
 
     :return: float32 array (N, encoder_dim)
     """
-    dtype = compute_dtype(captioner.device)
-    key = datasets.feature_key(encoder_digest(captioner.encoder), dataset.images_digest, dtype)
-    path, encode = (
-        datasets.features_path(folder, dataset.name, dataset.split, key),
-        captioner.encode,
-    )
+    path, encode = feature_store(captioner, dataset, folder), captioner.encode
     if not utils.broadcast(path.exists()):
         path = path.with_name(f"MEAN_{path.name}")
         encode = lambda images: captioner.encode(images).float().mean(dim=1, keepdim=True)
@@ -1406,7 +1418,8 @@ def refuse_inflation(path):
 def load_checkpoint(path, word_map=None):
     """Read a checkpoint on the CPU, of this suite or of the PyTorch captioning tutorial, and check it.
 
-    :param word_map: the word map it is believed to have; the tutorial's checkpoints keep none and need it
+    :param word_map: the word map it is believed to have; the tutorial's checkpoints keep none and
+        need it
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, something else, or of another word map
     """
@@ -1435,7 +1448,8 @@ def check_checkpoint(checkpoint, path):
 
     :param checkpoint: dict with ``CHECKPOINT_KEYS``
     :param path: where it came from, for the message
-    :raises UserError: if word map, configuration and weights do not fit each other, or weights are not finite
+    :raises UserError: if word map, configuration and weights do not fit each other, or weights are
+        not finite
     """
     config, word_map = checkpoint["config"], checkpoint["word_map"]
     try:
@@ -1545,7 +1559,8 @@ class InertUnpickler(pickle._Unpickler):
 def tutorial_checkpoint(path, word_map):
     """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of this suite's own.
 
-    :raises UserError: if there is no word map, or another one than the model's, or if the model is not the tutorial's
+    :raises UserError: if there is no word map, or another one than the model's, or if the model is
+        not the tutorial's
     """
     inert = types.SimpleNamespace(
         __name__="pickle",
@@ -1577,7 +1592,8 @@ def tutorial_checkpoint(path, word_map):
         name for name in encoder if name.endswith("running_var")
     ]:  # torch before 0.4.1 counted no batches
         encoder.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
+    # the number in a ResNet's name counts the blocks' convolutions, the first one and the
+    # classifier
     convolutions = sum(
         re.fullmatch(r"cnn\.[4-7]\.\d+\.conv\d\.weight", name) is not None for name in encoder
     )

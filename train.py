@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import lazy_loader as lazy
 
+if sys.flags.safe_path:
+    sys.exit("train.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 
@@ -162,10 +164,14 @@ class Trainer:
         self.latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
         self.best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
         self.features = self.val_features = self.progress = None
-        self.optimizer = build_optimizer(args, captioner)
+        self.teacher = teacher = None
+        if args.grounding:
+            sizes = captioner.encoder.encoder_dim, len(captioner.word_map)
+            self.teacher = teacher = models.AttentionTeacher(*sizes).to(self.device)
+        self.optimizer = build_optimizer(args, captioner, teacher)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         encoder = captioner.encoder if args.fine_tune_encoder else None
-        self.model = models.CaptioningNetwork(encoder, captioner.decoder)
+        self.model = models.CaptioningNetwork(encoder, captioner.decoder, teacher)
         if utils.world_size() > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.model)
         self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
@@ -202,6 +208,7 @@ class Trainer:
             batch.num_words,
             args.label_smoothing,
             args.alpha_c,
+            grounding=args.grounding,
             decoder=self.captioner.decoder,
         )
 
@@ -348,6 +355,8 @@ class Trainer:
             "seconds": self.seconds_since_start(), "optimizer": self.optimizer.state_dict(),
             "update": self.update, "epoch_so_far": so_far,
         }  # fmt: skip
+        if self.teacher:
+            state["teacher"] = self.teacher.state_dict()
         with self.stop.held():
             if utils.is_main():
                 models.save_checkpoint(path, state)
@@ -363,6 +372,8 @@ class Trainer:
                 for group in self.optimizer.param_groups
             ]
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.teacher:
+                self.teacher.load_state_dict(checkpoint["teacher"])
             for group, kept in zip(self.optimizer.param_groups, own):
                 kept["lr"].fill_(float(group["lr"]))
                 group.update(kept)  # what belongs to the device, which may be another one now
@@ -704,9 +715,10 @@ def build_model(args, checkpoint, word_map, train_data, device):
     return encoder, decoder.to(device)
 
 
-def build_optimizer(args, captioner):
+def build_optimizer(args, captioner, teacher=None):
     """AdamW over the decoder and, if it is fine-tuned, the encoder."""
-    groups = [{"params": list(captioner.decoder.parameters()), "peak_lr": args.learning_rate}]
+    params = [p for module in (captioner.decoder, teacher) if module for p in module.parameters()]
+    groups = [{"params": params, "peak_lr": args.learning_rate}]
     if args.fine_tune_encoder:
         learning = [p for p in captioner.encoder.parameters() if p.requires_grad]
         groups.append({"params": learning, "peak_lr": args.encoder_learning_rate})
@@ -778,9 +790,10 @@ def print_header(args, captioner, train_data, val_data):
         f"data: {args.data_name}: {len(train_data):,} training images with {len(train_data.captions):,} captions, "
         f"{len(val_data):,} validation images; {len(captioner.word_map) - 4:,} words and 4 special tokens"
     )
-    defaults = vars(get_args_parser().parse_args([]))
-    differing = {key: value for key, value in sorted(vars(args).items()) if value != defaults[key]}
-    print("options: " + (" ".join(f"--{k} {v}" for k, v in differing.items()) or "all by default"))
+    for group in get_args_parser()._action_groups:
+        values = {a.dest: getattr(args, a.dest, a.default) for a in group._group_actions if getattr(args, a.dest, a.default) != a.default}
+        if values:
+            print(f"{group.title}: " + " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in values.items()))
 
 
 def print_epoch(record, args, is_best, val_data, hypotheses):
@@ -938,6 +951,11 @@ def get_args_parser():
         "weight of the doubly stochastic penalty (eq. 14), which makes attention visit every place"
     )
     add("--alpha_c", type=number(float, 0, 1000), default=0.1, help=text)
+    text = (
+        "teach attention to look at what a word is about, with this weight, 0.2 for example: in training every "
+        "place alone guesses the word; use it with --alpha_c 0; costs a little of the captions' scores"
+    )
+    add("--grounding", type=number(float, 0, 1000), default=0.0, metavar="WEIGHT", help=text)
     text = (
         "train the CNN too, all but its first block (EfficientNet: but its first three stages); its features are "
         "then not cached"

@@ -60,15 +60,15 @@ def note(text):
 
 def ending(prog, error):
     """Exit code and last line (or None) for an error that the user can mend; raises any other."""
-    for number in StopSignals.numbers:
-        signal.signal(number, signal.SIG_IGN)  # the process is ending already
+    is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
+    for number in StopSignals.numbers:  # the process is ending already; torchrun ends the others
+        signal.signal(number, signal.SIG_IGN if is_first else signal.SIG_DFL)
     try:
         print(end="", flush=True)
     except OSError as fault:  # Python would fail once more on what is left in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, OSError) and error.errno == fault.errno:
             error.filename = "standard output"
-    is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
     cause = error  # an import that is interrupted can fail in any way
     while not isinstance(cause, (KeyboardInterrupt, UserError, type(None))):
         cause = cause.__context__
@@ -150,10 +150,6 @@ def _hint(name, known):
 
 class _HelpFormatter(argparse.HelpFormatter):
     """Defaults where they mean something, metavars that say what is expected, examples as typed."""
-
-    def __init__(self, prog):
-        width = min(100, max(60, shutil.get_terminal_size().columns)) - 2
-        super().__init__(prog, max_help_position=30, width=width)
 
     def _fill_text(self, text, width, indent):
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -302,7 +298,10 @@ def processes(device_name):
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=number, world_size=size)
-    with contextlib.nullcontext(sys.stdout) if is_main() else open(os.devnull, "w") as sys.stdout:
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(sys.stdout if is_main() else nowhere),
+    ):
         yield device
     distributed.destroy_process_group()
 
@@ -410,14 +409,6 @@ def _lock(file, wait):
     flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
 
 
-def _sync_folder(path):
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 @contextlib.contextmanager
 def atomic_path(path):
     """Give a temporary path beside ``path``; on success rename it, otherwise remove it.
@@ -446,10 +437,13 @@ def atomic_path(path):
                 if os.name == "nt":  # Windows renames no open file
                     file.close()
                 os.replace(temporary, final)
-            finally:
+            except BaseException:
                 temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # the new name itself must reach the disk too
-            precaution("fsync of folders", _sync_folder, final.parent)
+                raise
+        if os.name == "posix" and os.access(final.parent, os.R_OK):
+            folder = os.open(final.parent, os.O_RDONLY)  # the new name must reach the disk too
+            precaution("fsync of folders", os.fsync, folder)
+            os.close(folder)
     except OSError as error:
         raise _cannot("write", path, error) from error
 
@@ -534,22 +528,19 @@ def read_json(path):
 
 
 def check_disk(folder, size):
-    """Make a folder before the work starts, and see whether ``size`` bytes can be written there.
+    """See before the work starts whether ``size`` bytes can be written to a folder, made or not.
 
     :raises UserError: if not
     """
     from tqdm import tqdm
 
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        disk = shutil.disk_usage(folder)
-    except OSError as error:
-        raise _cannot("write", folder, error) from error
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file, expected a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {folder}: you may not; choose another folder")
+    disk = shutil.disk_usage(there)
     if disk.total and disk.free < size:  # some file systems say that they have 0 bytes in all
         free, needed = (tqdm.format_sizeof(value, "B") for value in (disk.free, size))
         raise UserError(
@@ -567,9 +558,11 @@ def busy_cores(seconds=0.1):
     """How many of its cores others keep busy (float), measured while this process sleeps."""
     import psutil
 
-    percent = psutil.cpu_percent(interval=seconds, percpu=True)
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
-    return sum(percent[core] for core in own if core < len(percent)) / 100
+    with contextlib.suppress(OSError):  # some containers do not say
+        percent = psutil.cpu_percent(interval=seconds, percpu=True)
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
+        return sum(percent[core] for core in own if core < len(percent)) / 100
+    return 0.0
 
 
 def prepare_libraries():
@@ -664,20 +657,14 @@ def peak_memory_gb(device):
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
-class _Lines:
-    """A stream for tqdm that makes a line of each state of its bar."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip("\r\n") + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def progress(iterable=None, **options):
     """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
+    import types
+
     from tqdm import tqdm
+
+    def write(text):
+        sys.stderr.write(text.strip("\r\n") + "\n" if text.strip() else "")
 
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         look = {"dynamic_ncols": True}  # a narrow terminal cuts off the right end
@@ -685,7 +672,8 @@ def progress(iterable=None, **options):
             "{percentage:3.0f}% {remaining} left, {rate_fmt}{postfix} |{bar}| {n_fmt}/{total_fmt}"
         )
     else:
-        look = {"file": _Lines(), "mininterval": 30, "maxinterval": 30, "delay": 30}
+        lines = types.SimpleNamespace(write=write, flush=sys.stderr.flush)
+        look = {"file": lines, "mininterval": 30, "maxinterval": 30, "delay": 30}
         layout = "{n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
     layout = "{desc}: " + layout if options.get("desc") else layout
     look |= {"bar_format": layout, "disable": not is_main()}

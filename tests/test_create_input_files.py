@@ -352,7 +352,7 @@ ARCHIVE = np.random.default_rng(0).bytes(300_000)
 
 
 def serve(behaviour):
-    """A server on 127.0.0.1 that answers request n with ``behaviour(handler, n, start)``, if that is None.
+    """A server on 127.0.0.1 that answers request n with ``behaviour(handler, n, start)``.
 
     :return: context manager of (its address, list of the first byte asked for in each request)
     """

@@ -272,6 +272,17 @@ def wholes(tmp_path_factory):
             for name, text in rows
         ),
         ".txt": "\n".join(f"{name}#{i % 3}\t{text}" for i, (name, text) in enumerate(rows)),
+        ".json": json.dumps([{"file_name": name, "text": [text]} for name, text in rows]),
+        ".bars": "image_name| comment_number| comment\n"
+        + "\n".join(f"{name}| {i % 3}| {text}" for i, (name, text) in enumerate(rows)),
+        ".coco": json.dumps(
+            {
+                "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+                "annotations": [
+                    {"image_id": i % 6, "caption": text} for i, (_, text) in enumerate(rows)
+                ],
+            }
+        ),
     }
     (folder / "captions.csv").write_text(texts[".csv"], encoding="utf-8")
     karpathy = {

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import errno
 import importlib
 import json
@@ -99,6 +100,21 @@ def test_two_writers_of_one_file_take_turns(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         list(threads.map(write, "abcdefgh"))
     assert seen <= {letter * 10 for letter in "abcdefgh"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_who_writes_next_keeps_its_temporary_file(tmp_path, monkeypatch):
+    """A writer that starts just when another one has renamed its file is not disturbed by it."""
+    replace, others = os.replace, contextlib.ExitStack()
+
+    def and_the_next_begins(source, target):
+        replace(source, target)
+        monkeypatch.setattr(os, "replace", replace)
+        others.enter_context(utils.atomic_path(tmp_path / "file")).write_text("second")
+
+    monkeypatch.setattr(os, "replace", and_the_next_begins)
+    with others, utils.atomic_path(tmp_path / "file") as temporary:
+        temporary.write_text("first")
+    assert (tmp_path / "file").read_text() == "second" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path, fails):
@@ -206,14 +222,17 @@ def test_a_file_that_would_be_lost_or_cannot_be_written_is_refused_first(tmp_pat
     assert (tmp_path / "README.md").read_text() == "words" and not (tmp_path / "new").exists()
 
 
-def test_a_folder_is_made_and_must_have_room(tmp_path, monkeypatch, fails):
+def test_a_folder_that_cannot_be_used_is_found_first(tmp_path, monkeypatch, fails):
     utils.check_disk(tmp_path / "a" / "b", 1000)
-    assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.iterdir())  # a run that fails leaves no empty folder
     (tmp_path / "file").write_text("")
     with fails("file is a file, expected a folder"):
         utils.check_disk(tmp_path / "file", 0)
-    with fails("cannot write .*file/folder: Not a directory"):
-        utils.check_disk(tmp_path / "file" / "folder", 0)
+    with fails("file is a file, expected a folder"):
+        utils.check_disk(tmp_path / "file" / "folder" / "b", 0)
+    with monkeypatch.context() as patch, fails("cannot write .*b: you may not"):
+        patch.setattr(os, "access", lambda path, _: path != tmp_path)
+        utils.check_disk(tmp_path / "a" / "b", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(total=9e9, free=2.5e6))
     with fails(f"{tmp_path} needs 1.30GB, but its disk has 2.50MB free"):
         utils.check_disk(tmp_path, 1.3e9)
@@ -507,7 +526,7 @@ def test_each_process_opens_its_own_card_alone(name, cards, monkeypatch, fails):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with utils.processes(name) as device:
         assert device == torch.device("cuda:1")
-    assert cards == ["current 1", "used cuda:1"]
+    assert not sys.stdout.closed and cards == ["current 1", "used cuda:1"]
     monkeypatch.setenv("LOCAL_RANK", "3")
     with fails("torch finds 3 GPUs here"), utils.processes(name):
         pytest.fail("there is no such card")
@@ -650,6 +669,8 @@ def test_busy_cores_are_those_of_others(monkeypatch):
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: [100.0, 50.0, 25.0, 0.0])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2}, raising=False)
     assert utils.busy_cores() == 0.75
+    monkeypatch.setattr(psutil, "cpu_percent", lambda **_: os.listdir("/proc/is/not"))
+    assert utils.busy_cores() == 0
     assert utils.available_cores() == 2
 
 
