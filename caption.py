@@ -161,7 +161,7 @@ def find_pictures(patterns, recursive=False):
             what = f"is a folder without pictures{skipped}" if path.is_dir() else "matches no file"
             raise UserError(f"--img {pattern}: {what}; expected pictures, folders or patterns")
         if skipped:
-            utils.note(f"{utils.printable(path)}{skipped}")
+            utils.note(f"in {utils.printable(path)}{skipped}")
         for file in files:
             paths.setdefault(os.path.abspath(file), file)
     return list(paths.values())
