@@ -161,7 +161,7 @@ def find_pictures(patterns, recursive=False):
             what = f"is a folder without pictures{skipped}" if path.is_dir() else "matches no file"
             raise UserError(f"--img {pattern}: {what}; expected pictures, folders or patterns")
         if skipped:
-            utils.note(f"{utils.printable(path)}{skipped}")
+            utils.note(f"in {utils.printable(path)}{skipped}")
         for file in files:
             paths.setdefault(os.path.abspath(file), file)
     return list(paths.values())
@@ -229,7 +229,7 @@ def report(path, hypotheses, captioner, say):
         for h in hypotheses
     ]
     lines = [
-        "{caption}  (score {score:.3f}, log-probability {log_prob:.2f})".format(**caption)
+        "{caption}  (log-probability {log_prob:.2f}, score {score:.3f})".format(**caption)
         for caption in captions
     ]
     numbered = (f"\n{i:>4}. {line}" for i, line in enumerate(lines, 1))

@@ -84,7 +84,7 @@ def test_a_picture_is_captioned_and_drawn(describe, best_checkpoint):
     printed, (result,) = describe("--img", path)
     assert result["image"] == str(path) and "image_id" not in result
     (said,) = result["captions"]
-    assert f"{path}: {said['caption']}  (score {said['score']:.3f}, log-pr" in printed.out
+    assert f"{path}: {said['caption']}  (log-probability {said['log_prob']:.2f}, sc" in printed.out
     assert written() == {"photo_attention.png"} and "written: captions.json" in printed.err
     with Image.open("out/photo_attention.png") as sheet:
         assert sheet.width > 200 and len(np.unique(np.asarray(sheet))) > 50
@@ -104,7 +104,8 @@ def test_n_best_are_numbered_in_the_order_of_the_score_that_is_printed(describe)
     assert 1 < len(captions) <= 3 and len({c["caption"] for c in captions}) == len(captions)
     assert [c["score"] for c in captions] == sorted((c["score"] for c in captions), reverse=True)
     for number, c in enumerate(captions, 1):
-        assert f"{number}. {c['caption']}  (score {c['score']:.3f}, log-prob" in printed.out
+        assert f"{number}. {c['caption']}  (log-probability {c['log_prob']:.2f}, " in printed.out
+        assert f"score {c['score']:.3f})" in printed.out
         assert isinstance(c["ended"], bool)
 
 
