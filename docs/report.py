@@ -1,9 +1,12 @@
 """Tables and plots of docs/results.md, drawn from what runs wrote.
 
-    python docs/report.py                                   # from docs/runs.json: tables into results.md, plots beside it
-    python docs/report.py --add runs/lstm-seed0 runs/...    # first take in runs: the folders of train.py and eval.py
+    # from docs/runs.json: tables into results.md, plots beside it
+    python docs/report.py
+    # first take in runs: the folders of train.py and eval.py
+    python docs/report.py --add runs/lstm-seed0 runs/...
 
-A run is called as its folder; folders that differ in "-seed0", "-seed1" alone are one row, mean ± half of the range.
+A run is called as its folder; folders that differ in "-seed0", "-seed1" alone are one row, mean ±
+half of the range.
 """
 
 import argparse
@@ -36,7 +39,7 @@ NOT_OPTIONS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def read_run(folder):
@@ -61,7 +64,6 @@ def read_run(folder):
         run |= {
             "machine": config.get("machine", "not recorded"),
             "updates": config["total_updates"],
-            "ss_constants": config["ss_constants"],
             "options": {
                 key: config[key]
                 for key, default in defaults.items()
@@ -86,9 +88,10 @@ def read_run(folder):
 
 
 def start_of(config):
-    """The option ``--init_from``, where it was given, from the folder where the commands of the report are typed."""
+    """The option ``--init_from``, from the folder where the report's commands are typed."""
     start = Path(config["init_from"] or "")
-    return {"init_from": f"{start.parent.name}/{start.name}"} if start.name else {}
+    name = f"{start.parent.name}/{start.name}" if start.suffix == ".tar" else start.name
+    return {"init_from": name} if name else {}
 
 
 def rounded(values):
@@ -108,7 +111,7 @@ def best_epoch(run):
     return max(run["epochs"], key=lambda epoch: epoch[metric])
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 
 
 def cell(values, digits=2):
@@ -365,12 +368,13 @@ def write_tables(runs, path):
             raise SystemExit(
                 f"{path} has no place for the table of {name}: <!-- {name} --> and <!-- end -->"
             )
-        text = pattern.sub(lambda found: f"{found[1]}{function(runs)}\n{found[2]}", text)
+        rows = function(runs)
+        text = pattern.sub(lambda found, rows=rows: f"{found[1]}{rows}\n{found[2]}", text)
     with utils.atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------- the plots
+# ---------------------------------------------------------------------------------------- the plots
 
 
 def panels(count):
@@ -409,20 +413,14 @@ def decoders_plot(runs):
 
 
 def scheduled_sampling_plot(runs):
-    """The probability of the true word over the updates, and what each schedule gives at beams 1 and 5."""
+    """The true word's probability over the updates, and each schedule's scores at beams 1 and 5."""
     figure, axes = panels(3)
     for schedule in SCHEDULES[1:]:
         run = seeds(runs, f"lstm-{schedule}")[0]
         options, updates = run["options"], np.linspace(0, run["updates"], 200)
-        epsilon = [
-            models.scheduled_sampling_epsilon(
-                options["scheduled_sampling"],
-                update,
-                *run["ss_constants"],
-                options.get("ss_min", 0.75),
-            )
-            for update in updates
-        ]
+        constants = models.Schedule(run["updates"], options.get("ss_min", 0.75))
+        name = options["scheduled_sampling"]
+        epsilon = [models.scheduled_sampling_epsilon(name, i, constants) for i in updates]
         axes[0].plot(updates, epsilon, label=schedule.replace("_", " "))
     axes[0].set_title("probability of the true word")
     axes[0].set_xlabel("update")
@@ -485,7 +483,7 @@ def main():
         "--folder",
         type=Path,
         default=HERE,
-        help="where runs.json and results.md are, and the plots go (default: the folder of this script)",
+        help="where runs.json and results.md are, and the plots go (default: this script's)",
     )
     args = parser.parse_args()
     path = args.folder / "runs.json"
@@ -495,8 +493,8 @@ def main():
         write_tables(runs, args.folder / "results.md")
     except KeyError as error:
         raise SystemExit(
-            f"a table lacks {error} of a run; nothing was taken in. Score each run as its row's others, for "
-            "example by eval.py --beam_size 1 3 5 --amp"
+            f"a table lacks {error} of a run; nothing was taken in. Score each run as its row's "
+            "others, for example by eval.py --beam_size 1 3 5 --amp"
         ) from error
     with utils.atomic_path(path) as temporary:
         temporary.write_text(

@@ -1,12 +1,13 @@
-"""How fast the suite is: against a textbook formulation of the same model, and against what the machine can do.
+"""How fast the suite is, against the model as tutorials write it and against the machine.
 
-    python tests/benchmark.py                                   # a few minutes on two CPU cores
-    python tests/benchmark.py --sections decoder beam           # some of it
-    python tests/benchmark.py --device cuda --workers 16 --sections ceiling encoders extraction decoder training flickr8k finetune beam caption
+    python tests/benchmark.py                           # all of it: minutes on two CPU cores
+    python tests/benchmark.py --sections decoder beam   # some of it
+    python tests/benchmark.py --device cuda
 
-The textbook encodes a picture for each of its captions, projects the picture anew at every word and searches one picture
-at a time. It has the suite's parameters and gives the same numbers, which is checked before anything is timed. Features
-and captions are random; captions have the lengths of Flickr8k's.
+The textbook encodes an image for each of its captions, projects the image anew at every word and
+searches one image at a time. It has the suite's parameters and gives the same numbers, which is
+checked before anything is timed. Features and captions are random; captions have the lengths of
+Flickr8k's.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,22 +32,18 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
-import datasets
-import models
-import train
-import utils
+import datasets  # noqa: E402
+import models  # noqa: E402
+import train  # noqa: E402
+import utils  # noqa: E402
 
 VOCABULARY = 2539  # Flickr8k's, words seen five times
-WORD_MAP = {
-    "<pad>": 0,
-    **{f"w{i}": i for i in range(1, VOCABULARY - 3)},
-    "<unk>": VOCABULARY - 3,
-    "<start>": VOCABULARY - 2,
-    "<end>": VOCABULARY - 1,
-}
+WORDS = [f"w{i}" for i in range(1, VOCABULARY - 3)]
+WORD_MAP = {word: i for i, word in enumerate(["<pad>", *WORDS, "<unk>", "<start>", "<end>"])}
+SCORES = dict.fromkeys(train.METRICS, 0.0) | {"val_nll": 0.0}
 
 
-# -------------------------------------------------------------------------------------------------------- textbook
+# --------------------------------------------------------------------------------------- textbook
 
 
 class Textbook(nn.Module):
@@ -73,7 +70,7 @@ class Textbook(nn.Module):
         return self.fc(h), alpha, h, c
 
     def forward(self, encoder_out, captions, decode_lengths):
-        """:return: scores (B, T, vocabulary), zero past each length; captions in decreasing order of length"""
+        """Scores (B, T, vocabulary), zero past each length; lengths in decreasing order."""
         mean = encoder_out.mean(dim=1)
         h, c = self.init_h(mean), self.init_c(mean)
         scores = encoder_out.new_zeros(len(captions), max(decode_lengths), VOCABULARY)
@@ -108,21 +105,19 @@ class Textbook(nn.Module):
         return max(done) if done else (top.max().item(), seqs[0].tolist())
 
 
-# ------------------------------------------------------------------------------------------------------ the stage
+# -------------------------------------------------------------------------------------- the stage
 
 
 class FakeDataset:
-    """Captions of Flickr8k's lengths about pictures that exist as random features only."""
+    """Captions of Flickr8k's lengths about images that exist as random features only."""
 
     def __init__(self, num_images, seed=0):
         rng = np.random.default_rng(seed)
-        words = np.clip(np.rint(rng.gamma(8.5, 1.27, num_images * 5)), 2, 36).astype(
-            np.int64
-        )  # mean 10.8
-        self.caption_lengths = words + 2
+        words = np.clip(np.rint(rng.gamma(8.5, 1.27, num_images * 5)), 2, 36)  # mean 10.8
+        self.caption_lengths = words.astype(np.int64) + 2
         self.captions = np.zeros((len(words), 52), np.int32)
-        for row, n in zip(self.captions, words):
-            row[: n + 2] = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, n), VOCABULARY - 1]
+        for row, n in zip(self.captions, self.caption_lengths):
+            row[:n] = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, n - 2), VOCABULARY - 1]
         self.caption_offsets = np.arange(0, len(words) + 1, 5)
 
     def __len__(self):
@@ -147,12 +142,10 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def pooled(features, size=14):
-    """What a textbook encoder hands over: the grid pooled to 14×14."""
-    pool = models.pooling_matrix(
-        math.isqrt(features.shape[1]), size, features.device, features.dtype
-    )
-    return pool @ features
+def pooled(features):
+    """What a textbook encoder hands over: the grid pooled to 14 x 14."""
+    side = math.isqrt(features.shape[1])
+    return models.pooling_matrix(side, 14, features.device, features.dtype) @ features
 
 
 def decoder_pair(device, encoder_dim=2048):
@@ -164,337 +157,198 @@ def decoder_pair(device, encoder_dim=2048):
     return ours, textbook
 
 
-def print_row(name, ours, textbook, unit, target=None):
-    wanted = f"  (wanted: {target}×)" if target else ""
-    print(
-        f"{name:<46}{textbook:>10.2f}{ours:>11.2f} {unit:<11}{ours / textbook:>7.1f}×{wanted}",
-        flush=True,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- sections
-
-
-def section_ceiling(device, args):
-    """The machine's own limits: a large matrix product and a large copy."""
-    n = 8192 if device.type == "cuda" else 2048
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (
-            torch.randn(n, n, device=device).to(dtype),
-            torch.randn(n, n, device=device).to(dtype),
-        )
-        rate = 2 * n**3 / clock(device, lambda: a @ b, 5)
-        print(f"{'matrix product, ' + str(dtype)[6:]:<46}{rate / 1e12:>10.2f} TFLOP/s")
-    x = torch.randn(2 ** (30 if device.type == "cuda" else 26), device=device)
-    y = torch.empty_like(x)
-    print(
-        f"{'copy (read and write)':<46}{8 * x.numel() / clock(device, lambda: y.copy_(x), 5) / 1e9:>10.0f} GB/s"
-    )
+def options_of_training(*flags):
+    return train.get_args_parser().parse_args([*flags, "--patience", "1000"])
 
 
 def allow_tf32(allowed):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
-@contextlib.contextmanager
-def exact_products():
-    """Float32 is float32 inside: two formulations are compared, not timed."""
-    allow_tf32(False)
-    yield
-    allow_tf32(True)
+def row(name, value, unit, base=None):
+    ratio = f"{value / base:>8.2f}x" if base else ""
+    print(f"{name:<58}{value:>12,.2f} {unit:<11}{ratio}", flush=True)
+
+
+# --------------------------------------------------------------------------------------- sections
 
 
 def section_decoder(device, args):
-    """One training step of the decoder on given features, 8×8×2048 seen as 14×14: forward and backward."""
+    """A training step on given features, 8 x 8 x 2048 seen as 14 x 14: forward and backward."""
     ours, textbook = decoder_pair(device)
-    data = FakeDataset(args.pictures)
-    rows = datasets.collate(data, np.arange(args.pictures))
-    features = torch.randn(args.pictures, 64, 2048, device=device).relu()
-    captions, pictures = (
-        torch.from_numpy(rows.captions).to(device),
-        torch.from_numpy(rows.image_index).to(device),
+    captions, lengths, image_index = datasets.collate(
+        FakeDataset(args.images), np.arange(args.images)
     )
-    lengths, words = rows.decode_lengths, sum(rows.decode_lengths)
+    features = torch.randn(args.images, 64, 2048, device=device).relu()
+    captions = torch.from_numpy(captions).to(device)
+    image_index, words = torch.from_numpy(image_index).to(device), sum(lengths)
 
-    def step_textbook():
-        scores = textbook(pooled(features)[pictures], captions, lengths)
-        F.cross_entropy(
-            scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0
-        ).backward()
+    def textbook_step():
+        scores = textbook(pooled(features)[image_index], captions, lengths)
+        targets = captions[:, 1 : scores.shape[1] + 1]
+        textbook.zero_grad()
+        F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=0).backward()
 
-    def step_ours(dtype=torch.float32):
-        loss, _ = models.caption_loss(
-            ours(features, captions, lengths, pictures, dtype=dtype), alpha_c=0
-        )
-        loss.backward()
+    def our_step(amp=False):
+        with utils.autocast(device, amp):
+            output = ours(features, captions, lengths, image_index)
+        ours.zero_grad()
+        models.caption_loss(output, alpha_c=0)[0].backward()
 
-    with exact_products():
-        step_textbook(), step_ours()
-    theirs = dict(textbook.named_parameters())
-    for name, a in ours.named_parameters():
-        b = theirs[name]
-        if (
-            name == "attention.full_att.bias"
-        ):  # softmax does not see it: its gradient is 0, and the suite leaves it out
-            continue
-        if not torch.allclose(
-            a.grad, b.grad, rtol=1e-2, atol=1e-4 * max(1.0, b.grad.abs().max().item())
-        ):
-            raise SystemExit(f"the two formulations disagree on the gradient of {name}")
-    slow = words / clock(device, step_textbook, 2 if device.type == "cpu" else 5)
-    print_row(
-        "decoder training step, float32", words / clock(device, step_ours), slow, "words/s", 10
-    )
-    fast = words / clock(device, lambda: step_ours(torch.bfloat16))
-    print_row("decoder training step, bfloat16 for ours", fast, slow, "words/s")
+    def plain_step(amp=False):
+        with mock.patch.object(models, "deferred_weight_gradients", contextlib.nullcontext):
+            our_step(amp)
+
+    allow_tf32(False)
+    textbook_step()
+    learning = [(name, p) for name, p in textbook.named_parameters() if p.requires_grad]
+    expected = {name: p.grad.clone() for name, p in learning}
+    for step in (our_step, plain_step):
+        step()
+        for name, p in ours.named_parameters():
+            if name not in expected:  # softmax does not see the bias of full_att
+                continue
+            bound = 1e-4 * max(1.0, expected[name].abs().max().item())
+            if not torch.allclose(p.grad, expected[name], rtol=1e-2, atol=bound):
+                raise SystemExit(f"the formulations disagree on the gradient of {name}")
+    allow_tf32(True)
+    slow = words / clock(device, textbook_step)
+    row("decoder step, textbook, float32", slow, "words/s")
+    for amp, kind in ((False, "float32"), (True, "bfloat16")):
+        for name, step in (("plain autograd", plain_step), ("weight gradients put off", our_step)):
+            rate = words / clock(device, functools.partial(step, amp), repeats=5)
+            row(f"decoder step, {name}, {kind}", rate, "words/s", slow)
 
 
 def section_training(device, args):
-    """A whole training with a frozen ResNet-101 at 256×256: features are extracted once and serve ten epochs."""
-    epochs, count = 10, 2 * args.pictures
-    options = train.get_args_parser().parse_args(
-        ["--amp", "--epochs", str(epochs), "--batch_size", str(args.pictures)]
-    )
-    encoder = models.Encoder("resnet101", "none").to(device)
-    images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
-    data = FakeDataset(count)
+    """An epoch of train.py on features of ResNet-101's size, at both grids."""
+    on_gpu = device.type == "cuda"
+    data, epochs = FakeDataset(6000 if on_gpu else 256), 15 if on_gpu else 2
+    features = torch.randn(len(data), 64, 2048).half().relu_().to(device)
+    for grid in (0, 14):
+        for amp in ([], ["--amp"]):
+            flags = ["--encoded_image_size", str(grid), "--epochs", str(epochs), *amp]
+            history = train_epochs(options_of_training(*flags), device, data, features)
+            rate = np.median([record["words_per_second"] for record in history])
+            kind = "bfloat16" if amp else "float32"
+            row(f"training, grid {grid or 8} x {grid or 8}, {kind}", rate, "words/s")
+    memory = history[-1]["peak_memory_gb"]
+    print(f"{'':<58}{memory} GB at most", flush=True)
 
+
+def train_epochs(options, device, data, features):
+    """The records of a training on given features, without validation and files."""
     torch.manual_seed(0)
-    textbook = Textbook(encoder.encoder_dim).to(device)
-    optimizer = torch.optim.Adam(textbook.parameters(), lr=4e-4)
-    rows = datasets.collate(data, np.arange(args.pictures))
-    captions = torch.from_numpy(rows.captions).to(device)
-
-    def update():  # every caption brings its picture along, as a loader of (picture, caption) pairs gives it
-        with torch.no_grad():
-            grids = pooled(
-                torch.cat([encoder(part.to(device)) for part in images[rows.image_index].split(16)])
-            )
-        scores = textbook(grids, captions, rows.decode_lengths)
-        loss = F.cross_entropy(
-            scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    slow = len(captions) / clock(device, update, 1)
-
-    def whole_training():
-        decoder = models.build_decoder(
-            {**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY
-        ).to(device)
-        captioner = models.Captioner(encoder, decoder, WORD_MAP, {"image_size": 256})
-        parts = [captioner.encode(part, torch.bfloat16).half() for part in images.split(16)]
-        train_epochs(options, captioner, data, torch.cat(parts), epochs)
-
-    fast = epochs * len(data.captions) / clock(device, whole_training, 1)
-    print_row("training with ResNet-101, bfloat16 for ours", fast, slow, "captions/s", 30)
-
-
-def train_epochs(options, captioner, data, features, epochs):
-    """Epochs of train.py on given features; returns their records."""
-    optimizer = train.build_optimizer(options, captioner.encoder, captioner.decoder)
-    step = train.Update(options, captioner, optimizer, data, features, torch.bfloat16)
-    config = {
-        **vars(options),
-        "total_updates": epochs * math.ceil(len(data) / options.batch_size),
-        "ss_constants": (None, None),
-    }
-    history = []
-    with utils.StopSignals() as stop:
-        for _ in range(epochs):
-            history.append(
-                train.train_epoch(options, config, captioner, step, history, stop, save=None)
-            )
-            step.begin_epoch()
-    return history
+    decoder = models.build_decoder(vars(options) | {"encoder_dim": 2048}, VOCABULARY).to(device)
+    updates = options.epochs * math.ceil(len(data) / options.batch_size)
+    config = vars(options) | {"image_size": 256, "total_updates": updates}
+    captioner = models.Captioner(nn.Identity(), decoder, WORD_MAP, config)
+    with utils.StopSignals() as stop, contextlib.ExitStack() as stack:
+        trainer = train.Trainer(options, captioner, data, None, stop)
+        trainer.features = features
+        for owner, name in (
+            (train.Trainer, "save"),
+            (train, "write_reports"),
+            (train, "print_epoch"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name))
+        stack.enter_context(mock.patch.object(train, "validate", lambda *_: (SCORES, [])))
+        train.train(trainer, options)
+    return trainer.history
 
 
 def section_beam(device, args):
-    """Beam search, beam 5: batches, once per picture, against one picture at a time, once per caption."""
+    """Beam search, beam 5: in batches against one image at a time."""
     ours, textbook = decoder_pair(device)
-    ours.eval()
-    for decoder in (
-        ours,
-        textbook,
-    ):  # untrained decoders never end: make <end> likely enough for captions of 10 words
-        decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4
-    encoder = models.Encoder("resnet101", "none").to(device)
-    captioner = models.Captioner(encoder, ours, WORD_MAP, {"image_size": 256})
-    count, batch = (64, 64) if device.type == "cpu" else (1024, 512)
+    for decoder in (ours.eval(), textbook):  # untrained, they would never say <end>
+        decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4  # captions of about 10 words
+    count = 64 if device.type == "cpu" else 1024
     features = torch.randn(count, 64, 2048, device=device).relu()
-    images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8)
-    with exact_products():
-        for i, (found, *_) in enumerate(
-            models.beam_search([ours], [features[:4]], WORD_MAP, beam_size=5)
-        ):
-            score, _ = textbook.search(pooled(features[i : i + 1]), 5)
-            if found.log_prob < score - 1e-3:
-                raise SystemExit(
-                    f"picture {i}: the suite's caption ({found.log_prob}) is worse than the textbook's ({score})"
-                )
-
-    def textbook_pictures(encode):
-        for i in range(4):
-            with torch.no_grad():
-                textbook.search(
-                    pooled(encoder(images[i : i + 1].to(device)))
-                    if encode
-                    else pooled(features[i : i + 1]),
-                    5,
-                )
-
-    def our_pictures(encode, dtype):
-        for i in range(0, count, batch):
-            if encode:
-                captioner.caption(images[i : i + batch], dtype, beam_size=5)
-            else:
-                models.beam_search(
-                    [ours], [features[i : i + batch]], WORD_MAP, beam_size=5, dtype=dtype
-                )
-
-    for encode, name, target in ((True, "with ResNet-101", 10), (False, "decoder alone", 20)):
-        slow = 4 / clock(device, lambda: textbook_pictures(encode), 1) / 5
-        for dtype in (torch.float32, torch.bfloat16):
-            fast = count / clock(device, lambda: our_pictures(encode, dtype), 1)
-            print_row(
-                f"beam search {name}, {str(dtype)[6:]} for ours", fast, slow, "pictures/s", target
-            )
-
-
-def section_extraction(device, args):
-    """Features of a frozen ResNet-101, 256×256, bfloat16, channels-last, fed from an HDF5 file."""
-    encoder = models.Encoder("resnet101", "none").to(device)
-    captioner = SimpleNamespace(encoder=encoder, device=device)
-    count = 2048 if device.type == "cuda" else 32
-    rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    records = [
-        datasets.Record(f"{i}", split, ["a word"], lambda size: picture)
-        for split in datasets.SPLITS
-        for i in range(count if split == "train" else 1)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        datasets.write_dataset(folder, records, dataset="bench", source="random", min_word_freq=1)
-        data = datasets.CaptionDataset(
-            datasets.split_path(folder, "train", datasets.base_name("bench", 5, 1))
-        )
-        encode = lambda images: models.Captioner.encode(captioner, images, torch.bfloat16)
-        out = Path(folder) / "features.npy"
-        datasets.encode_split(data, encode, out, workers=args.workers)  # warms up
-        out.unlink()
-        began = time.perf_counter()
-        datasets.encode_split(data, encode, out, workers=args.workers)
-        synchronize(device)
-        print(
-            f"{'extraction, ResNet-101, from HDF5 to the store':<46}{count / (time.perf_counter() - began):>10.0f} pictures/s"
-        )
-    images = torch.randint(
-        0, 256, (256 if device.type == "cuda" else 8, 3, 256, 256), dtype=torch.uint8, device=device
-    )
-    rate = len(images) / clock(device, lambda: captioner_encode(encoder, images, device), 3)
-    print(
-        f"{'extraction, ResNet-101, the CNN alone':<46}{rate:>10.0f} pictures/s, {rate * 20.4e9 / 1e12:.1f} TFLOP/s"
-    )
-
-
-@torch.no_grad()
-def captioner_encode(encoder, images, device):
-    with torch.autocast(device.type, torch.bfloat16):
-        return encoder(images)
+    search = functools.partial(models.beam_search, [ours], word_map=WORD_MAP, beam_size=5)
+    allow_tf32(False)
+    for i, (found, *_) in enumerate(search([features[:4]])):
+        score, _ = textbook.search(pooled(features[i : i + 1]), 5)
+        if found.log_prob < score - 1e-3:
+            raise SystemExit(f"image {i}: {found.log_prob}, but the textbook found {score}")
+    allow_tf32(True)
+    one_by_one = lambda: [textbook.search(pooled(features[i : i + 1]), 5) for i in range(4)]
+    slow = 4 / clock(device, one_by_one)
+    row("beam search, textbook, float32", slow, "images/s")
+    for amp, kind in ((False, "float32"), (True, "bfloat16")):
+        with utils.autocast(device, amp):
+            batches = lambda: [search([part]) for part in features.split(512)]
+            row(f"beam search, {kind}", count / clock(device, batches), "images/s", slow)
 
 
 def section_encoders(device, args):
-    """What each encoder costs at 256×256: parameters and operations of the part that is used, speed, memory."""
+    """What each encoder costs at 256 x 256: of the part that is used."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    count = 256 if device.type == "cuda" else 16
+    count = 256 if device.type == "cuda" else 8
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
-    print(
-        f"{'':<20}{'parameters':>12}{'grid':>9}{'dim':>6}{'GFLOP':>8}{'float32':>10}{'bfloat16':>10} pictures/s"
-        f"{'fine-tuning':>13} pictures/s, MB per picture"
-    )
-    for name in (
-        "resnet18",
-        "resnet50",
-        "resnet101",
-        "vgg16",
-        "efficientnet_lite0",
-        "efficientnet_lite2",
-    ):
-        encoder = models.Encoder(name, "none").to(device)
+    print("encoder: M parameters, grid, channels, GFLOP; images/s in float32, bfloat16, fine-tuned")
+    for name in ("resnet18", "resnet50", "resnet101", "vgg16", *models.EFFICIENTNETS):
+        encoder, rates = models.Encoder(name, "none").to(device), []
+
+        def encode(amp, train=False, encoder=encoder):
+            with torch.set_grad_enabled(train), utils.autocast(device, amp):
+                out = encoder(images)
+            if train:
+                out.float().square().mean().backward()
+
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            side = math.isqrt(encoder(images[:1]).shape[1])
-        rates = []
-        for dtype in (torch.float32, torch.bfloat16):
-            captioner = SimpleNamespace(encoder=encoder, device=device)
-            rates.append(
-                count / clock(device, lambda: models.Captioner.encode(captioner, images, dtype))
-            )
-        encoder.fine_tune()
-
-        def kept(number):
-            """Bytes that the backward pass needs of so many pictures, and of the weights."""
-            storages = {}
-            with (
-                torch.autocast(device.type, torch.bfloat16),
-                torch.autograd.graph.saved_tensors_hooks(
-                    lambda t: storages.setdefault(t.data_ptr(), t), lambda t: t
-                ),
-            ):
-                encoder(images[:number])
-            return sum(t.untyped_storage().nbytes() for t in storages.values())
-
-        def update():
-            with torch.autocast(device.type, torch.bfloat16):
-                encoder(images).float().square().mean().backward()
-
-        tuning = count / clock(device, update, 1)
-        parameters = sum(p.numel() for p in encoder.parameters())
+            places = encoder(images[:1]).shape[1]
+        for amp, fine_tune in ((False, False), (True, False), (True, True)):
+            encoder.fine_tune(fine_tune)
+            rates.append(count / clock(device, functools.partial(encode, amp, fine_tune), 1))
+        millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         print(
-            f"{name:<20}{parameters / 1e6:>10.1f} M{f'{side}×{side}':>9}{encoder.encoder_dim:>6}"
-            f"{counter.get_total_flops() / 1e9:>8.2f}{rates[0]:>10.1f}{rates[1]:>10.1f}{tuning:>24.1f}"
-            f"{(kept(4) - kept(2)) / 2e6:>24.1f}",
+            f"{name:<20}{millions:>8.1f}{places:>6}{encoder.encoder_dim:>6}"
+            f"{counter.get_total_flops() / 1e9:>8.2f}"
+            + "".join(f"{rate:>10.1f}" for rate in rates),
             flush=True,
         )
 
 
-def section_flickr8k(device, args):
-    """Epochs of 6,000 pictures × 5 captions with ResNet-101-size features, LSTM 512, as train.py runs them."""
-    data = FakeDataset(6000)
-    epochs = 15 if device.type == "cuda" else 1
-    features = (
-        torch.randn(6000, 64, 2048, device=device, dtype=torch.float16).relu_()
-        if device.type == "cuda"
-        else (torch.randn(6000, 64, 2048).half().relu_())
+def section_caption(device, args):
+    """caption.py on one image, from start to PNG, against the imports and an encoder pass alone."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        image = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
+        image.save(Path(folder, "a.jpg"))
+        config = vars(options_of_training()) | {"encoder_dim": 2048, "image_size": 256}
+        config = {key: str(v) if isinstance(v, Path) else v for key, v in config.items()}
+        decoder = models.build_decoder(config, VOCABULARY)
+        decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4
+        state = {"encoder": models.Encoder("resnet101", "none").state_dict()}
+        state |= {"config": config, "word_map": WORD_MAP, "decoder": decoder.state_dict()}
+        models.save_checkpoint(Path(folder, "m.pth.tar"), state | {"history": []})
+        floor = (
+            f"import torch, torchvision; m = torchvision.models.resnet101().eval().to('{device}')\n"
+            f"with torch.no_grad(): m(torch.rand(1, 3, 256, 256, device='{device}')).cpu()"
+        )
+        flags = ["--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device)]
+        seconds = [
+            clock(torch.device("cpu"), functools.partial(python, *command, cwd=folder))
+            for command in (("-c", floor), (ROOT / "caption.py", *flags))
+        ]
+    row("torch, torchvision and an encoder pass", seconds[0], "s")
+    row("caption.py, one image", seconds[1], "s", seconds[0])
+
+
+def python(*command, **options):
+    """Run Python to its end; an error shows what it said."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, **options
     )
-    for grid in (0, 14):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        options = train.get_args_parser().parse_args(
-            ["--amp", "--encoded_image_size", str(grid), "--epochs", str(epochs)]
-        )
-        torch.manual_seed(0)
-        synchronize(device)
-        began = time.perf_counter()
-        decoder = models.build_decoder({**vars(options), "encoder_dim": 2048}, VOCABULARY).to(
-            device
-        )
-        captioner = SimpleNamespace(encoder=None, decoder=decoder, device=device)
-        history = train_epochs(options, captioner, data, features, epochs)
-        synchronize(device)
-        seconds = time.perf_counter() - began
-        rate = np.median([record["words_per_second"] for record in history])
-        print(
-            f"{f'{epochs} epochs of 30,000 captions, grid ' + ('8×8' if grid == 0 else '14×14'):<46}{seconds:>10.1f} s in all, "
-            f"{rate:,.0f} words/s, loss {history[-1]['nll']:.3f}, peak memory {history[-1]['peak_memory_gb']} GB",
-            flush=True,
-        )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
 
 
 def section_prepare(device, args):
-    """Preparing photographs: against one thread, and against decoding, resizing and writing alone."""
+    """Preparing photographs: against one thread, and against what it cannot do without."""
     import h5py
     from PIL import Image
 
@@ -544,209 +398,40 @@ def section_prepare(device, args):
             )
 
         slow, most, fast = (count / clock(device, function, 3) for function in (plain, alone, ours))
-    print_row(f"preparing photographs, {cores} cores", fast, slow, "pictures/s", 1.7)
-    print(f"{'  decoding, resizing and writing alone':<46}{'':>10}{most:>11.2f} pictures/s")
+    row("preparing photographs, one thread", slow, "images/s")
+    row("preparing photographs, decoding, resizing and writing alone", most, "images/s", slow)
+    row(f"preparing photographs, {cores} cores", fast, "images/s", slow)
 
 
-OPEN_AND_READ = """
-import sys, time
-began = time.time()
-sys.path.insert(0, sys.argv[1])
-import torch, datasets, utils
-data = datasets.CaptionDataset(sys.argv[2])
-for batch in datasets.training_batches(data, 16, seed=0, epoch=0)[:100]:
-    data.images(batch), datasets.collate(data, batch)
-print(f"{time.time() - began:.1f} s for imports, opening and 100 batches, peak memory "
-      f"{utils.peak_memory_gb(torch.device('cpu'))} GB")
-"""
-
-
-def section_coco(device, args):
-    """Start-up on a data set of COCO's size: 590,000 captions of 118,000 pictures (here 32×32 pixels)."""
-    picture = np.zeros((32, 32, 3), np.uint8)
-    captions = [
-        f"a picture of w{i} and w{i + 1} beside some w{i + 2} on the w{i + 3}" for i in range(5)
-    ]
-    records = [
-        datasets.Record(f"{i:012d}.jpg", split, captions, lambda size: picture)
-        for split, count in (("train", 118000), ("val", 5000), ("test", 1))
-        for i in range(count)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        datasets.write_dataset(folder, records, dataset="coco", source="generated", image_size=32)
-        path = datasets.split_path(folder, "train", datasets.base_name("coco", 5, 5))
-        shown = subprocess.run(
-            [sys.executable, "-c", OPEN_AND_READ, str(ROOT), str(path)],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    print(f"{'start-up on 590,000 captions':<46}{shown.stdout.strip()}")
-
-
-def section_caption(device, args):
-    """caption.py: on one picture, start to PNG, against imports and one encoder pass; on a folder, captions alone."""
-    from PIL import Image
-
-    count = 32 if device.type == "cpu" else 8192
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        Image.fromarray(
-            np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
-        ).save(folder / "a.jpg")
-        (folder / "many").mkdir()
-        for i in range(count):
-            (folder / "many" / f"{i}.jpg").write_bytes((folder / "a.jpg").read_bytes())
-        config = {
-            **vars(train.get_args_parser().parse_args([])),
-            "encoder": "resnet101",
-            "encoder_dim": 2048,
-            "image_size": 256,
-        }
-        config = {
-            key: str(value) if isinstance(value, Path) else value for key, value in config.items()
-        }
-        decoder = models.build_decoder(config, VOCABULARY)
-        decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4
-        models.save_checkpoint(
-            folder / "m.pth.tar",
-            {
-                "config": config,
-                "word_map": WORD_MAP,
-                "encoder": models.Encoder("resnet101", "none").state_dict(),
-                "decoder": decoder.state_dict(),
-                "history": [],
-            },
-        )
-        floor = (
-            f"import torch, torchvision; m = torchvision.models.resnet101().eval().to('{device}')\n"
-            f"with torch.no_grad(): m(torch.rand(1, 3, 256, 256, device='{device}')).cpu()"
-        )
-
-        def process(*command):
-            return clock(
-                torch.device("cpu"),
-                lambda: subprocess.run(
-                    [sys.executable, *command], cwd=folder, check=True, capture_output=True
-                ),
-            )
-
-        ours = process(
-            ROOT / "caption.py", "--img", "a.jpg", "--model", "m.pth.tar", "--device", str(device)
-        )
-        base = process("-c", floor)
-        many = process(
-            ROOT / "caption.py",
-            "--img",
-            "many",
-            "--model",
-            "m.pth.tar",
-            "--device",
-            str(device),
-            "--amp",
-            "--no_plot",
-            "--workers",
-            str(args.workers),
-        )
-        print(
-            f"{'caption.py, one picture':<46}{ours:>10.2f} s, torch + torchvision + one encoder pass {base:.2f} s: "
-            f"{ours / base:.2f}×  (wanted: at most 1.5×)"
-        )
-        print(
-            f"{f'caption.py, a folder of {count}, bfloat16':<46}{count / many:>10.0f} pictures/s, start included"
-        )
-
-
-def section_finetune(device, args):
-    """Training encoder and decoder together, ResNet-101 at 256×256: against a loop that encodes a picture per caption."""
-    options = train.get_args_parser().parse_args(
-        ["--amp", "--fine_tune_encoder", "--batch_size", str(args.pictures)]
-    )
-    data = FakeDataset(args.pictures)
-    images = torch.randint(0, 256, (args.pictures, 3, 256, 256), dtype=torch.uint8)
-    data.images = lambda pictures: images.numpy()[pictures]
-    encoder = models.Encoder("resnet101", "none").to(device)
-    encoder.fine_tune()
-    decoder = models.build_decoder(
-        {**vars(options), "encoder_dim": encoder.encoder_dim}, VOCABULARY
-    ).to(device)
-    textbook = Textbook(encoder.encoder_dim).to(device)
-    rows = datasets.collate(data, np.arange(args.pictures))
-    captions = torch.from_numpy(rows.captions).to(device)
-    parameters = [p for p in [*encoder.parameters(), *textbook.parameters()] if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=1e-5)
-
-    def update():
-        scores = textbook(
-            pooled(encoder(images[rows.image_index].to(device))), captions, rows.decode_lengths
-        )
-        loss = F.cross_entropy(
-            scores.flatten(0, 1), captions[:, 1 : scores.shape[1] + 1].flatten(), ignore_index=0
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    repeats = 1 if device.type == "cpu" else 5
-    slow = len(captions) / clock(device, update, repeats)
-    captioner = models.Captioner(encoder, decoder, WORD_MAP, {"image_size": 256})
-    step = train.Update(
-        options,
-        captioner,
-        train.build_optimizer(options, encoder, decoder),
-        data,
-        None,
-        torch.bfloat16,
-    )
-    decoder.train()
-    loaded = step.load(np.arange(args.pictures))
-    fast = len(captions) / clock(device, lambda: step(*loaded, 1.0), repeats, warm_up=3)
-    print_row("fine-tuning ResNet-101, bfloat16 for ours", fast, slow, "captions/s", 2)
-
-
-def section_processes(device, args):
-    """Training by one process and by two, each with one thread: words per second, from train.py's own log."""
-    rates = {}
+def section_neighbours(device, args):
+    """train.py on the CPU, alone and beside two busy processes, by how OpenMP's threads wait."""
+    name = datasets.base_name("shapes", 5, 5)
+    waits = {
+        "spinning, torch's own": {"GOMP_SPINCOUNT": "300000"},  # the default of its OpenMP library
+        "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "the suite's choice": {},
+    }
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
         records, _ = datasets.shapes_records(320, 8, 8, size=64)
         datasets.write_dataset(folder, records, dataset="shapes", source="generated", image_size=64)
-        for count in (1, 2):
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={count}",
-                    ROOT / "train.py",
-                    "--data_folder",
-                    folder,
-                    "--data_name",
-                    datasets.base_name("shapes", 5, 5),
-                    "--encoder",
-                    "resnet18",
-                    "--encoder_weights",
-                    "none",
-                    "--output_folder",
-                    f"{folder}/{count}",
-                    "--epochs",
-                    "2",
-                    "--beam_size",
-                    "1",
-                    "--max_decode_steps",
-                    "3",
-                    "--device",
-                    str(device),
-                ],
-                check=True,
-                capture_output=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            log = datasets.log_path(f"{folder}/{count}", datasets.base_name("shapes", 5, 5))
-            rates[count] = json.loads(log.read_text().splitlines()[-1])["words_per_second"]
-    print(
-        f"{'training, one process and two':<46}{rates[1]:>10.0f}{rates[2]:>11.0f} words/s    {rates[2] / rates[1]:>7.1f}×"
-    )
+        flags = ["--data_folder", folder, "--data_name", name, "--encoder", "resnet18", "--device"]
+        flags += ["cpu", "--encoder_weights", "none", "--epochs", "2", "--max_decode_steps", "3"]
+        for busy in (0, 2):
+            command = [sys.executable, "-c", "while True: pass"]
+            loops = [subprocess.Popen(command) for _ in range(busy)]
+            try:
+                for wait, variables in waits.items():
+                    out = Path(folder, f"{busy} {wait}")
+                    command = [ROOT / "train.py", *flags, "--output_folder", out]
+                    python(*command, env=clean | variables)
+                    log = datasets.log_path(out, name).read_text().splitlines()
+                    rate = json.loads(log[-1])["words_per_second"]
+                    row(f"train.py beside {busy} busy processes, {wait}", rate, "words/s")
+            finally:
+                for loop in loops:
+                    loop.kill()
+                    loop.wait()
 
 
 SECTIONS = {
@@ -756,29 +441,16 @@ SECTIONS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--sections",
-        nargs="+",
-        choices=SECTIONS,
-        metavar="SECTION",
-        default=["ceiling", "decoder", "training", "beam", "prepare", "caption"],
-        help=f"what to time, of {', '.join(SECTIONS)} (default: %(default)s)",
-    )
+    text = f"what to time, of {', '.join(SECTIONS)} (default: all)"
+    known = {"choices": SECTIONS, "metavar": "SECTION", "default": list(SECTIONS)}
+    parser.add_argument("--sections", nargs="+", help=text, **known)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--pictures",
-        type=int,
-        default=16,
-        help="pictures of five captions per training step (default: 16)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=4, help="threads that read pictures (default: 4)"
-    )
+    text = "images of five captions per training step (default: 16)"
+    parser.add_argument("--images", type=int, default=16, help=text)
     args = parser.parse_args()
     device = utils.pick_device(args.device)
     allow_tf32(True)
     print(utils.describe_machine(device))
-    print(f"{'':<46}{'textbook':>10}{'suite':>11}")
     for section in args.sections:
         SECTIONS[section](device, args)
 

@@ -1,4 +1,4 @@
-"""What several test files need: pictures, captions, a six-word vocabulary, a small data set, a tiny trained model."""
+"""What several test files need: pictures, captions, a vocabulary, a data set, a trained model."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def own_data(tmp_path):
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory):
-    """A small shapes data set: 24 / 6 / 6 pictures of 64 pixels, all words kept. Do not write into it.
+    """A shapes data set: 24 / 6 / 6 pictures of 64 pixels, all words kept. Do not write into it.
 
     :return: (folder, name)
     """
@@ -103,7 +103,7 @@ def write_bad_json(tmp_path):
 
 @pytest.fixture
 def fails():
-    """``with fails("word")``: the block must end in a one-line message for the user that holds the word."""
+    """``with fails("word")``: the block must end in a ``UserError`` of one line with the word."""
 
     def expect(match):
         return pytest.raises(utils.UserError, match=rf"\A[^\n]*{match}[^\n]*\Z")
@@ -111,11 +111,11 @@ def fails():
     return expect
 
 
-# ----------------------------------------------------------------------------------------------------- tiny models
+# -------------------------------------------------------------------------------------- tiny models
 
 
 def make_decoder(vocab_size=10, seed=0, scale=3.0, **options):
-    """A decoder of a few hundred weights, in eval mode, without dropout; ``scale`` makes its word choices distinct."""
+    """A tiny decoder in eval mode without dropout; ``scale`` makes its word choices distinct."""
     torch.manual_seed(seed)
     options = {
         "encoder_dim": 6,
@@ -200,7 +200,7 @@ def training_data(shapes_data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(training_data, tmp_path_factory):
-    """Output folder of a finished tiny run of two epochs on ``training_data``. Do not write into it."""
+    """Output folder of a tiny run of two epochs on ``training_data``. Do not write into it."""
     folder = tmp_path_factory.mktemp("trained")
     train.main(train_args(training_data, folder))
     return folder

@@ -1,5 +1,6 @@
 """What must be the same on a GPU as on a CPU; skipped where there is none."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +52,10 @@ def test_scores_and_gradients_are_those_of_a_cpu_in_float64(options, dtype, tole
         ("cuda", torch.float32, dtype),
     ):
         decoder = make_decoder(scale=1.0, **options).to(device, kind).train()
-        output = decoder(
-            features.to(device, kind),
-            captions.to(device),
-            [4, 3, 2],
-            pictures.to(device),
-            dtype=products,
-        )
+        with utils.autocast(torch.device(device), products == torch.bfloat16):
+            output = decoder(
+                features.to(device, kind), captions.to(device), [4, 3, 2], pictures.to(device)
+            )
         models.caption_loss(output)[0].backward()
         results.append(
             [
@@ -84,8 +82,8 @@ def test_beam_search_says_the_same(weight, training_data, trained):
     for device in ("cpu", "cuda"):
         captioner = models.load_captioner(paths(trained, training_data)[1], device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            known = models.described_pictures([captioner], *training_data, torch.float32)
-            consensus = models.Consensus([captioner], *known, weight) if weight else None
+            of = functools.partial(models.Consensus.of, [captioner], *training_data, weight)
+            consensus = of() if weight else None
             found.append(
                 captioner.caption(images, beam_size=5, max_decode_steps=12, consensus=consensus)
             )
@@ -112,7 +110,7 @@ def test_updates_in_graphs_learn_what_a_cpu_learns(flags, training_data, tmp_pat
     "flags",
     [
         "--attention hard",
-        "--attention mean --mirror",
+        "--attention mean --grounding 0.2",
         "--scheduled_sampling linear --ss_min 0.3",
         "--decoder gru --deep_output --amp",
         "--scheduled_sampling inverse_sigmoid --ss_argmax --position_encoding",
@@ -144,18 +142,18 @@ def test_self_critical_training_runs(training_data, trained, tmp_path):
     assert len(checkpoint["history"]) == 2
 
 
-def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch, optimizers):
+def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch, optimizers):  # noqa: F811
     flags = [*WITHOUT_DROPOUT, "--device", "cuda", "--epochs", 4, "--checkpoint_every", 1]
     whole = run(training_data, tmp_path / "whole", *flags)
-    call = train.Update.__call__
+    advance = train.Trainer.advance
 
     def killed(self, *args):
         if self.update == 5:
             raise KeyboardInterrupt
-        call(self, *args)
+        advance(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Update, "__call__", killed)
+        patch.setattr(train.Trainer, "advance", killed)
         run(training_data, tmp_path / "parts", *flags)
     parts = run(training_data, tmp_path / "parts", *flags, "--resume")
     for a, b in zip(whole["history"], parts["history"], strict=True):
@@ -167,7 +165,7 @@ def test_a_resumed_run_goes_on_the_same_way(training_data, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids=str)
-def test_a_run_goes_on_on_another_device(devices, training_data, tmp_path, optimizers):
+def test_a_run_goes_on_on_another_device(devices, training_data, tmp_path, optimizers):  # noqa: F811
     flags = [
         *WITHOUT_DROPOUT,
         "--lr_schedule",
@@ -207,8 +205,9 @@ def test_an_update_that_is_not_finite_is_left_out(training_data, tmp_path, monke
 
 def test_a_full_gpu_ends_in_one_line():
     code = (
-        "import argparse, torch, utils\n"
-        "utils.run(lambda args: torch.empty(10 ** 14, device='cuda'), argparse.ArgumentParser(prog='train.py'))"
+        "import torch, utils\n"
+        "main = lambda args: torch.empty(10 ** 14, device='cuda')\n"
+        "utils.run(main, utils.ArgumentParser(prog='train.py'))"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],

@@ -39,7 +39,7 @@ def whole(training_data, tmp_path_factory):
     return folder
 
 
-# ------------------------------------------------------------ kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 
 # Forked children of a process that has imported everything: a start costs no imports.
 KILLER = """
@@ -156,17 +156,17 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(kills, own_d
     print(f"{survived} kills in {seed} runs")
 
 
-# ------------------------------------------------------------ stop signals
+# ------------------------------------------------------------------------------------- stop signals
 
 
 @pytest.mark.parametrize(
     "name, owner, function, call, flags",
     [
-        ("SIGTERM", train.Update, "compute", 2, []),  # in the second update
-        ("SIGINT", train.Update, "compute", 4, ["--checkpoint_every", 2]),
-        ("SIGUSR1", train, "caption_validation", 1, []),
+        ("SIGTERM", models, "caption_loss", 2, []),  # in the second update
+        ("SIGINT", train.Trainer, "advance", 4, ["--checkpoint_every", 2]),
+        ("SIGUSR1", train, "validate", 1, []),
         ("SIGTERM", models, "save_checkpoint", 1, []),  # while it writes
-        ("SIGTERM", train, "write_log", 2, []),
+        ("SIGTERM", train, "write_reports", 2, []),
     ],
 )
 def test_a_stop_signal_saves_and_says_how_to_go_on(
@@ -229,22 +229,22 @@ def test_a_scheduler_sees_the_signals_exit_code_and_one_line(training_data, tmp_
 def test_a_run_goes_on_from_the_middle_of_an_epoch(
     update, whole, training_data, tmp_path, monkeypatch
 ):
-    call = train.Update.__call__
+    advance = train.Trainer.advance
 
     def killed(self, *args):
         if self.update == update:
             raise KeyboardInterrupt  # nothing is saved on the way out
-        call(self, *args)
+        advance(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Update, "__call__", killed)
+        patch.setattr(train.Trainer, "advance", killed)
         run(training_data, tmp_path, "--checkpoint_every", 1)
     assert models.load_checkpoint(paths(tmp_path, training_data)[0])["update"] == update
     run(training_data, tmp_path, "--resume")
     equal_runs(whole, tmp_path, training_data)
 
 
-# ------------------------------------------------------------ what must not get lost
+# --------------------------------------------------------------------------- what must not get lost
 
 
 def test_two_runs_do_not_write_to_one_place(training_data, tmp_path, fails):
@@ -289,7 +289,7 @@ def test_resume_falls_back_to_the_best_checkpoint(
     del made[1:]
     resumed = run(training_data, tmp_path, "--resume", "--epochs", 3)
     assert (
-        f"{latest} is not a readable file" in (out := capsys.readouterr().out)
+        f"{latest} is no checkpoint" in (out := capsys.readouterr().out)
         and f"going on from {best} instead" in out
     )
     assert best.read_bytes() == kept
@@ -372,20 +372,20 @@ def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
     other.wait()
 
 
-# ------------------------------------------------------------ numbers and memory
+# ------------------------------------------------------------------------------- numbers and memory
 
 
 def poisoned(monkeypatch, numbers, value=float("nan")):
-    """Let the features of some training pictures be nonsense."""
-    features_of = train.features_of
+    """Let the features of some training images be nonsense."""
+    frozen_features = train.frozen_features
 
-    def spoiled(data, *args):
-        features = features_of(data, *args).clone()
-        if data.split == "train":
-            features[numbers] = value
-        return features
+    def spoiled(*args):
+        features, val_features = frozen_features(*args)
+        features = features.clone()
+        features[numbers] = value
+        return features, val_features
 
-    monkeypatch.setattr(train, "features_of", spoiled)
+    monkeypatch.setattr(train, "frozen_features", spoiled)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -399,7 +399,7 @@ def test_an_update_that_is_not_finite_is_left_out_with_a_warning(
     assert all(np.isfinite(record["loss"]) for record in checkpoint["history"])
     assert all(tensor.isfinite().all() for tensor in checkpoint["decoder"].values())
     assert checkpoint["history"][1]["nll"] < checkpoint["history"][0]["nll"]
-    assert capsys.readouterr().err.count("warning: update") == 2
+    assert capsys.readouterr().err.count("note: update") == 2
 
 
 def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(

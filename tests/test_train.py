@@ -1,9 +1,12 @@
 """Training runs of a second each: what they write, how they go on, what they refuse."""
 
+import ast
 import json
 import math
 import shutil
+from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -19,7 +22,7 @@ import utils
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing takes longer than the training; the run behind ``trained`` draws."""
-    monkeypatch.setattr(train, "draw_curves", lambda path, history: None)
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
 
 
 def paths(folder, data):
@@ -52,7 +55,7 @@ def without_times(history):
     return [{key: value for key, value in record.items() if key not in times} for record in history]
 
 
-# ---------------------------------------------------------------------------------------------------- what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
@@ -85,11 +88,12 @@ def test_a_run_says_what_it_is_and_shows_captions(training_data, tmp_path, capsy
     out = capsys.readouterr().out
     assert (
         torch.__version__ in out
-        and "encoder=resnet18" in out
-        and "learning_rate=0.02" in out
-        and "seed=0" in out
+        and "--encoder resnet18" in out
+        and "--learning_rate 0.02" in out
+        and "--seed" not in out
+        and max(map(len, out.splitlines())) < 300
     )
-    assert "24 training pictures with 120 captions" in out
+    assert "24 training images with 120 captions" in out
     assert (
         out.count("(true: ") == 3
         and "BLEU-4" in out
@@ -114,6 +118,55 @@ def test_validation_is_on_captions_that_the_model_makes_alone(trained, training_
     assert {name: record[name] for name in scores} == pytest.approx(scores, abs=1e-3)
 
 
+def test_validation_loss_is_that_of_the_true_words(trained, training_data):
+    """Computed anew, one caption at a time, with steps of the decoder alone."""
+    latest, _ = paths(trained, training_data)
+    captioner = models.load_captioner(latest)
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
+    total = words = 0
+    with torch.no_grad():
+        for captions, image in zip(data.references, data.images(slice(None))):
+            encoder_out = captioner.encode(torch.from_numpy(image)[None]).half()
+            for caption in captions:
+                context, state = captioner.decoder.init_hidden_state(encoder_out)
+                ids = datasets.encode_caption(caption, captioner.word_map, 50)
+                ids = [i for i in np.array(ids).ravel().tolist() if i != datasets.PAD_ID]
+                for word, following in zip(ids, ids[1:]):
+                    word = torch.tensor([[word]])
+                    scores, _, state = captioner.decoder.step(word, state, context)
+                    total -= scores.double().log_softmax(2)[0, 0, following].item()
+                    words += 1
+    record = models.load_checkpoint(latest)["history"][-1]
+    assert record["val_nll"] == pytest.approx(total / words, rel=1e-5)
+
+
+def test_curves_show_whole_epochs_the_best_one_and_both_losses(tmp_path, monkeypatch):
+    """From one epoch on."""
+    monkeypatch.undo()
+    figures = []
+    savefig = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *args, **options: figures.append(self) or savefig(self, *args, **options),
+    )
+    history = [
+        {"epoch": i, "nll": 3 / i, "val_nll": 3 / i + 0.1, **dict.fromkeys(train.METRICS, 30 - i)}
+        for i in (1, 2, 3)
+    ]
+    for count in (1, 3):
+        train.draw_curves(tmp_path / "curves.png", history[:count], "CIDEr")
+        losses, *scores = figures[-1].axes
+        assert [line.get_label() for line in losses.lines][:2] == ["training", "validation"]
+        alone = [axes for axes in scores if "CIDEr" in axes.get_title()]
+        assert len(alone) == 1 and len(alone[0].lines) == 2  # the scores, and where the best is
+        for axes in figures[-1].axes:
+            low, high = axes.get_xlim()
+            assert all(tick == round(tick) for tick in axes.get_xticks() if low < tick < high)
+            assert low < 1 and axes.lines[-1].get_xdata()[0] == 1  # the first epoch was the best
+    assert Image.open(tmp_path / "curves.png").width > 600
+
+
 def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
     training_data, tmp_path, trained
 ):
@@ -124,7 +177,7 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
     assert [record["epoch"] for record in checkpoint["history"]] == [1, 2, 3]
 
 
-# --------------------------------------------------------------------------------------------------------- continuing
+# --------------------------------------------------------------------------------------- continuing
 
 
 @pytest.mark.parametrize(
@@ -134,7 +187,8 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
         # large enough for torch to use several threads, whose order of adding must not matter
         ["--attention_dim", "512", "--batch_size", "24", "--epochs", "3"],
         pytest.param(["--attention", "hard"], marks=pytest.mark.slow),
-        ["--scheduled_sampling", "linear", "--ss_min", "0.3", "--mirror"],
+        ["--scheduled_sampling", "linear", "--ss_min", "0.3"],
+        ["--grounding", "0.2"],
         ["--scheduled_sampling", "inverse_sigmoid", "--decoder", "gru"],
         pytest.param(
             ["--fine_tune_encoder", "--mirror", "--batch_size", "12"], marks=pytest.mark.slow
@@ -225,13 +279,24 @@ def test_killed_between_best_and_latest_the_epoch_is_repeated(
         save(path, checkpoint)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(utils, "save_checkpoint", killed_at_third)
+        patch.setattr(models, "save_checkpoint", killed_at_third)
         run(training_data, tmp_path)
     assert saved[0] == paths(tmp_path, training_data)[1]  # BEST first
     resumed = run(training_data, tmp_path, "--resume")
     assert same(
         resumed["decoder"], models.load_checkpoint(paths(trained, training_data)[0])["decoder"]
     )
+
+
+def test_resume_and_init_from_take_a_runs_folder(training_data, trained, tmp_path, capsys):
+    """--resume the last checkpoint in it, --init_from the best."""
+    resumed = run(training_data, tmp_path / "resumed", "--resume", trained, "--epochs", 3)
+    assert [record["epoch"] for record in resumed["history"]] == [1, 2, 3]
+    assert "resuming after epoch 2" in capsys.readouterr().out
+    flags = ["--epochs", 1, "--learning_rate", 0]
+    started = run(training_data, tmp_path / "started", "--init_from", trained, *flags)
+    best = models.load_checkpoint(paths(trained, training_data)[1])
+    assert len(started["history"]) == 1 and same(started["decoder"], best["decoder"])
 
 
 def test_resume_with_nothing_there_starts(training_data, tmp_path, capsys):
@@ -293,7 +358,7 @@ def test_a_run_of_a_revision_that_did_not_know_a_flag_can_be_resumed(
 ):
     for path in paths(trained, training_data):
         checkpoint = models.load_checkpoint(path)
-        del checkpoint["config"]["mirror"]
+        del checkpoint["config"]["grounding"]
         models.save_checkpoint(tmp_path / path.name, checkpoint)
     assert len(run(training_data, tmp_path, "--resume", "--epochs", 3)["history"]) == 3
 
@@ -349,9 +414,8 @@ def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained,
     assert len(run(training_data, tmp_path, "--resume", *flags)["history"]) == 2
 
 
-@pytest.mark.parametrize("flags", [["--fine_tune_encoder"], []], ids=["fine-tuned", "frozen"])
-def test_mirror_shows_some_pictures_mirrored_but_none_whose_captions_say_left_or_right(
-    flags, training_data, trained, tmp_path, monkeypatch
+def test_mirror_shows_some_images_mirrored_but_none_whose_captions_say_left_or_right(
+    training_data, trained, tmp_path, monkeypatch
 ):
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "train", training_data[1]))
     sided = {
@@ -361,46 +425,28 @@ def test_mirror_shows_some_pictures_mirrored_but_none_whose_captions_say_left_or
     }
     assert 0 < len(sided) < len(data)
     images = torch.from_numpy(data.images(slice(None)))
-    start, shown, forward = paths(trained, training_data)[1], [], train.Model.forward
-    pictures = [
-        (encoded(start, batch) if not flags else batch) for batch in (images, images.flip(3))
-    ]
+    both = torch.cat([images, images.flip(3)]).flatten(1)
+    shown, load = [], train.Trainer.load
 
-    def record(model, inputs, *args):
-        shown.append(inputs)
-        return forward(model, inputs, *args)
+    def record(trainer, *args):
+        batch = load(trainer, *args)
+        shown.append(batch.images.flatten(1))
+        return batch
 
-    monkeypatch.setattr(train.Model, "forward", record)
-    run(
-        training_data,
-        tmp_path,
-        "--init_from",
-        start,
-        *flags,
-        "--mirror",
-        "--batch_size",
-        12,
-        "--epochs",
-        4,
-    )
-    distances = torch.cdist(
-        torch.cat(shown).flatten(1).float(),
-        torch.cat(pictures).flatten(1).float(),
-        compute_mode="donot_use_mm_for_euclid_dist",
-    )
-    assert distances.min(1).values.max() < 0.01
-    shown = distances.argmin(1).tolist()
-    plain, mirrored = (
-        {i for i in shown if i < len(data)},
-        {i - len(data) for i in shown if i >= len(data)},
-    )
+    monkeypatch.setattr(train.Trainer, "load", record)
+    start = paths(trained, training_data)[1]
+    flags = ["--fine_tune_encoder", "--mirror", "--batch_size", 12, "--epochs", 4]
+    run(training_data, tmp_path, "--init_from", start, *flags)
+    shown = [(both == image).all(1).nonzero()[0].item() for image in torch.cat(shown)]
+    plain = {i for i in shown if i < len(data)}
+    mirrored = {i - len(data) for i in shown if i >= len(data)}
     assert len(shown) == 4 * len(data) and mirrored and not mirrored & sided
-    assert mirrored & plain  # the same picture once so, once so
+    assert mirrored & plain  # the same image once so, once so
 
 
-def encoded(checkpoint, images):
-    """Features of uint8 pictures, float (B, n, encoder_dim), by the CNN of a checkpoint."""
-    return models.load_captioner(checkpoint, "cpu").encode(images, torch.float32)
+def test_mirror_is_refused_where_features_are_computed_once(training_data, tmp_path, fails):
+    with fails("--mirror.*--fine_tune_encoder"):
+        run(training_data, tmp_path, "--mirror")
 
 
 def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, fails):
@@ -438,7 +484,7 @@ def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, 
         0,
     )
     args.resume, args.init_from, args.epochs = "auto", None, 2
-    for key in train.ARCHITECTURE:  # the same command line with --resume in place of --init_from
+    for key in models.ARCHITECTURE:  # the same command line with --resume in place of --init_from
         setattr(args, key, train.get_args_parser().get_default(key))
     train.main(args)
     with fails("--decoder gru.*was built with lstm"):
@@ -490,7 +536,7 @@ def test_pictures_of_another_size_are_refused(training_data, trained, tmp_path, 
         run(training_data, tmp_path / "out", "--resume", tmp_path / "small.pth.tar")
 
 
-# ------------------------------------------------------------------------------------------------------- feature store
+# ------------------------------------------------------------------------------------ feature store
 
 
 def test_features_are_computed_once_and_never_taken_from_other_weights(
@@ -501,12 +547,11 @@ def test_features_are_computed_once_and_never_taken_from_other_weights(
     for path in training_data[0].iterdir():
         if not path.name.startswith("FEATURES"):
             shutil.copy(path, data[0])
-    encoded = []
-    forward = models.Encoder.forward
+    encoded, encode = [], models.Captioner.encode
     monkeypatch.setattr(
-        models.Encoder,
-        "forward",
-        lambda self, images: encoded.append(len(images)) or forward(self, images),
+        models.Captioner,
+        "encode",
+        lambda self, images: encoded.append(len(images)) or encode(self, images),
     )
 
     def pictures_encoded(folder, *flags):
@@ -523,7 +568,7 @@ def test_features_are_computed_once_and_never_taken_from_other_weights(
     assert pictures_encoded("first", "--resume", "--epochs", 3) == 0
     assert pictures_encoded("other_seed", "--seed", 1) == 30  # other random weights
     assert len(stores()) == 4
-    assert pictures_encoded("fine", "--fine_tune_encoder", "--epochs", 1, "--batch_size", 12) == 30
+    assert pictures_encoded("fine", "--fine_tune_encoder", "--epochs", 1, "--batch_size", 12) == 6
     assert len(stores()) == 4
     store = np.load(data[0] / stores()[0])
     assert store.dtype == np.float16 and store.shape[1:] == (4, 512)
@@ -558,7 +603,7 @@ def test_a_damaged_feature_store_is_named(training_data, tmp_path, fails):
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ variants
+# ----------------------------------------------------------------------------------------- variants
 
 
 @pytest.mark.parametrize(
@@ -646,39 +691,6 @@ def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained
         )
 
 
-def test_meteor_joins_the_reward(training_data, trained, tmp_path, fails, monkeypatch):
-    flags = [
-        "--scst",
-        "--init_from",
-        paths(trained, training_data)[1],
-        "--epochs",
-        "1",
-        "--learning_rate",
-        "0",
-    ]
-    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "train", training_data[1]))
-    seen = []
-
-    class Meteor:
-        def __call__(self, references, hypotheses):
-            seen.extend(references)
-            return 0, [1.0] * len(hypotheses)
-
-    monkeypatch.setattr(utils, "Meteor", Meteor)
-    monkeypatch.setattr(train.shutil, "which", lambda name: name)
-    without = run(training_data, tmp_path / "without", *flags)["history"][0]["loss"]
-    with_meteor = run(training_data, tmp_path / "with", *flags, "--scst_meteor", "2.5")["history"][
-        0
-    ]["loss"]
-    assert with_meteor == pytest.approx(without - 250, rel=1e-5)
-    assert sorted(seen) == sorted(5 * data.references)  # five samples of each picture
-    with fails("--scst"):
-        run(training_data, tmp_path / "alone", "--scst_meteor", "1")
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
-    with fails("Java"):
-        run(training_data, tmp_path / "no_java", *flags, "--scst_meteor", "1")
-
-
 def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(
     training_data, tmp_path, fails
 ):
@@ -723,7 +735,7 @@ def test_training_stops_when_nothing_is_gained(training_data, tmp_path):
     assert len(models.load_checkpoint(paths(tmp_path, training_data)[1])["history"]) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def factors(updates=100, history=(), **config):
@@ -764,7 +776,25 @@ def test_plateau_waits_for_two_poor_epochs_each_time():
     assert after(1, 0, 0, 2, 3, 1) == pytest.approx(0.8)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad values
+# --------------------------------------------------------------------------------------- bad values
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_work(
+    training_data, tmp_path, monkeypatch, fails
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    monkeypatch.setattr(models.Encoder, "forward", None)  # nothing is encoded
+    monkeypatch.setattr(models, "calibrate", lambda *_: 1.0)
+    with fails("MB"):
+        run(training_data, tmp_path / "out")
+
+
+def test_the_loop_can_be_read_at_a_glance():
+    """From the epoch over the backward pass to saving: one function of at most 60 lines."""
+    tree = ast.parse(Path(train.__file__).read_text(encoding="utf-8"))
+    (loop,) = (node for node in tree.body if getattr(node, "name", "") == "train")
+    assert loop.end_lineno - loop.lineno < 60
 
 
 @pytest.mark.parametrize(
@@ -802,21 +832,30 @@ def test_plateau_waits_for_two_poor_epochs_each_time():
         "--scheduled_sampling exponential --ss_slope 0.1",
     ],
 )
-def test_a_bad_value_ends_in_one_line_that_names_it(flags, training_data, tmp_path, fails):
-    with fails(
-        flags.split()[-1]
-        if flags.endswith(("other", "missing", "missing.txt"))
-        else flags.split()[-2].strip("-")
-        if flags != "--ss_argmax"
-        else "ss_argmax"
-    ):
-        run(training_data, tmp_path, *flags.split())
+def test_a_bad_value_ends_in_one_line_that_names_it(flags, training_data, tmp_path, capsys):
+    *_, flag, last = ["", *flags.split()]
+    named = last if last in ("other", "missing", "missing.txt") else flag
+    message = refused(capsys, lambda: run(training_data, tmp_path, *flags.split()))
+    assert (named or flags) in message
     assert not list(tmp_path.iterdir())  # and before anything is written
 
 
+def refused(capsys, call):
+    """The one line that a call ends in, be it the parser's or the script's."""
+    try:
+        call()
+    except utils.UserError as error:
+        message = str(error)
+    except SystemExit as error:
+        assert error.code == 2
+        message = capsys.readouterr().err.strip()
+    assert message and "\n" not in message
+    return message
+
+
 def test_a_flag_without_its_number_is_refused(training_data, tmp_path, capsys):
-    with pytest.raises((SystemExit, utils.UserError)):
-        run(training_data, tmp_path, "--beam_size")
+    message = refused(capsys, lambda: run(training_data, tmp_path, "--beam_size"))
+    assert "--beam_size" in message
 
 
 def test_data_of_another_word_map_is_refused(training_data, tmp_path, fails):
