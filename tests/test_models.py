@@ -334,19 +334,19 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
         scores.append([])
         alphas.append([])
         for t in range(length):
-            att = decoder.attention
+            att, embedded = decoder.attention, decoder.embedding(caption[t])
+            query = torch.cat([h, embedded]) if decoder.attend_word else h
             if isinstance(att, models.NoAttention):
                 energies = torch.zeros(len(pixels))
             elif isinstance(att, models.Attention):
-                hidden = torch.relu(att.encoder_att(pixels) + att.decoder_att(h))
+                hidden = torch.relu(att.encoder_att(pixels) + att.decoder_att(query))
                 energies = att.full_att(hidden).squeeze(1)
             else:  # an entry that somebody added: it is called for one caption alone
-                energies = att(att.project(pixels[None]), h[None, None])[0, 0]
+                energies = att(att.project(pixels[None]), query[None, None])[0, 0]
             alpha = energies.softmax(0)
             looks_once = decoder.attend is models.hard
             weights = F.one_hot(alpha.argmax(), len(alpha)).float() if looks_once else alpha
             context = torch.sigmoid(decoder.f_beta(h)) * (weights.unsqueeze(1) * pixels).sum(0)
-            embedded = decoder.embedding(caption[t])
             state = decoder.decode_step(torch.cat([embedded, context]), state)
             h = state[0] if is_lstm else state
             output = (
@@ -361,6 +361,7 @@ VARIANTS = [
     dict(zip(("decoder", "attention", "deep_output", "encoded_image_size"), values))
     for values in itertools.product(models.DECODERS, models.ATTENTIONS, (False, True), (0, 2, 5))
 ]
+VARIANTS += [{"attention": attention, "attend_word": True} for attention in models.ATTENTIONS]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""Four changes as the README's "Change it" shows them: a dozen lines and an entry in a table.
+
+Each snippet is added to models.py as it stands here. A model with it trains, its checkpoint loads,
+captions pictures by beam search and draws its attention, and no other function needs an edit.
+"""
+
+import math
+
+import pytest
+import test_models
+import torch
+from conftest import make_picture, train_args
+from PIL import Image
+
+import caption
+import datasets
+import models
+import train
+import utils
+
+DOT_PRODUCT_ATTENTION = """
+class DotProductAttention(nn.Module):
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__()
+        self.key = nn.Linear(encoder_dim, attention_dim)
+        self.query = nn.Linear(decoder_dim, attention_dim)
+
+    def project(self, encoder_out):  # once per image
+        return self.key(encoder_out)  # (B, num_pixels, attention_dim)
+
+    def forward(self, keys, h):  # at every word
+        return self.query(h) @ keys.mT / keys.shape[2] ** 0.5  # (B, R, num_pixels)
+
+ATTENTIONS["dot"] = (DotProductAttention, soft)
+"""
+
+RNN_DECODER = """
+DECODERS["rnn"] = nn.RNNCell
+"""
+
+MOBILENET_ENCODER = """
+def mobilenet(name):
+    model = torchvision.models.get_model(name)
+    return Backbone(model, list(model.features), frozen_blocks=4)
+
+ENCODERS["mobilenet_v3_small"] = mobilenet
+"""
+
+STEP_SCHEDULE = '''
+def step(progress, schedule):
+    """The true word in the first half of the training, then with the smallest probability."""
+    return 1.0 if progress < 0.5 else schedule.minimum
+
+SCHEDULES["step"] = step
+'''
+
+# the table, the entry's name, what is added to models.py, flags of train.py
+CHANGES = {
+    "attention": ("ATTENTIONS", "dot", DOT_PRODUCT_ATTENTION, ["--attention", "dot"]),
+    "decoder": ("DECODERS", "rnn", RNN_DECODER, ["--decoder", "rnn"]),
+    "encoder": (
+        "ENCODERS", "mobilenet_v3_small", MOBILENET_ENCODER, ["--encoder", "mobilenet_v3_small"],
+    ),
+    "schedule": ("SCHEDULES", "step", STEP_SCHEDULE, ["--scheduled_sampling", "step"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """Function of a key of ``CHANGES``: make that change until the test ends."""
+
+    def make(what):
+        table, _, snippet, _ = CHANGES[what]
+        monkeypatch.setattr(models, table, dict(getattr(models, table)))
+        exec(compile(snippet, "snippet", "exec"), dict(vars(models)))
+
+    return make
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_takes_at_most_twelve_lines(what):
+    lines = [line for line in CHANGES[what][2].splitlines() if line.strip()]
+    assert 1 <= len(lines) <= 12
+
+
+@pytest.mark.parametrize("amp", [[], ["--amp"]], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_model_trains_captions_and_draws(
+    what, amp, change, training_data, tmp_path, monkeypatch, capsys
+):
+    change(what)
+    flags = ["--epochs", 1, "--ss_min", 0.5, *CHANGES[what][3], *amp]
+    train.main(train_args(training_data, tmp_path / "run", *flags))
+    assert "nearly the same features" not in capsys.readouterr().err
+    path = models.run_checkpoint(tmp_path / "run")
+    checkpoint = models.load_checkpoint(path)
+    key = "scheduled_sampling" if what == "schedule" else what
+    assert checkpoint["config"][key] == CHANGES[what][1]
+    assert math.isfinite(checkpoint["history"][0]["val_nll"])
+
+    Image.fromarray(make_picture(0)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    flags = f"--img photo.png --model {path} --beam_size 3 --max_decode_steps 6 --device cpu"
+    caption.main(caption.get_args_parser().parse_args(flags.split()))
+    captioner = models.load_captioner(path)
+    image = datasets.resize_image(make_picture(0), captioner.image_size)
+    ((best, *_),) = captioner.caption(
+        torch.from_numpy(image).unsqueeze(0), beam_size=3, max_decode_steps=6
+    )
+    assert " ".join(captioner.text(best)) in capsys.readouterr().out
+    torch.testing.assert_close(best.alphas.sum(1), torch.ones(len(best.words)))
+    with Image.open(tmp_path / "captions" / "photo_attention.png") as sheet:
+        assert min(sheet.size) > 100
+
+
+@pytest.mark.parametrize("what", ["attention", "decoder"])
+@pytest.mark.parametrize("deep_output, side", [(False, 0), (True, 2)])
+def test_a_changed_decoder_equals_the_textbook(what, deep_output, side, change):
+    """Scores, attention and gradients, one caption and one word at a time."""
+    change(what)
+    options = {"deep_output": deep_output, "encoded_image_size": side, what: CHANGES[what][1]}
+    test_models.test_decoder_equals_the_textbook(options, 1.0)
+    test_models.test_decoder_equals_the_textbook(options, torch.tensor(1.0))
+
+
+def test_a_changed_encoder_sees_the_pictures(change):
+    """With random weights, whose BatchNorm statistics come from the training pictures."""
+    change("encoder")
+    test_models.test_every_encoder_gives_its_last_grid("mobilenet_v3_small")
+    torch.manual_seed(0)
+    encoder = models.Encoder("mobilenet_v3_small", "none")
+    assert encoder.encoder_dim == 576
+    images = torch.stack(
+        [torch.from_numpy(datasets.resize_image(make_picture(i), 64)) for i in range(8)]
+    )
+    with torch.no_grad():
+        assert encoder(images).mean(1).std(0).max() < 1e-4  # blind
+        models.calibrate(encoder, [images])
+        assert encoder(images).mean(1).std(0).mean() > 0.05
+
+
+def test_a_changed_schedule_is_followed(change):
+    change("schedule")
+    schedule = models.Schedule(100, minimum=0.25)
+    said = [models.scheduled_sampling_epsilon("step", i, schedule) for i in (0, 49, 50, 100)]
+    assert said == [1.0, 1.0, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("what", ["attention", "decoder", "encoder"])
+def test_a_checkpoint_with_an_unknown_entry_is_refused(what, best_checkpoint, tmp_path, fails):
+    name = CHANGES[what][1]
+    checkpoint = models.load_checkpoint(best_checkpoint)
+    checkpoint["config"][what] = name
+    models.save_checkpoint(tmp_path / "other.pth.tar", checkpoint)
+    known = next(iter(getattr(models, CHANGES[what][0])))
+    with fails(f"other.pth.tar .*unknown {what} '{name}'; expected one of {known}"):
+        models.load_captioner(tmp_path / "other.pth.tar")
+
+
+@pytest.mark.parametrize("what", ["attention", "decoder"])
+def test_a_checkpoint_does_not_load_into_another_entry(what, change, best_checkpoint, tmp_path):
+    """Replaced in place, an old checkpoint would caption with the wrong equation."""
+    change(what)
+    checkpoint = models.load_checkpoint(best_checkpoint)
+    checkpoint["config"][what] = CHANGES[what][1]
+    models.save_checkpoint(tmp_path / "other.pth.tar", checkpoint)
+    with pytest.raises(utils.UserError, match="weights of its decoder do not fit"):
+        models.load_captioner(tmp_path / "other.pth.tar")
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_unknown_flag_value_lists_the_known(what, training_data, tmp_path, fails):
+    known = next(iter(getattr(models, CHANGES[what][0])))
+    with fails(f"'{CHANGES[what][1]}'; expected one of {known}"):
+        train.main(train_args(training_data, tmp_path / "run", *CHANGES[what][3]))
