@@ -20,15 +20,13 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import lazy_loader as lazy
-
 if sys.flags.safe_path:
     sys.exit("caption.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 
 # loaded when first used: --help and a mistake in a flag need not wait for them
-np, torch, datasets, models = map(lazy.load, ("numpy", "torch", "datasets", "models"))
+np, torch, datasets, models = map(utils.LazyModule, ("numpy", "torch", "datasets", "models"))
 
 
 def main(args):

@@ -21,14 +21,12 @@ import urllib.request
 import warnings
 from pathlib import Path
 
-import lazy_loader as lazy
-
 if sys.flags.safe_path:
     sys.exit("create_input_files.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 
-datasets = lazy.load("datasets")  # loaded when first used: --help need not wait for it
+datasets = utils.LazyModule("datasets")  # loaded when first used: --help need not wait for it
 
 
 def main(args):

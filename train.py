@@ -18,15 +18,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lazy_loader as lazy
-
 if sys.flags.safe_path:
     sys.exit("train.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 import utils
 from utils import UserError
 
 # loaded when first used: --help and a mistake in a flag need not wait for them
-np, torch, datasets, models = map(lazy.load, ("numpy", "torch", "datasets", "models"))
+np, torch, datasets, models = map(utils.LazyModule, ("numpy", "torch", "datasets", "models"))
 
 
 def train(trainer, args):
@@ -292,14 +290,12 @@ class Trainer:
         count, in_a_row = self.skipped.tolist()
         if in_a_row >= MAX_SKIPPED:
             raise UserError(
-                f"the loss was not finite in the last {in_a_row:.0f} updates: lower --learning_rate "
-                "or --grad_clip, or leave out --amp; the last checkpoint is kept"
+                f"the loss was not finite in the last {in_a_row:.0f} updates: lower "
+                "--learning_rate or --grad_clip, or leave out --amp; the last checkpoint is kept"
             )
         if count > self.warned:
-            text = (
-                f"update {self.update}: the loss was not finite; {count:.0f} updates of this epoch"
-            )
-            utils.note(f"{text} were left out")
+            text = f"{count:.0f} updates of this epoch were left out"
+            utils.note(f"update {self.update}: the loss was not finite; {text}")
             self.warned = count
 
     def epoch_record(self):
@@ -828,10 +824,8 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
 def get_args_parser():
     examples = __doc__.partition("\n\n")[2]
     parser = utils.ArgumentParser(description="Train Show, Attend and Tell.", examples=examples)
-    number, text = (
-        utils.bounded,
-        "other defaults: shapes for the generated data set, focus for attention that shows what a word is about",
-    )
+    number = utils.bounded
+    text = "other defaults: shapes, for the generated data; focus, for attention that shows what is said"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     width, share, rate = number(int, 1, 65536), number(float, 0, 0.99), number(float, 0, 10)
     weight = number(float, 0, 1000)
@@ -863,7 +857,7 @@ def get_args_parser():
     add("--deep_output", action="store_true", help=text)
     text = "add a code of row and column to the features: tells left from right (not in the paper)"
     add("--position_encoding", action="store_true", help=text)
-    text = "let attention see the previous word, which the recurrent state has not read yet (not in the paper)"
+    text = "let attention see the previous word, which the state has not read (not in the paper)"
     add("--attend_word", action="store_true", help=text)
     text = "word vectors in GloVe's text format to start from"
     add("--embeddings", type=Path, metavar="FILE", help=text)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -39,6 +40,20 @@ def run(main, parser):
 
 
 # ---------------------------------------------------------------- beyond the main path
+
+
+class LazyModule:
+    """A module that is imported when it is first used.
+
+    importlib's LazyLoader will not do: what it makes stands in sys.modules, and torch, while it is
+    imported, looks at every module there, which would import ours before torch is ready.
+    """
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, name):
+        return getattr(importlib.import_module(self._name), name)
 
 
 def printable(text):

@@ -93,7 +93,7 @@ warnings.simplefilter("error")
 if hasattr(module, "get_args_parser"):
     assert "(default" in module.get_args_parser().format_help()
 kinds = {{name: type(sys.modules.get(name)).__name__ for name in {heavy.split()}}}
-print(*[name for name, kind in kinds.items() if kind not in ("NoneType", "_LazyModule")])
+print(*[name for name, kind in kinds.items() if kind not in ("NoneType", "LazyModule")])
 """
     done = subprocess.run(
         [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
