@@ -81,7 +81,7 @@ HEAVY = "torch numpy scipy h5py PIL matplotlib torchvision timm nltk pycocoevalc
     [
         ("utils", HEAVY),
         ("datasets", "torch matplotlib torchvision"),
-        ("models", "torchvision timm matplotlib"),
+        ("models", "timm matplotlib"),
         *((script, HEAVY + " datasets models") for script in SCRIPTS),
     ],
 )
