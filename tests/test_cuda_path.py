@@ -195,9 +195,10 @@ def set_rate_by_number(optimizer, known=[0.0]):  # noqa: B006 (it is meant to be
 def keep_inputs(monkeypatch):
     """Plant a fault: a graph's inputs stay what they were when it was recorded."""
     copy = torch.Tensor.copy_
-    stale = lambda to, x, *flags, **k: (
-        to if to.is_cuda and x.is_pinned() else copy(to, x, *flags, **k)
-    )
+
+    def stale(to, source, non_blocking=False):
+        return to if to.is_cuda and non_blocking else copy(to, source, non_blocking)
+
     monkeypatch.setattr(torch.Tensor, "copy_", stale)
 
 
@@ -276,7 +277,7 @@ class TestInside:
 
     def test_rules_for_features_in_main_memory(self, training_data, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1000))
-        run(training_data, tmp_path, "--attention", "mean", "--mirror", "--device", "cuda")
+        run(training_data, tmp_path, "--attention", "mean", "--device", "cuda")
 
     @pytest.mark.parametrize(
         "plant, sign",
