@@ -222,9 +222,7 @@ class Trainer:
         """The epoch's batches, or what is left of them, loaded ahead in threads; shows progress."""
         epoch, args, mirrored = len(self.history), self.args, None
         order = datasets.training_batches(self.train_data, args.batch_size, args.seed, epoch)
-        if (
-            args.mirror
-        ):  # half of the images that can change left and right with captions still true
+        if args.mirror:  # half of the images whose captions stay true
             coins = np.random.default_rng([args.seed, epoch, 1]).random(len(self.train_data)) < 0.5
             mirrored = coins & datasets.mirrorable(self.train_data, self.captioner.word_map)
         done = self.update - epoch * len(order)
@@ -787,10 +785,10 @@ def draw_curves(path, history, metric):
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:
             values = [record.get(key, math.nan) for record in history]
-            axes.plot(epochs, values, "o-", markersize=3, label=names.get(key, key))
+            axes.plot(epochs, values, "o-", markersize=4, label=names.get(key, key))
         axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
         axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(edgecolor="none", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -825,10 +823,10 @@ def get_args_parser():
     examples = __doc__.partition("\n\n")[2]
     parser = utils.ArgumentParser(description="Train Show, Attend and Tell.", examples=examples)
     number = utils.bounded
-    text = "other defaults: shapes, for the generated data; focus, for attention that shows what is said"
+    text = "other defaults: shapes, for the generated data; focus, for attention that tells more"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     width, share, rate = number(int, 1, 65536), number(float, 0, 0.99), number(float, 0, 10)
-    weight = number(float, 0, 1000)
+    weight, whole = number(float, 0, 1000), number(int, 0, 10**9)
 
     add = parser.add_argument_group("data").add_argument
     text = "folder of what create_input_files.py wrote; feature stores are kept there too"
@@ -859,34 +857,27 @@ def get_args_parser():
     add("--position_encoding", action="store_true", help=text)
     text = "let attention see the previous word, which the state has not read (not in the paper)"
     add("--attend_word", action="store_true", help=text)
-    text = "word vectors in GloVe's text format to start from"
-    add("--embeddings", type=Path, metavar="FILE", help=text)
+    add("--embeddings", type=Path, metavar="FILE", help="word vectors in GloVe's text format")
 
     add = parser.add_argument_group("training").add_argument
-    text = "passes over the training images"
-    add("--epochs", type=number(int, 1, 100_000), default=15, help=text)
+    add("--epochs", type=width, default=15, help="passes over the training images")
     text = "images per update, each with all its captions; lower it if memory runs out"
     add("--batch_size", type=width, default=16, help=text)
     add("--learning_rate", type=rate, default=6e-4, help="of the decoder, at its peak")
     text = "after the warm-up; plateau: x 0.8 after every 2 epochs without a better score"
     add("--lr_schedule", choices=("cosine", "plateau", "constant"), default="cosine", help=text)
-    text = "updates over which the learning rate rises from 0"
-    add("--warmup", type=number(int, 0, 10**9), default=200, help=text)
+    add("--warmup", type=whole, default=200, help="updates of a rising learning rate")
     add("--weight_decay", type=rate, default=0.01, help="of AdamW")
-    text = "largest norm of the gradient"
-    add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help=text)
-    text = "share dropped of what words are scored from; raise it on overfitting"
-    add("--dropout", type=share, default=0.6, help=text)
+    add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help="longest gradient")
+    add("--dropout", type=share, default=0.6, help="share dropped before words are scored")
     add("--embed_dropout", type=share, default=0.5, help="share dropped of embedded words")
     add("--feature_dropout", type=share, default=0.3, help="share dropped of the CNN's features")
-    text = "share of each target spread over all words"
-    add("--label_smoothing", type=share, default=0.1, help=text)
+    add("--label_smoothing", type=share, default=0.1, help="of the target, over all words")
     text = "weight of the doubly stochastic penalty (eq. 14): attention visits every place"
     add("--alpha_c", type=weight, default=0.1, help=text)
     text = (
-        "teach attention to look at what a word is about, with this weight, 0.2 for example: in "
-        "training every place alone guesses the word; use it with --alpha_c 0; costs a little of "
-        "the captions' scores"
+        "weight, 0.2 for example, with which attention learns to look where the word can be read; "
+        "use --alpha_c 0; costs a little of the captions' scores"
     )
     add("--grounding", type=weight, default=0.0, metavar="WEIGHT", help=text)
     text = "train the CNN too, all but its first block; features are then not kept"
@@ -895,14 +886,12 @@ def get_args_parser():
     text = "with --fine_tune_encoder: mirror half of the images whose captions say no left or right"
     add("--mirror", action="store_true", help=text)
     text = (
-        "self-critical sequence training (Rennie et al. 2017, Luo 2020): five captions are sampled "
-        "for each image, and those with a higher CIDEr-D than the others made likelier; without "
-        "dropout; the loss shown is minus their mean reward x 100; needs --init_from and a small "
-        "--learning_rate, 1e-4 for example"
+        "self-critical sequence training (Rennie et al. 2017, Luo 2020), from --init_from: makes "
+        "sampled captions of higher CIDEr-D likelier; the loss shown is minus 100 x the reward; "
+        "without dropout; take a small --learning_rate, 1e-4 for example"
     )
     add("--scst", action="store_true", help=text)
-    text = "of weights, dropout, sampling and the order of images"
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help=text)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all that is random")
 
     add = parser.add_argument_group("scheduled sampling (Bengio et al. 2015)").add_argument
     text = "how the true word's probability falls: none, linear, exponential, inverse_sigmoid"
@@ -911,15 +900,12 @@ def get_args_parser():
     add("--ss_min", type=number(float, 0, 1), default=0.75, help=text)
     text = "k of the schedule's formula (default: ss_min is reached at the last update)"
     add("--ss_k", type=number(float, 1e-6, 1e9), help=text)
-    text = "linear only: fall of the probability per update (default: as for ss_k)"
-    add("--ss_slope", type=number(float, 0, 1), help=text)
-    text = "feed the model's likeliest word instead of one drawn from its distribution"
-    add("--ss_argmax", action="store_true", help=text)
+    add("--ss_slope", type=number(float, 0, 1), help="linear only: fall per update")
+    add("--ss_argmax", action="store_true", help="feed the likeliest word, not a random one")
 
     add = parser.add_argument_group("validation").add_argument
     add("--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at")
-    text = "stop after so many epochs without a better score"
-    add("--patience", type=number(int, 1, 100_000), default=6, help=text)
+    add("--patience", type=width, default=6, help="epochs without a better score: stop")
 
     add = parser.add_argument_group("continuing").add_argument
     text = "go on with an interrupted run: that of --output_folder, or of a checkpoint or folder"
@@ -927,7 +913,7 @@ def get_args_parser():
     text = "start a new run from the weights of a checkpoint, or of the best of a run's folder"
     add("--init_from", type=Path, metavar="CHECKPOINT", help=text)
     text = "save every so many updates too, for long epochs; 0: after epochs, and when stopped"
-    add("--checkpoint_every", type=number(int, 0, 10**9), default=0, help=text)
+    add("--checkpoint_every", type=whole, default=0, help=text)
     utils.add_search_flags(parser, consensus=False)
     utils.add_device_flags(parser)
     return parser
