@@ -479,7 +479,7 @@ def test_an_update_leaves_nothing_behind(attention, backward, amp):
     decoder = make_decoder(attention=attention).train()
 
     def left():
-        kinds = (torch.Tensor, models._GradientStore, models.deferred_weight_gradients)
+        kinds = (torch.Tensor, models.deferred_weight_gradients)
         return sum(isinstance(o, kinds) for o in gc.get_objects())
 
     def update(epsilon):
@@ -874,6 +874,7 @@ def test_own_words_are_drawn_from_the_distribution_and_per_token():
     assert (later[0] != later[1]).float().mean() > 0  # a coin for each token, not for each caption
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_schedules_follow_their_formulas(update, minimum):
     def epsilon(name, *constants):
@@ -891,7 +892,7 @@ def test_schedules_follow_their_formulas(update, minimum):
 
 
 @pytest.mark.parametrize("name", models.SCHEDULES)
-@settings(deadline=None)  # the first call loads scipy
+@settings(deadline=None)
 @given(updates=st.integers(1, 10**6), minimum=st.floats(0, 1))
 def test_every_schedule_stays_between_minimum_and_one(name, updates, minimum):
     schedule = models.Schedule(updates, minimum)
@@ -899,6 +900,7 @@ def test_every_schedule_stays_between_minimum_and_one(name, updates, minimum):
         assert minimum <= models.scheduled_sampling_epsilon(name, update, schedule) <= 1
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["linear", "exponential", "inverse_sigmoid"]),
     st.integers(20, 10**6),
