@@ -15,6 +15,7 @@ import math
 import pickle
 import re
 import socket
+import warnings
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -523,7 +524,7 @@ class Captioner:
         return [self.words[word] for word in hypothesis.words]
 
     def features(self, dataset, folder, rows=None, workers=2):
-        """Features of a split: of a frozen encoder from the feature store, which is made if missing.
+        """Features of a split: of a frozen encoder from the feature store, made if it is missing.
 
         :param dataset: ``datasets.CaptionDataset``
         :param folder: data folder, where feature stores are kept
@@ -599,7 +600,7 @@ def feature_store(captioner, dataset, folder):
 
 
 def encoder_digest(encoder):
-    """SHA-256 of architecture and weights, in hex: with the image, all that a feature depends on."""
+    """SHA-256 of architecture and weights, in hex; a feature depends on them and on the image."""
     digest = hashlib.sha256(encoder.name.encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
@@ -659,7 +660,7 @@ def imagenet_weights(name):
 
 
 def torchvision_weights(name):
-    """Path of torchvision's weights, downloaded at first use and checked by the hash in the name."""
+    """Path of torchvision's weights, downloaded at first use and checked by their name's hash."""
     try:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     except ValueError as error:
@@ -704,15 +705,13 @@ def hard(energies, decoder):
     weights = torch.zeros_like(alpha).scatter(2, sampled, 1.0)  # (B, R, num_pixels)
     if not decoder.training:
         return AttentionOutput(alpha, weights)
-    expected = torch.rand_like(alpha[..., 0]) < 0.5  # (B, R)
-    log_prob = (
-        alpha.gather(2, sampled).squeeze(2).clamp_min(1e-12).log().masked_fill(expected, 0)
-    )  # (B, R)
-    return AttentionOutput(alpha, torch.where(expected.unsqueeze(2), alpha, weights), log_prob)
+    expected = torch.rand_like(alpha[..., :1]) < 0.5  # (B, R, 1)
+    log_prob = alpha.gather(2, sampled).clamp_min(1e-12).log().masked_fill(expected, 0)
+    return AttentionOutput(alpha, torch.where(expected, alpha, weights), log_prob.squeeze(2))
 
 
 class NoAttention(nn.Module):
-    """Scores every place alike, so that the context vector is the image's mean feature at every word."""
+    """Scores all places alike: the context vector is the image's mean feature at every word."""
 
     def __init__(self, *_):
         super().__init__()
@@ -728,11 +727,10 @@ ATTENTIONS |= {"hard": (Attention, hard), "mean": (NoAttention, soft)}
 
 
 def hard_attention_loss(output, word_nll, alpha_entropy_c, decoder):
-    """REINFORCE on the sampled locations (section 4.1), summed over the batch; updates the decoder's baseline."""
+    """REINFORCE on the sampled locations (section 4.1), summed; updates the decoder's baseline."""
     reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll)  # (B,)
-    mean = (
-        reward.sum() / (output.alphas.sum(dim=(1, 2)) > 0).sum()
-    )  # rows without words fill up a CUDA graph's batch
+    # rows without words fill up a CUDA graph's batch
+    mean = reward.sum() / (output.alphas.sum(dim=(1, 2)) > 0).sum()
     # the first batch has no past to be compared with
     baseline = torch.where(decoder.baseline == 0, mean, decoder.baseline)
     entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
@@ -765,11 +763,9 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
 
     Pooling is linear, so it commutes with the attention's projection and with the weighted sum of
     the features. Both run on the CNN's own grid, 8 x 8 for example, and only this matrix stands
-    between it and the grid that attention sees, 14 x 14 for example: the same numbers for a third
-    of the work.
+    between it and the grid that attention sees, 14 x 14 for example: a third of the work.
 
-    :param size: side of the grid that comes in
-    :param encoded_image_size: side of the grid that comes out
+    :param size, encoded_image_size: side of the grid that comes in, and of the one that comes out
     :return: (encoded_image_size^2, size^2), rows sum to 1
     """
     side = F.adaptive_avg_pool1d(torch.eye(size).unsqueeze(0), encoded_image_size)[0].T.contiguous()
@@ -778,7 +774,7 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
 
 @lru_cache(maxsize=8)
 def position_code(size, channels, device="cpu", dtype=torch.float32):
-    """A fixed code of row and column for every place of a square grid (the sines of Vaswani et al. 2017, in 2-D).
+    """A fixed code of row and column for each place of a square grid (Vaswani et al. 2017, in 2-D).
 
     A CNN's features tell little of where in the image they are. With the code added, attention and
     decoder can tell left from right. The wavelengths run from twice the image's side down to two
@@ -789,14 +785,12 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
     place = (torch.arange(size) + 0.5) / size
     waves = torch.logspace(math.log10(0.5), math.log10(max(size / 2, 0.5)), math.ceil(channels / 4))
     angles = 2 * math.pi * place.unsqueeze(1) * waves
-    code = torch.cat([angles.sin(), angles.cos()], dim=1)
-    code = torch.cat(
-        [code.unsqueeze(1).expand(-1, size, -1), code.unsqueeze(0).expand(size, -1, -1)], dim=2
-    )
-    return (0.1 * code.flatten(0, 1)[:, :channels]).to(device, dtype)
+    code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (size, at least channels / 2)
+    code = torch.cat([code.repeat_interleave(size, dim=0), code.repeat(size, 1)], dim=1)
+    return (0.1 * code[:, :channels]).to(device, dtype)
 
 
-# ---------------------------------------------------------------------------- training of the decoder
+# ------------------------------------------------------------------------------------- training
 
 
 class DecoderOutput(NamedTuple):
@@ -811,12 +805,12 @@ class DecoderOutput(NamedTuple):
 
 
 def live_rows(decode_lengths, group=8):
-    """How many rows each step runs. Rows leave in groups: fewer shapes, for which fewer kernels are compiled.
+    """How many rows each step runs. Rows leave in groups: kernels are compiled for fewer shapes.
 
     :param decode_lengths: list of B ints in decreasing order
     :return: list of max_decode_length ints
     """
-    if any(a < b for a, b in zip(decode_lengths, decode_lengths[1:])):
+    if decode_lengths != sorted(decode_lengths, reverse=True):
         raise ValueError("captions must stand in decreasing order of length")
     counts = [sum(length > t for length in decode_lengths) for t in range(decode_lengths[0])]
     return [min(len(decode_lengths), group * math.ceil(count / group)) for count in counts]
@@ -842,9 +836,8 @@ class CaptioningNetwork(nn.Module):
         output = self.decoder(encoder_out, captions, decode_lengths, image_index, *sampling)
         if self.teacher is None:
             return output
-        return output._replace(
-            grounding=self.teacher(encoder_out, output.alphas, captions, image_index)
-        )
+        loss = self.teacher(encoder_out, output.alphas, captions, image_index)
+        return output._replace(grounding=loss)
 
 
 class AttentionTeacher(nn.Module):
@@ -869,24 +862,19 @@ class AttentionTeacher(nn.Module):
         """
         side, new_side = math.isqrt(encoder_out.shape[1]), math.isqrt(alphas.shape[2])
         if side != new_side:  # what attention weighs are means of the encoder's places
-            alphas = alphas @ pooling_matrix(
-                side, new_side, alphas.device
-            )  # (B, max_decode_length, n)
+            alphas = alphas @ pooling_matrix(side, new_side, alphas.device)  # (B, steps, n)
         guesses = self.place_words(encoder_out.to(compute_dtype(encoder_out.device)))
-        guesses = (
-            guesses.float().log_softmax(dim=2).transpose(1, 2).flatten(0, 1)
-        )  # (num_images * vocab_size, n)
-        targets = captions[:, 1 : alphas.shape[1] + 1]  # (B, max_decode_length)
-        rows = image_index.unsqueeze(1) * self.place_words.out_features + targets
-        guesses = guesses.index_select(0, rows.flatten()).unflatten(
-            0, rows.shape
-        )  # (B, max_decode_length, n)
-        log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)
+        guesses = guesses.float().log_softmax(dim=2)  # (num_images, n, vocab_size)
+        guesses = guesses.transpose(1, 2).flatten(0, 1)  # (num_images * vocab_size, n)
+        targets = captions[:, 1 : alphas.shape[1] + 1]  # (B, steps)
+        rows = image_index.unsqueeze(1) * self.place_words.out_features + targets  # (B, steps)
+        guesses = guesses.index_select(0, rows.flatten()).view(alphas.shape)  # (B, steps, n)
+        log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)  # (B, steps)
         return -(log_likelihood * (targets != PAD_ID)).sum()
 
 
 class deferred_weight_gradients(TorchFunctionMode):
-    """Inside ``with deferred_weight_gradients():`` each weight's gradient is formed once, after the last step's.
+    """Inside ``with deferred_weight_gradients():`` each weight's gradient is formed only once.
 
     Autograd alone forms a product of the weight's size at every step and adds them up; here one
     product over all steps' rows does it, which makes a training epoch about a quarter faster on a
@@ -900,23 +888,20 @@ class deferred_weight_gradients(TorchFunctionMode):
         self.stores = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        own = {
-            F.linear: self.linear,
-            torch.lstm_cell: self.lstm_cell,
-            torch.gru_cell: self.gru_cell,
-        }
-        return own.get(func, func)(*args, **(kwargs or {}))
+        own = {F.linear: "linear", torch.lstm_cell: "lstm_cell", torch.gru_cell: "gru_cell"}
+        call = getattr(self, own[func]) if func in own else func
+        return call(*args, **(kwargs or {}))
 
     def linear(self, x, weight, bias=None):
-        worth_it = (
-            weight.requires_grad and weight.numel() > x[..., 0].numel()
-        )  # else the sum is cheap
-        if not (worth_it and torch.is_grad_enabled()):
+        is_worth_it = weight.requires_grad and weight.numel() > x[..., 0].numel()
+        if not (is_worth_it and torch.is_grad_enabled()):
             return F.linear(x, weight, bias)
         if id(weight) not in self.stores:
-            self.stores[id(weight)] = _GradientStore(weight, bias)
-        store = self.stores[id(weight)]
-        return _DeferredLinear.apply(x, store, store.anchor)
+            cast = lambda t: None if t is None else t.detach().to(compute_dtype(t.device))
+            stored = [], []  # of all calls: inputs, and gradients of the outputs
+            anchor = _FormGradients.apply(stored, weight, bias)
+            self.stores[id(weight)] = (cast(weight), cast(bias), stored, anchor)
+        return _DeferredLinear.apply(x, *self.stores[id(weight)])
 
     def lstm_cell(self, x, state, weight_ih, weight_hh, bias_ih, bias_hh):
         gates = self.linear(x, weight_ih, bias_ih) + self.linear(state[0], weight_hh, bias_hh)
@@ -931,53 +916,42 @@ class deferred_weight_gradients(TorchFunctionMode):
         return (1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h
 
 
-class _GradientStore:
-    """Inputs and output gradients of all calls of one linear layer."""
-
-    def __init__(self, weight, bias):
-        dtype = compute_dtype(weight.device)
-        self.weight = weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.inputs, self.gradients = [], []
-        self.anchor = _FormGradients.apply(self.inputs, self.gradients, weight, bias)
-
-
 class _DeferredLinear(torch.autograd.Function):
     """``F.linear`` whose backward pass stores what the weight's gradient is made of."""
 
     @staticmethod
-    def forward(ctx, x, store, anchor):
-        x = x.to(store.weight.dtype)
-        ctx.store = store
-        ctx.save_for_backward(x)
-        return F.linear(x, store.weight, store.bias)
+    def forward(ctx, x, weight, bias, stored, anchor):
+        x = x.to(weight.dtype)
+        ctx.stored = stored
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.store.inputs.append(
-            ctx.saved_tensors[0].detach().flatten(0, -2)
-        )  # or it leads back here
-        ctx.store.gradients.append(gradient.flatten(0, -2))
-        return gradient @ ctx.store.weight, None, gradient.new_zeros(())
+        x, weight = ctx.saved_tensors
+        inputs, gradients = ctx.stored
+        inputs.append(x.detach().flatten(0, -2))  # or it leads back here
+        gradients.append(gradient.flatten(0, -2))
+        return gradient @ weight, None, None, None, gradient.new_zeros(())
 
 
 class _FormGradients(torch.autograd.Function):
-    """A number that every call depends on: autograd comes to its backward pass when all calls have left their gradients."""
+    """A number that all calls depend on: autograd comes here when each has left its gradient."""
 
     @staticmethod
-    def forward(ctx, inputs, gradients, weight, bias):
-        ctx.stored, ctx.dtype, ctx.has_bias = (inputs, gradients), weight.dtype, bias is not None
+    def forward(ctx, stored, weight, bias):
+        ctx.stored, ctx.dtype, ctx.has_bias = stored, weight.dtype, bias is not None
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx, _):
         inputs, gradient = map(torch.cat, ctx.stored)
         bias = gradient.sum(0).to(ctx.dtype) if ctx.has_bias else None
-        return None, None, (gradient.T @ inputs).to(ctx.dtype), bias
+        return None, (gradient.T @ inputs).to(ctx.dtype), bias
 
 
 def self_critical_loss(output, advantages, banned, num_words=None):
-    """REINFORCE on sampled captions (Rennie et al. 2017, eq. 7): make likelier what beat the baseline.
+    """REINFORCE on sampled captions (Rennie et al. 2017, eq. 7): likelier what beat the baseline.
 
     :param output: ``DecoderOutput`` of a pass over the sampled captions
     :param advantages: float (B,), each caption's reward less its baseline's
@@ -989,20 +963,17 @@ def self_critical_loss(output, advantages, banned, num_words=None):
     num_words = (output.targets != PAD_ID).sum() if num_words is None else num_words
     scores = output.scores.index_fill(1, banned, -math.inf)  # (num_words, vocab_size)
     word_nll = F.cross_entropy(scores, output.targets, reduction="none", ignore_index=PAD_ID)
-    return (
-        advantages[output.rows] * word_nll
-    ).sum() / num_words, word_nll.detach().sum() / num_words
+    loss = (advantages[output.rows] * word_nll).sum()
+    return loss / num_words, word_nll.detach().sum() / num_words
 
 
 class Schedule(NamedTuple):
-    """The constants of a schedule for scheduled sampling."""
+    """The constants of a schedule; None: such that ``minimum`` is reached at the last update."""
 
     updates: int  # updates of the whole training
     minimum: float = 0.0  # the probability never falls below this
-    k: float | None = (
-        None  # of the formula; None: such that ``minimum`` is reached at the last update
-    )
-    slope: float | None = None  # linear only: fall per update; None: likewise
+    k: float | None = None  # of the formula
+    slope: float | None = None  # linear only: fall per update
 
 
 def exponential(progress, schedule):
@@ -1013,19 +984,14 @@ def exponential(progress, schedule):
 
 def inverse_sigmoid(progress, schedule):
     """k / (k + exp(i / k)) at update i, with k >= 1."""
-    k = schedule.k or inverse_sigmoid_k(schedule.updates, min(max(schedule.minimum, 1e-3), 0.99))
-    return k / (
-        k + math.exp(min(progress * schedule.updates / k, 700))
-    )  # e^700 is near the largest float
-
-
-@lru_cache(maxsize=8)
-def inverse_sigmoid_k(updates, minimum):
-    """The k with which the inverse sigmoid falls to a minimum at the last update."""
     from scipy.optimize import brentq
 
-    last = lambda k: k / (k + math.exp(min(updates / k, 700))) - minimum
-    return brentq(last, 1e-3, 1000 * (updates + 2))
+    value = lambda k, i: k / (k + math.exp(min(i / k, 700)))  # e^700 is near the largest float
+    k, updates = schedule.k, schedule.updates
+    if k is None:
+        last = min(max(schedule.minimum, 1e-3), 0.99)
+        k = brentq(lambda k: value(k, updates) - last, 1e-3, 1000 * (updates + 2))
+    return value(k, progress * updates)
 
 
 SCHEDULES |= {"exponential": exponential, "inverse_sigmoid": inverse_sigmoid}
@@ -1464,7 +1430,7 @@ def check_weights(name, expected, given):
 class StandIn(dict):
     """What is unpickled in place of any object and any call's result: nothing is run."""
 
-    state = None
+    state, dump_patches = None, False  # torch.load asks classes for the second
     __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
 
     def __new__(cls, *args, **options):
@@ -1519,7 +1485,9 @@ def tutorial_checkpoint(path, word_map):
     :raises UserError: if there is no word map, or another one than the model's, or if the model is
         not the tutorial's
     """
-    pickled = torch.load(path, map_location="cpu", pickle_module=InertPickle, weights_only=False)
+    options = {"map_location": "cpu", "pickle_module": InertPickle, "weights_only": False}
+    with warnings.catch_warnings(action="ignore"):  # that the source of its classes is another one
+        pickled = torch.load(path, **options)
     modules = [
         pickled.get(k) if isinstance(pickled, dict) else None for k in ("encoder", "decoder")
     ]
