@@ -102,9 +102,6 @@ def resnet(name):
 ENCODERS = dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet)
 
 
-# -------------------------------------------------------------------------------------- attention
-
-
 class Attention(nn.Module):
     """The attention network of the paper: additive scores (section 3.1.2, eq. 4; here with a ReLU).
 
@@ -153,8 +150,6 @@ def soft(energies, decoder):
 ATTENTIONS = {"soft": (Attention, soft)}
 
 
-# ---------------------------------------------------------------------------------------- decoder
-
 # To add a recurrent cell, add an entry: cell(input_size, hidden_size), called as torch's own.
 DECODERS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 
@@ -166,10 +161,6 @@ class ImageContext(NamedTuple):
     encoder_att: torch.Tensor  # (B, num_pixels, ...), projected by the attention network
     pool: torch.Tensor | None  # (num_pixels, n), if attention sees another grid than the encoder's
 
-    def first(self, count):
-        """The context of the first images."""
-        return ImageContext(self.encoder_out[:count], self.encoder_att[:count], self.pool)
-
 
 class DecoderWithAttention(nn.Module):
     """LSTM or GRU that looks at the image before each word (Xu et al. 2015, sections 3.1.2 and 4).
@@ -177,11 +168,12 @@ class DecoderWithAttention(nn.Module):
     The gate has a value for each channel (one for all in the paper), and the first state comes from
     linear maps (deeper ones in the paper), as in the well-known PyTorch tutorial.
 
-    :param vocab_size: words in the word map
-    :param encoder_dim: channels of the encoder's grid
+    Each image has R rows: its beams in beam search; in training one, as each caption has its own
+    copy of the image's tensors.
+
+    :param vocab_size, encoder_dim: words in the word map; channels of the encoder's grid
     :param attention_dim, embed_dim, decoder_dim: widths of attention network, embedding and state
-    :param decoder: a key of ``DECODERS``
-    :param attention: a key of ``ATTENTIONS``
+    :param decoder, attention: keys of ``DECODERS`` and ``ATTENTIONS``
     :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
     :param deep_output: score words from word, state and context (eq. 7), not from the state alone
     :param attend_word: attention sees the previous word, which the state has not read yet (not in
@@ -224,9 +216,6 @@ class DecoderWithAttention(nn.Module):
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.uniform_(self.fc.weight, -0.1, 0.1)
         nn.init.zeros_(self.fc.bias)
-
-    # Every image has R rows: its beams in beam search. In training each caption has its own copy of
-    # the image's tensors, and R is 1.
 
     def init_hidden_state(self, encoder_out, image_index=None):
         """Prepare the images once, and start the state from their mean feature (section 3.1.2).
@@ -317,7 +306,8 @@ class DecoderWithAttention(nn.Module):
                     own = own.argmax(1) if argmax else sample(own.softmax(1))  # (n,)
                     words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
                 if n < len(state[0]):  # captions that have ended leave the batch
-                    context, state = context.first(n), tuple(s[:n] for s in state)
+                    context = ImageContext(*(x[:n] for x in context[:2]), context.pool)
+                    state = tuple(s[:n] for s in state)
                 step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
                 scores.append(step_scores.squeeze(1))  # (n, vocab_size)
                 attentions.append(attention)
@@ -333,17 +323,13 @@ class DecoderWithAttention(nn.Module):
         return DecoderOutput(torch.cat(scores), targets, alphas, log_probs, rows)
 
 
-# ----------------------------------------------------------------------------------------- losses
-
-
 def doubly_stochastic_penalty(alphas):
     """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
 
-    :param alphas: attention weights, float (batch_size, max_decode_length, num_pixels), zero past
-        each caption's end
+    :param alphas: float (B, max_decode_length, num_pixels), zero past each caption's end
     :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
     """
-    visits = alphas.sum(dim=1)  # (batch_size, num_pixels)
+    visits = alphas.sum(dim=1)  # (B, num_pixels)
     has_words = visits.sum(dim=1) > 0  # a CUDA graph fills its batch with rows that say nothing
     return ((1 - visits).square().sum(dim=1) * has_words).sum() / has_words.sum()
 
@@ -385,9 +371,6 @@ def caption_loss(
     return loss / num_words, word_nll.detach().sum() / num_words
 
 
-# ----------------------------------------------------------------------------- scheduled sampling
-
-
 def linear(progress, schedule):
     """k - slope * i at update i."""
     k = 1.0 if schedule.k is None else schedule.k
@@ -409,9 +392,6 @@ def scheduled_sampling_epsilon(name, update, schedule):
     """
     epsilon = look_up(SCHEDULES, name, "schedule")(update / schedule.updates, schedule)
     return min(1.0, max(schedule.minimum if name != "none" else 1.0, epsilon))
-
-
-# ------------------------------------------------------------------------------------ beam search
 
 
 class Hypothesis(NamedTuple):
@@ -492,9 +472,6 @@ def beam_search(
     return [hypotheses[:n_best] for hypotheses in found]
 
 
-# -------------------------------------------------------------------------------------- captioner
-
-
 class Captioner:
     """Encoder, decoder and word map of one checkpoint.
 
@@ -531,9 +508,7 @@ class Captioner:
         :param rows: slice of the images; None: all
         :return: float16 (N, n, encoder_dim), on the CPU
         """
-        path = None
-        if not self.config["fine_tune_encoder"]:
-            path = feature_store(self, dataset, folder)
+        path = None if self.config["fine_tune_encoder"] else feature_store(self, dataset, folder)
         features = datasets.encode_split(dataset, self.encode, path, rows, workers=workers)
         return torch.from_numpy(features if path is None else features[rows or slice(None)])
 
@@ -556,9 +531,6 @@ def load_captioner(path, device="cpu", word_map=None):
 
 
 # ---------------------------------------------------------------- beyond the main path
-
-
-# --------------------------------------------------------------------------- tables and encoders
 
 
 def look_up(table, name, what):
@@ -1023,10 +995,8 @@ class Beams(NamedTuple):
 def check_search(beam_size, n_best, max_decode_steps):
     """:raises UserError: if a number is out of range"""
     if not 1 <= n_best <= beam_size or max_decode_steps < 1:
-        raise UserError(
-            f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}: expected "
-            "1 <= n_best <= beam_size and at least one step"
-        )
+        given = f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}"
+        raise UserError(f"{given}: expected 1 <= n_best <= beam_size and at least one step")
 
 
 def like(index, x):
@@ -1049,11 +1019,10 @@ def best_ended(ended, grown, is_end, beam_size):
     :param is_end: bool (B, 2K), which of the second end
     :return: ``Beams`` of (B, n) hypotheses, best first
     """
+    goes_on = ~is_end[:, :beam_size]  # (B, K)
     ending = Beams(*(x[:, :beam_size] for x in grown))
-    ending = ending._replace(**{
-        name: getattr(ending, name).masked_fill(~is_end[:, :beam_size], -math.inf)
-        for name in ("log_prob", "score")
-    })  # fmt: skip
+    log_prob, score = (x.masked_fill(goes_on, -math.inf) for x in ending[:2])
+    ending = ending._replace(log_prob=log_prob, score=score)
     nothing = [x.new_zeros(*ended.score.shape, *x.shape[3:]) for x in grown[2:]]
     before = ended.append(ended.log_prob, ended.score, *nothing)
     both = Beams(*(torch.cat(pair, dim=1) for pair in zip(before, ending)))
@@ -1063,8 +1032,8 @@ def best_ended(ended, grown, is_end, beam_size):
 def score_words(decoders, words, states, contexts):
     """One step of every decoder.
 
-    :return: (log_probs, alpha, states): (B, K, vocab_size), of the mean of the probabilities; (B,
-        K, num_pixels)
+    :return: (log_probs, alpha, states): of the mean of the probabilities, (B, K, vocab_size); the
+        mean of those on the first one's grid, (B, K, num_pixels)
     """
     steps = [decoder.step(words, *rest) for decoder, *rest in zip(decoders, states, contexts)]
     scores, attentions, states = zip(*steps)
@@ -1080,22 +1049,19 @@ def read_beams(ended, live, word_map, with_alphas):
     results = []
     ended, live = Beams(*(x.cpu() for x in ended)), Beams(*(x.cpu() for x in live))
     for image in range(len(ended.score)):
-        beams = ended if ended.score[image, 0] > -math.inf else live
-        found = []
+        has_ended, found = bool(ended.score[image, 0] > -math.inf), []
         for k in range(ended.score.shape[1]):
-            log_prob, score, seq, word_log_probs, alphas = (x[image, k] for x in beams)
+            hypothesis = (x[image, k] for x in (ended if has_ended else live))
+            log_prob, score, seq, word_log_probs, alphas = hypothesis
             if log_prob > -math.inf:
-                seq = seq.tolist()
-                length = seq.index(word_map[datasets.END]) if beams is ended else len(seq)
-                found.append(Hypothesis(
-                    seq[:length], log_prob.item(), score.item(), alphas[:length] if with_alphas else None,
-                    beams is ended, word_log_probs[:length].tolist(),
-                ))  # fmt: skip
+                n = seq.tolist().index(word_map[datasets.END]) if has_ended else len(seq)
+                words, log_probs = seq[:n].tolist(), word_log_probs[:n].tolist()
+                alphas = alphas[:n] if with_alphas else None
+                values = words, log_prob.item(), score.item(), alphas, has_ended, log_probs
+                found.append(Hypothesis(*values))
         if not found:
-            raise UserError(
-                "the model's scores are not finite numbers: its training diverged; train it again with a "
-                "lower --learning_rate"
-            )
+            what = "the model's scores are not finite numbers: its training diverged"
+            raise UserError(f"{what}; train it again with a lower --learning_rate")
         results.append(found)
     return results
 
@@ -1111,18 +1077,17 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps):
     """
     context, state = decoder.init_hidden_state(encoder_out)
     state = tuple(s.expand(-1, samples, -1) for s in state)  # (B, samples, decoder_dim)
-    words = torch.full(
-        (len(encoder_out), samples), word_map[datasets.START], device=encoder_out.device
-    )
-    banned = torch.tensor(datasets.special_tokens(word_map), device=encoder_out.device)
-    ended, captions = torch.zeros_like(words, dtype=torch.bool), []
+    device, captions = encoder_out.device, []
+    words = torch.full((len(encoder_out), samples), word_map[datasets.START], device=device)
+    banned = torch.tensor(datasets.special_tokens(word_map), device=device)
+    ended = torch.zeros_like(words, dtype=torch.bool)  # (B, samples)
     for step in range(max_decode_steps):
         scores, _, state = decoder.step(words, state, context)  # (B, samples, vocab_size)
         scores[..., banned] = -math.inf
         words = sample(scores.softmax(dim=2)).masked_fill(ended, PAD_ID)  # (B, samples)
         captions.append(words)
         ended = ended | (words == word_map[datasets.END])
-        if (words.device.type == "cpu" or step % 4 == 3) and ended.all():
+        if (device.type == "cpu" or step % 4 == 3) and ended.all():
             break
     return torch.stack(captions, dim=2)
 
@@ -1136,13 +1101,11 @@ def caption_split(captioners, features, batch_size=None, **options):
     :param options: those of :func:`beam_search`
     :return: list of N lists of ``Hypothesis``, best first
     """
-    device, word_map = captioners[0].device, captioners[0].word_map
+    device, word_map, count = captioners[0].device, captioners[0].word_map, len(features[0])
     batch_size = batch_size or (64 if device.type == "cpu" else 512)
     results = []
-    with utils.progress(
-        total=len(features[0]), desc="captioning", unit="image", leave=False
-    ) as bar:
-        for i in range(0, len(features[0]), batch_size):
+    with utils.progress(total=count, desc="captioning", unit="image", leave=False) as bar:
+        for i in range(0, count, batch_size):
             outs = [f[i : i + batch_size].to(device) for f in features]
             results += beam_search([c.decoder for c in captioners], outs, word_map, **options)
             bar.update(len(outs[0]))
@@ -1163,7 +1126,6 @@ def average_weights(captioners):
     :return: ``Captioner``, the first one
     :raises UserError: if they are not of one architecture
     """
-    first = captioners[0]
     kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
     for name in ("encoder", "decoder"):
         states = [getattr(captioner, name).state_dict() for captioner in captioners]
@@ -1174,33 +1136,27 @@ def average_weights(captioners):
             if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
                 mean = torch.stack([state[key].cpu() for state in states]).double().mean(dim=0)
                 tensor.copy_(mean)
-    return first
+    return captioners[0]
 
 
 class Consensus:
-    """Prefers, among the hypotheses of beam search, what people said of similar images (Mao et al. 2015, "Deep
-    captioning with multimodal recurrent neural networks"; Devlin et al. 2015, "Exploring nearest
-    neighbor approaches").
+    """Prefers hypotheses that agree with what people said of similar images.
 
-    Images are alike if their mean features are: by the cosine after each channel was given mean 0
-    and deviation 1 over the training images. A caption's agreement is its CIDEr-D against the
-    captions of the ten nearest training images, weighted by exp(cosine / 0.1); its score rises by
-    ``weight`` x that.
+    Mao et al. 2015, "Deep captioning with multimodal recurrent neural networks"; Devlin et al.
+    2015, "Exploring nearest neighbor approaches". Images are alike if their mean features are: by
+    the cosine after each channel was given mean 0 and deviation 1 over the training images. A
+    caption's agreement is its CIDEr-D against the captions of the ten nearest training images,
+    weighted by exp(cosine / 0.1); its score rises by ``weight`` x that.
 
     :param captioners: list of ``Captioner`` that decode together
     :param references: list (training images) of lists (captions) of lists of words
     :param means: list of float32 arrays (N, encoder_dim), each captioner's mean features of those
-        images
     :param weight: float
     """
 
     def __init__(self, captioners, references, means, weight):
-        self.text, self.weight, self.agreement = (
-            captioners[0].text,
-            weight,
-            utils.CiderD(references),
-        )
-        self.spaces = []
+        self.text, self.weight = captioners[0].text, weight
+        self.agreement, self.spaces = utils.CiderD(references), []
         for mean in map(torch.as_tensor, means):
             center, spread = mean.mean(dim=0), mean.std(dim=0, correction=0)
             spread[spread == 0] = math.inf  # a channel that is the same in all images tells nothing
@@ -1215,11 +1171,11 @@ class Consensus:
         :raises UserError: if the data is missing, or was prepared in another size
         """
         data = datasets.CaptionDataset(datasets.split_path(folder, "train", name))
-        for captioner in captioners:
-            if captioner.image_size != data.image_size:
+        for size in (captioner.image_size for captioner in captioners):
+            if size != data.image_size:
                 raise UserError(
-                    f"{data.path} has images of {data.image_size} pixels, but the model was trained on "
-                    f"{captioner.image_size}; --consensus needs the training images in that size"
+                    f"{data.path} has images of {data.image_size} pixels, but the model was "
+                    f"trained on {size}; --consensus needs the training images in that size"
                 )
         means = [mean_features(data, captioner, folder, workers) for captioner in captioners]
         return cls(captioners, data.references, means, weight)
@@ -1227,32 +1183,31 @@ class Consensus:
     def __call__(self, encoder_outs, found):
         """Rank hypotheses anew.
 
-        :param encoder_outs: list of float (B, n, encoder_dim), each captioner's features of the
-            images
+        :param encoder_outs: list of float (B, n, encoder_dim), each captioner's own features
         :param found: list of B lists of ``Hypothesis``
         :return: the same lists, best first, with the new scores
         """
         cosines = [
             F.normalize((out.float().mean(1).cpu() - center) / spread, dim=1) @ known.T
             for out, (center, spread, known) in zip(encoder_outs, self.spaces)
-        ]
+        ]  # (B, N) each
         nearest = torch.stack(cosines).mean(0).topk(min(10, len(self.spaces[0][2])))
         shares = (nearest.values / 0.1).softmax(1).tolist()
-        return [
-            sorted((self._judged(h, images, share) for h in hypotheses), key=lambda h: -h.score)
-            for hypotheses, images, share in zip(found, nearest.indices.tolist(), shares)
-        ]
+        ranked = []
+        for hypotheses, *neighbours in zip(found, shares, nearest.indices.tolist()):
+            judged = [self.judge(hypothesis, zip(*neighbours)) for hypothesis in hypotheses]
+            ranked.append(sorted(judged, key=lambda hypothesis: -hypothesis.score))
+        return ranked
 
-    def _judged(self, hypothesis, images, shares):
-        words = self.text(hypothesis)
-        agreement = sum(
-            share * self.agreement(i, words, hypothesis.ended) for i, share in zip(images, shares)
-        )
+    def judge(self, hypothesis, neighbours):
+        """The hypothesis with its new score; ``neighbours`` are pairs of share and image."""
+        words, ended = self.text(hypothesis), hypothesis.ended
+        agreement = sum(share * self.agreement(i, words, ended) for share, i in neighbours)
         return hypothesis._replace(score=hypothesis.score + self.weight * agreement)
 
 
 def mean_features(dataset, captioner, folder, workers):
-    """The mean feature of each image: from the feature store if there is one, else computed once and kept.
+    """The mean feature of each image: of the feature store if there is one, else kept beside it.
 
     :return: float32 array (N, encoder_dim)
     """
@@ -1261,9 +1216,7 @@ def mean_features(dataset, captioner, folder, workers):
         path = path.with_name(f"MEAN_{path.name}")
         encode = lambda images: captioner.encode(images).float().mean(dim=1, keepdim=True)
     features = datasets.encode_split(dataset, encode, path, workers=workers)
-    return np.concatenate(
-        [features[i : i + 512].mean(1, dtype=np.float32) for i in range(0, len(features), 512)]
-    )
+    return np.asarray(features.mean(1, dtype=np.float32))
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -1361,8 +1314,8 @@ def load_checkpoint(path, word_map=None):
     own = checkpoint["word_map"]
     if word_map not in (None, own):
         raise UserError(
-            f"--word_map has {len(word_map)} words and differs from the one that {path} was trained "
-            f"with ({len(own)} words); leave the flag out: the checkpoint holds its own"
+            f"--word_map has {len(word_map)} words and differs from the one that {path} was "
+            f"trained with ({len(own)} words); leave the flag out: the checkpoint holds its own"
         )
     return checkpoint
 
@@ -1393,7 +1346,7 @@ def check_checkpoint(checkpoint, path):
 
 
 def check_config(config, word_map):
-    """:raises ValueError: if the word map is none, or a value of the configuration is out of range"""
+    """:raises ValueError: if the word map is none, or a value of the configuration out of range"""
     special = {datasets.PAD, datasets.UNK, datasets.START, datasets.END}
     are_words = special <= word_map.keys() and all(isinstance(word, str) for word in word_map)
     if not are_words or set(word_map.values()) != set(range(len(word_map))):
@@ -1454,7 +1407,7 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 
 class InertUnpickler(pickle._Unpickler):
-    """Reads a pickle of ``torch.save`` and gives it nothing to call but what puts a tensor together.
+    """Reads a pickle of ``torch.save``, which can call nothing but what puts a tensor together.
 
     The one written in Python, as C's allocates whatever a damaged file asks for.
     """
@@ -1495,9 +1448,9 @@ def tutorial_checkpoint(path, word_map):
         raise ValueError("it holds neither tensors alone nor a whole encoder and decoder")
     if word_map is None:
         raise UserError(
-            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map and "
-            "cannot be trained further here; caption.py and eval.py take it if you name the word "
-            "map it was trained with, with --word_map"
+            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map "
+            "and cannot be trained further here; caption.py and eval.py take it if you name the "
+            "word map it was trained with, with --word_map"
         )
     encoder, decoder = map(flatten_modules, modules)
     size = encoder.get("adaptive_pool.output_size", 14)
@@ -1509,7 +1462,7 @@ def tutorial_checkpoint(path, word_map):
     for key in [key for key in encoder if key.endswith("running_var")]:
         # torch before 0.4.1 counted no batches
         encoder.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    # the number in a ResNet's name counts the blocks' convolutions, the first one and the classifier
+    # a ResNet's number counts the convolutions of its blocks, the first one and the classifier
     is_convolution = re.compile(r"cnn\.[4-7]\.\d+\.conv\d\.weight").fullmatch
     name = f"resnet{sum(map(bool, map(is_convolution, encoder))) + 2}"
     try:
