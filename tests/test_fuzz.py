@@ -360,6 +360,7 @@ def whole_checkpoints(word_map):
         "encoded_image_size": 0,
         "deep_output": False,
         "position_encoding": False,
+        "attend_word": False,
         "dropout": 0.5,
         "embed_dropout": 0.0,
         "feature_dropout": 0.0,

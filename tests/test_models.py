@@ -5,8 +5,10 @@ import gc
 import http.client
 import itertools
 import math
+import pickle
 import tarfile
 import urllib.error
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1359,6 +1361,116 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(best_checkpoint, tmp_pa
         torch.save(broken, tmp_path / "broken.pth.tar")
         with fails("broken.pth.tar is damaged"):
             models.load_captioner(tmp_path / "broken.pth.tar")
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_is_not_run(tmp_path, fails):
+    victim = tmp_path / "victim"
+    torch.save({"config": Touch(victim)}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Touch(victim)))
+    torch.save(
+        {"encoder": torch.nn.Linear(2, 2)}, tmp_path / "module.pth"
+    )  # a whole module, as older code keeps
+    for name in ("zip.pth", "plain.pth", "module.pth"):
+        with fails(f"{name} is no checkpoint"):
+            models.load_checkpoint(tmp_path / name)
+    assert not victim.exists()
+    pickle.loads((tmp_path / "plain.pth").read_bytes())
+    assert victim.exists()  # it would have worked
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello, world\n", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 9, b"\x00" * 5000],
+)
+def test_what_is_no_file_of_tensors_is_refused(tmp_path, content, fails):
+    (tmp_path / "bad.pth").write_bytes(content)
+    with fails("bad.pth is no checkpoint"):
+        models.load_tensors(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize("members", [1, 40])
+def test_a_zip_bomb_is_refused_before_it_inflates(tmp_path, fails, members, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(members):
+            archive.writestr(f"bomb/data/{i}", bytes(20_000_000 // members))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was opened"))
+    with fails("bomb.pth is no checkpoint"):
+        models.load_tensors(tmp_path / "bomb.pth")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, fails):
+    torch.save({"a": torch.arange(1000)}, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    for size in (1, 10, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut.pth").write_bytes(data[:size])
+        with fails("cut.pth"):
+            models.load_tensors(tmp_path / "cut.pth")
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path, fails):
+    with fails("there is no file .*missing.pth"):
+        models.load_tensors(tmp_path / "missing.pth")
+    with fails(f"cannot read {tmp_path}"):
+        models.load_tensors(tmp_path)
+
+
+PARTS = {"config": {}, "word_map": {}, "encoder": {}, "decoder": {}, "history": []}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"config": {}, "word_map": {}},
+        [1, 2],
+        5,
+        torch.zeros(2),
+        None,
+        *({**PARTS, key: 5} for key in PARTS),
+        {**PARTS, "history": {}},
+        {"conv1.weight": torch.zeros(2)},
+    ],
+)
+def test_tensors_of_something_else_are_no_checkpoint(tmp_path, value, fails):
+    torch.save(value, tmp_path / "other.pth")
+    with fails("other.pth is no checkpoint"):
+        models.load_checkpoint(tmp_path / "other.pth")
+
+
+def test_a_checkpoint_comes_back_as_it_was(best_checkpoint, tmp_path):
+    checkpoint = models.load_checkpoint(best_checkpoint)
+    models.save_checkpoint(tmp_path / "again.pth.tar", checkpoint)
+    loaded = models.load_checkpoint(tmp_path / "again.pth.tar")
+    assert loaded.keys() == checkpoint.keys()
+    for key in ("encoder", "decoder"):
+        torch.testing.assert_close(loaded[key], checkpoint[key], rtol=0, atol=0)
+    for key in ("config", "word_map", "history"):
+        assert loaded[key] == checkpoint[key]
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint(best_checkpoint, tmp_path, fails):
+    assert models.run_checkpoint(best_checkpoint.parent) == best_checkpoint
+    assert models.run_checkpoint(str(best_checkpoint)) == best_checkpoint
+    with fails(f"{tmp_path} holds no BEST_checkpoint"):
+        models.run_checkpoint(tmp_path)
+    for name in ("BEST_checkpoint_a.pth.tar", "BEST_checkpoint_b.pth.tar"):
+        (tmp_path / name).touch()
+    with fails("BEST_checkpoint_a.pth.tar, BEST_checkpoint_b.pth.tar.*name its checkpoint"):
+        models.run_checkpoint(tmp_path)
 
 
 # what revision 4f44731 said of six pictures: caption, log-probability, first place, its weight

@@ -1,4 +1,4 @@
-"""Files, checkpoints, ranges, metrics and messages."""
+"""Files, ranges, metrics and messages."""
 
 import argparse
 import concurrent.futures
@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +24,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import models
 import utils
 from utils import UserError
 
@@ -292,110 +289,6 @@ def test_json_that_is_not_there_is_refused(tmp_path, fails):
 def test_json_of_an_editor_on_windows_is_read(tmp_path):
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')
     assert utils.read_json(tmp_path / "bom.json") == {"a": 1}
-
-
-# ------------------------------------------------------------ checkpoints
-
-
-class Touch:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_code_in_a_checkpoint_is_not_run(tmp_path, fails):
-    victim = tmp_path / "victim"
-    torch.save({"config": Touch(victim)}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Touch(victim)))
-    torch.save(
-        {"encoder": torch.nn.Linear(2, 2)}, tmp_path / "module.pth"
-    )  # a whole module, as older code keeps
-    for name in ("zip.pth", "plain.pth", "module.pth"):
-        with fails(f"{name} is not a readable file of tensors"):
-            models.load_checkpoint(tmp_path / name)
-    assert not victim.exists()
-    pickle.loads((tmp_path / "plain.pth").read_bytes())
-    assert victim.exists()  # it would have worked
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"hello, world\n", b"\x80\x02", b"PK\x03\x04", bytes(range(256)) * 9, b"\x00" * 5000],
-)
-def test_what_is_no_file_of_tensors_is_refused(tmp_path, content, fails):
-    (tmp_path / "bad.pth").write_bytes(content)
-    with fails("bad.pth is not a readable file of tensors"):
-        models.load_tensors(tmp_path / "bad.pth")
-
-
-@pytest.mark.parametrize("members", [1, 40])
-def test_a_zip_bomb_is_refused_before_it_inflates(tmp_path, fails, members, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        for i in range(members):
-            archive.writestr(f"bomb/data/{i}", bytes(20_000_000 // members))
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was opened"))
-    with fails("bomb.pth is not a readable file of tensors.* bytes would become 20,000,000"):
-        models.load_tensors(tmp_path / "bomb.pth")
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path, fails):
-    torch.save({"a": torch.arange(1000)}, tmp_path / "whole.pth")
-    data = (tmp_path / "whole.pth").read_bytes()
-    for size in (1, 10, 100, len(data) // 2, len(data) - 1):
-        (tmp_path / "cut.pth").write_bytes(data[:size])
-        with fails("cut.pth"):
-            models.load_tensors(tmp_path / "cut.pth")
-
-
-def test_a_missing_file_or_a_folder_is_refused(tmp_path, fails):
-    with fails("there is no file .*missing.pth"):
-        models.load_tensors(tmp_path / "missing.pth")
-    with fails(f"cannot read {tmp_path}"):
-        models.load_tensors(tmp_path)
-
-
-PARTS = {"config": {}, "word_map": {}, "encoder": {}, "decoder": {}, "history": []}
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {},
-        {"config": {}, "word_map": {}},
-        [1, 2],
-        5,
-        torch.zeros(2),
-        None,
-        *({**PARTS, key: 5} for key in PARTS),
-        {**PARTS, "history": {}},
-        {"conv1.weight": torch.zeros(2)},
-    ],
-)
-def test_tensors_of_something_else_are_no_checkpoint(tmp_path, value, fails):
-    torch.save(value, tmp_path / "other.pth")
-    with fails("other.pth is not a checkpoint of this suite"):
-        models.load_checkpoint(tmp_path / "other.pth")
-
-
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    checkpoint = {
-        "config": {"a": 1, "b": None, "c": [1.5]},
-        "word_map": {"é": 1},
-        "encoder": {"w": torch.randn(3)},
-        "decoder": {},
-        "history": [{"epoch": 1}],
-    }
-    models.save_checkpoint(tmp_path / "checkpoint.pth.tar", checkpoint)
-    loaded = models.load_checkpoint(tmp_path / "checkpoint.pth.tar")
-    torch.testing.assert_close(loaded["encoder"], checkpoint["encoder"], rtol=0, atol=0)
-    assert {k: loaded[k] for k in ("config", "word_map", "history")} == {
-        k: checkpoint[k] for k in ("config", "word_map", "history")
-    }
 
 
 # ------------------------------------------------------------ values
