@@ -45,7 +45,7 @@ def whole(training_data, tmp_path_factory):
 KILLER = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-import create_input_files, train, utils
+import create_input_files, datasets, models, train, utils
 import matplotlib.figure, nltk.translate.bleu_score, pycocoevalcap.cider.cider
 import pycocoevalcap.rouge.rouge, torch, torchvision
 kills, rng = 0, random.Random(int(sys.argv[3]))
