@@ -130,13 +130,13 @@ def test_out_of_memory_ends_in_one_line(moment, data, made_up, tmp_path):
     "largest, sections",
     [
         ("1e8", "decoder"),  # which first checks numbers
-        ("1e4", "encoders extraction training flickr8k finetune beam caption"),
+        ("1e4", "training beam encoders caption"),
     ],
     ids=["decoder", "others"],
 )
 def test_the_benchmark_runs_to_its_end(largest, sections, made_up):
     """Its figures mean nothing here. The copy of 4 GB of its section "ceiling" is left out."""
-    flags = ["--device", "cuda", "--pictures", 2, "--sections", *sections.split(" ")]
+    flags = ["--device", "cuda", "--images", 2, "--sections", *sections.split(" ")]
     finish(start(made_up(FAKE_CUDA_LARGEST=largest), "tests/benchmark.py", *flags))
 
 
