@@ -135,7 +135,7 @@ def test_out_of_memory_ends_in_one_line(moment, data, made_up, tmp_path):
     ids=["decoder", "others"],
 )
 def test_the_benchmark_runs_to_its_end(largest, sections, made_up):
-    """Its figures mean nothing here. The copy of 4 GB of its section "ceiling" is left out."""
+    """Its figures mean nothing here."""
     flags = ["--device", "cuda", "--images", 2, "--sections", *sections.split(" ")]
     finish(start(made_up(FAKE_CUDA_LARGEST=largest), "tests/benchmark.py", *flags))
 
