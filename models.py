@@ -27,7 +27,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
 
 import datasets
 import utils
@@ -166,10 +165,8 @@ class DecoderWithAttention(nn.Module):
     """LSTM or GRU that looks at the image before each word (Xu et al. 2015, sections 3.1.2 and 4).
 
     The gate has a value for each channel (one for all in the paper), and the first state comes from
-    linear maps (deeper ones in the paper), as in the well-known PyTorch tutorial.
-
-    Each image has R rows: its beams in beam search; in training one, as each caption has its own
-    copy of the image's tensors.
+    linear maps (deeper ones in the paper), as in the well-known PyTorch tutorial. Each image has R
+    rows: its beams in beam search; in training one, for each caption has its own copy of the image.
 
     :param vocab_size, encoder_dim: words in the word map; channels of the encoder's grid
     :param attention_dim, embed_dim, decoder_dim: widths of attention network, embedding and state
@@ -230,13 +227,13 @@ class DecoderWithAttention(nn.Module):
         side, pool = math.isqrt(encoder_out.shape[1]), None
         if self.position_encoding:
             encoder_out = encoder_out + position_code(side, encoder_out.shape[2], *place)
-        encoder_out = self.feature_dropout(encoder_out)
+        encoder_out = self.feature_dropout(encoder_out)  # (num_images, n, encoder_dim)
         encoder_att = self.attention.project(encoder_out)  # (num_images, n, attention_dim)
         mean = encoder_out.mean(dim=1)  # (num_images, encoder_dim)
         if self.encoded_image_size not in (0, side):
             pool = pooling_matrix(side, self.encoded_image_size, *place)  # (num_pixels, n)
             encoder_att = pool @ encoder_att  # (num_images, num_pixels, attention_dim)
-            mean = pool.mean(dim=0) @ encoder_out
+            mean = pool.mean(dim=0) @ encoder_out  # (num_images, encoder_dim)
         inits = [self.init_h, self.init_c] if self.init_c else [self.init_h]
         state = tuple(init(mean).float().unsqueeze(1) for init in inits)  # (num_images, 1, ...)
         if image_index is not None:  # index_select, whose gradient is summed in a fixed order
@@ -391,7 +388,7 @@ def scheduled_sampling_epsilon(name, update, schedule):
     :return: float in [schedule.minimum, 1]
     """
     epsilon = look_up(SCHEDULES, name, "schedule")(update / schedule.updates, schedule)
-    return min(1.0, max(schedule.minimum if name != "none" else 1.0, epsilon))
+    return min(1.0, max(schedule.minimum, epsilon))
 
 
 class Hypothesis(NamedTuple):
@@ -421,10 +418,9 @@ def beam_search(
     :param decoders: list of ``DecoderWithAttention`` with one word map, in eval mode
     :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features
     :param word_map: word to id
-    :param beam_size: hypotheses kept alive per image; 1 is greedy
+    :param beam_size, n_best: hypotheses kept alive (1 is greedy), and captions returned, per image
     :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted
     :param max_decode_steps: longest caption, in words
-    :param n_best: captions returned per image, at most beam_size
     :param with_alphas: keep the attention weights (the mean over decoders of the first one's grid)
     :param consensus: ``Consensus`` that ranks the beam anew before the n_best are taken, or None
     :return: list of B lists of at most n_best ``Hypothesis``, best first
@@ -441,9 +437,8 @@ def beam_search(
     live, ended = (empty_beams(len(words), k, num_pixels, device) for k in (beam_size, keep))
     live.log_prob[:, 0] = 0  # at the start all beams are one
     for step in range(max_decode_steps + 1):
-        # (B, K, vocab_size) and (B, K, num_pixels)
         log_probs, alpha, states = score_words(decoders, words, states, contexts)
-        log_probs[..., banned] = -math.inf
+        log_probs[..., banned] = -math.inf  # (B, K, vocab_size)
         # at most K of the best 2K continuations are <end>, so K others are among them
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
         log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
@@ -473,13 +468,7 @@ def beam_search(
 
 
 class Captioner:
-    """Encoder, decoder and word map of one checkpoint.
-
-    :param encoder: ``Encoder``
-    :param decoder: ``DecoderWithAttention``
-    :param word_map: word to id
-    :param config: dict, the configuration that built the model
-    """
+    """Encoder, decoder, word map (word to id) and configuration (dict) of one checkpoint."""
 
     def __init__(self, encoder, decoder, word_map, config):
         self.encoder, self.decoder = encoder.eval(), decoder.eval()
@@ -609,8 +598,8 @@ def load_classifier_weights(backbone, name, weights):
         raise UserError(f"--encoder_weights {weights}: {what}")
     state, expected = load_tensors(path), backbone.classifier.state_dict()
     try:
-        shapes = [[tensor.shape for tensor in tensors.values()] for tensors in (state, expected)]
-        if name in EFFICIENTNETS and shapes[0] == shapes[1]:
+        given, own = ([t.shape for t in tensors.values()] for tensors in (state, expected))
+        if name in EFFICIENTNETS and given == own:
             state = dict(zip(expected, state.values()))  # the package's names are other ones
         backbone.classifier.load_state_dict(state)
     except (AttributeError, RuntimeError) as error:
@@ -845,7 +834,7 @@ class AttentionTeacher(nn.Module):
         return -(log_likelihood * (targets != PAD_ID)).sum()
 
 
-class deferred_weight_gradients(TorchFunctionMode):
+class deferred_weight_gradients(torch.overrides.TorchFunctionMode):
     """Inside ``with deferred_weight_gradients():`` each weight's gradient is formed only once.
 
     Autograd alone forms a product of the weight's size at every step and adds them up; here one
@@ -1365,12 +1354,9 @@ def check_config(config, word_map):
 
 def check_weights(name, expected, given):
     """:raises ValueError: if weights have other shapes than expected, or are not all there"""
-    kinds = [
-        {key: (t.shape, t.is_floating_point()) for key, t in state.items()}
-        for state in (expected, given)
-    ]
+    kinds = lambda state: {key: (t.shape, t.is_floating_point()) for key, t in state.items()}
     tensors, fault = given.values(), None
-    if kinds[0] != kinds[1]:
+    if kinds(expected) != kinds(given):
         fault = "do not fit its own configuration"
     elif any(t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in tensors):
         fault = "claim more than the file holds"
@@ -1441,18 +1427,14 @@ def tutorial_checkpoint(path, word_map):
     options = {"map_location": "cpu", "pickle_module": InertPickle, "weights_only": False}
     with warnings.catch_warnings(action="ignore"):  # that the source of its classes is another one
         pickled = torch.load(path, **options)
-    modules = [
-        pickled.get(k) if isinstance(pickled, dict) else None for k in ("encoder", "decoder")
-    ]
-    if not all("_modules" in (getattr(module, "state", None) or ()) for module in modules):
-        raise ValueError("it holds neither tensors alone nor a whole encoder and decoder")
+    # fails, and is reported by reading_tensors, where these are no whole modules
+    encoder, decoder = (flatten_modules(pickled[key]) for key in ("encoder", "decoder"))
     if word_map is None:
         raise UserError(
             f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map "
             "and cannot be trained further here; caption.py and eval.py take it if you name the "
             "word map it was trained with, with --word_map"
         )
-    encoder, decoder = map(flatten_modules, modules)
     size = encoder.get("adaptive_pool.output_size", 14)
     size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
     encoder, decoder = (
