@@ -607,7 +607,7 @@ def test_lengths_must_fall():
         make_decoder()(features(), CAPTIONS, [6, 4, 5, 2], PICTURES)
 
 
-@pytest.mark.parametrize("options", [{"decoder": "rnn"}, {"attention": "local"}])
+@pytest.mark.parametrize("options", [{"decoder": "unheard_of"}, {"attention": "unheard_of"}])
 def test_unknown_decoder_is_refused(options, fails):
     with fails(next(iter(options.values()))):
         make_decoder(**options)
@@ -1312,7 +1312,7 @@ def without(dictionary, *keys):
             )
         ),
         ("config", lambda c: {**c, "encoder": "resnet5"}, "unknown encoder"),
-        ("config", lambda c: {**c, "attention": "dot"}, "unknown attention 'dot'"),
+        ("config", lambda c: {**c, "attention": "other"}, "unknown attention 'other'"),
         ("config", lambda c: {**c, "attention": []}, ""),
         (
             "config",
