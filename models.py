@@ -1226,14 +1226,17 @@ def build_decoder(config, vocab_size):
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 
-def run_checkpoint(path):
+def run_checkpoint(path, name=None):
     """The checkpoint that a path names: itself, or the best one of a run's folder.
 
-    :raises UserError: if a folder holds none, or several
+    :param name: the data's name, which tells several runs in one folder apart
+    :raises UserError: if a folder holds none, or several that nothing tells apart
     """
     path = Path(path)
     if not path.is_dir():
         return path
+    if name and datasets.checkpoint_path(path, name, best=True).exists():
+        return datasets.checkpoint_path(path, name, best=True)
     found = sorted(path.glob("BEST_checkpoint_*.pth.tar"))
     if len(found) != 1:
         what = "no BEST_checkpoint_*.pth.tar" if not found else ", ".join(p.name for p in found)

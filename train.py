@@ -563,7 +563,7 @@ def load_run(args, word_map):
             "--output_folder"
         )
     elif args.init_from:
-        path = models.run_checkpoint(args.init_from)
+        path = models.run_checkpoint(args.init_from, args.data_name)
         checkpoint = models.load_checkpoint(path)
     else:
         return None, None, False

@@ -1471,6 +1471,7 @@ def test_a_runs_folder_stands_for_its_best_checkpoint(best_checkpoint, tmp_path,
         (tmp_path / name).touch()
     with fails("BEST_checkpoint_a.pth.tar, BEST_checkpoint_b.pth.tar.*name its checkpoint"):
         models.run_checkpoint(tmp_path)
+    assert models.run_checkpoint(tmp_path, "b") == tmp_path / "BEST_checkpoint_b.pth.tar"
 
 
 # what revision 4f44731 said of six pictures: caption, log-probability, first place, its weight
