@@ -14,6 +14,12 @@ import train
 import utils
 
 
+@pytest.fixture(autouse=True)
+def fresh_notes():
+    """A note is said once in a process, and each test is a process of its own to what it tests."""
+    utils.note.cache_clear()
+
+
 @pytest.fixture
 def word_map():
     """A vocabulary of six words."""
