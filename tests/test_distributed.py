@@ -86,8 +86,9 @@ def checkpoint_of(data, folder):
 @pytest.mark.parametrize(
     "processes, flags",
     [
-        # one update per epoch, so that the log holds the loss of each
-        (2, ["--batch_size", "24", "--epochs", "4"]),
+        # one update per epoch, so that the log holds the loss of each; small steps, since where a
+        # gradient all but vanishes rounding decides its sign, and Adam makes a whole step of it
+        (2, ["--batch_size", "24", "--epochs", "4", "--learning_rate", "5e-4"]),
         # and a last batch of one picture, in which three processes have no share
         pytest.param(
             4,
@@ -142,9 +143,12 @@ def test_several_processes_train_and_evaluate_as_one(processes, flags, training_
         if name.startswith("captions"):
             assert first == second  # each picture once, in its place
         else:
-            for beam_size, row in first["beam_sizes"].items():
-                del row["ms per picture"], second["beam_sizes"][beam_size]["ms per picture"]
-                assert row == pytest.approx(second["beam_sizes"][beam_size], abs=1e-6)
+            for row, other in zip(*(side["beam_sizes"].values() for side in (first, second))):
+                del row["ms per picture"], other["ms per picture"]
+                # a quotient of small differences, each rounded to float32
+                ratios = [side.pop("deletion ratio") for side in (row, other)]
+                assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+                assert row == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.slow
