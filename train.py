@@ -56,10 +56,12 @@ def train(trainer, args):
         for batch in trainer.batches():
             with trainer.stop.held():  # a signal to stop takes effect between two updates
                 for group in optimizer.param_groups:
-                    group["lr"].fill_(group["peak_lr"] * trainer.learning_rate_factor())
+                    group["lr"].fill_(
+                        group["peak_lr"] * trainer.learning_rate_factor(trainer.update)
+                    )
                 utils.set_seed(args.seed, trainer.update, utils.rank())
                 batch = trainer.sample_and_reward(batch) if args.scst else batch
-                step(batch.to(trainer.device), trainer.epsilon())
+                step(batch.to(trainer.device), trainer.epsilon(trainer.update))
                 trainer.advance(batch)
                 if args.checkpoint_every and trainer.update % args.checkpoint_every == 0:
                     trainer.save(trainer.latest_path)
@@ -208,15 +210,15 @@ class Trainer:
             decoder=self.captioner.decoder,
         )  # fmt: skip
 
-    def epsilon(self):
-        """Probability of feeding the true word at this update."""
+    def epsilon(self, update):
+        """Probability of feeding the true word at an update."""
         args, updates = self.args, self.captioner.config["total_updates"]
         schedule = models.Schedule(updates, args.ss_min, args.ss_k, args.ss_slope)
-        return models.scheduled_sampling_epsilon(args.scheduled_sampling, self.update, schedule)
+        return models.scheduled_sampling_epsilon(args.scheduled_sampling, update, schedule)
 
-    def learning_rate_factor(self):
-        """Share of the peak learning rate at this update."""
-        return learning_rate_factor(self.captioner.config, self.update, self.history)
+    def learning_rate_factor(self, update):
+        """Share of the peak learning rate at an update of this epoch."""
+        return learning_rate_factor(self.captioner.config, update, self.history)
 
     def batches(self):
         """The epoch's batches, or what is left of them, loaded ahead in threads; shows progress."""
@@ -299,13 +301,13 @@ class Trainer:
     def epoch_record(self):
         """What the log says of the epoch: losses, rates, words per second."""
         loss, nll, count = utils.all_reduce_sum(self.total.clone()).tolist()
-        self.update -= 1  # the rates of the last update
-        rate, epsilon = self.args.learning_rate * self.learning_rate_factor(), self.epsilon()
-        self.update += 1
+        last = self.update - 1
+        rate = self.args.learning_rate * self.learning_rate_factor(last)
         return {
             "epoch": len(self.history) + 1, "update": self.update,
             "loss": loss / max(count, 1), "nll": nll / max(count, 1),
-            "skipped_updates": int(self.skipped[0]), "learning_rate": rate, "epsilon": epsilon,
+            "skipped_updates": int(self.skipped[0]), "learning_rate": rate,
+            "epsilon": self.epsilon(last),
             "train_seconds": round(self.seconds, 1),
             "words_per_second": round(self.words / max(self.seconds, 1e-9)),
             "peak_memory_gb": utils.peak_memory_gb(self.device),

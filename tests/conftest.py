@@ -61,25 +61,21 @@ def own_data(tmp_path):
     return folder, captions
 
 
+def write_shapes(folder, counts, size):
+    """Prepare generated pictures, all words kept; return (folder, name)."""
+    records, _ = datasets.shapes_records(*counts, seed=1, size=size)
+    settings = {"min_word_freq": 1, "max_len": 20, "image_size": size, "seed": 1}
+    datasets.write_dataset(folder, records, dataset="shapes", source="generated", **settings)
+    return folder, datasets.base_name("shapes", 5, 1)
+
+
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory):
     """A shapes data set: 24 / 6 / 6 pictures of 64 pixels, all words kept. Do not write into it.
 
     :return: (folder, name)
     """
-    folder = tmp_path_factory.mktemp("shapes")
-    records, _ = datasets.shapes_records(24, 6, 6, seed=1, size=64)
-    datasets.write_dataset(
-        folder,
-        records,
-        dataset="shapes",
-        source="generated",
-        min_word_freq=1,
-        max_len=20,
-        image_size=64,
-        seed=1,
-    )
-    return folder, datasets.base_name("shapes", 5, 1)
+    return write_shapes(tmp_path_factory.mktemp("shapes"), (24, 6, 6), size=64)
 
 
 @pytest.fixture

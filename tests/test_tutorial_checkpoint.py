@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import make_picture, train_args
+from conftest import make_picture, train_args, write_shapes
 from PIL import Image
 from torch import nn
 
@@ -119,19 +119,7 @@ def checkpoint_of(encoder, decoder):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A shapes data set of pictures of 256 pixels: (folder, name)."""
-    folder = tmp_path_factory.mktemp("shapes256")
-    records, _ = datasets.shapes_records(8, 1, 3, seed=1, size=256)
-    datasets.write_dataset(
-        folder,
-        records,
-        dataset="shapes",
-        source="generated",
-        min_word_freq=1,
-        max_len=20,
-        image_size=256,
-        seed=1,
-    )
-    return folder, datasets.base_name("shapes", 5, 1)
+    return write_shapes(tmp_path_factory.mktemp("shapes256"), (8, 1, 3), size=256)
 
 
 @pytest.fixture(scope="module")
