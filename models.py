@@ -7,6 +7,7 @@ An image becomes a grid of features (``Encoder``). For every word a small networ
     captioner.caption(images)[0][0].words
 """
 
+import argparse
 import contextlib
 import hashlib
 import http.client
@@ -590,21 +591,41 @@ def calibrate(encoder, batches):
     return (means.std(dim=0).mean() / means.std().clamp_min(1e-12)).item()
 
 
+HEADS = ("fc.", "classifier.", "head.")  # the layers of a classifier that no encoder keeps
+
+
 def load_classifier_weights(backbone, name, weights):
-    """Put ImageNet's weights, or those of a file, into a backbone's classifier."""
+    """Put ImageNet's weights, or those of a file, into a backbone's classifier.
+
+    The file may lack the classifier's last layers, or have them for other classes. It may be a
+    training checkpoint with its state dict at ``state_dict`` or ``model``, and its keys may begin
+    with the ``module.`` that ``DataParallel`` puts before them.
+    """
     path = imagenet_weights(name) if weights == "imagenet" else Path(weights)
     if not path.is_file():
         what = "expected imagenet, none or the path of a state dict file"
         raise UserError(f"--encoder_weights {weights}: {what}")
-    state, expected = load_tensors(path), backbone.classifier.state_dict()
+    state, own = load_tensors(path), backbone.classifier.state_dict()
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
+    refusal = f"{path} does not hold the weights of {name}"
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise UserError(f"{refusal}: expected a state dict of it")
+    if name in EFFICIENTNETS and [t.shape for t in state.values()] == [
+        t.shape for t in own.values()
+    ]:
+        state = dict(zip(own, state.values()))  # the package's names are other ones
+    state = {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(HEADS)}
     try:
-        given, own = ([t.shape for t in tensors.values()] for tensors in (state, expected))
-        if name in EFFICIENTNETS and given == own:
-            state = dict(zip(expected, state.values()))  # the package's names are other ones
-        backbone.classifier.load_state_dict(state)
-    except (AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[2].strip() or f"expected a state dict; {error}"
-        raise UserError(f"{path} does not hold the weights of {name}: {reason[:200]}") from error
+        missing, unknown = backbone.classifier.load_state_dict(state, strict=False)
+        faults = [f"it lacks {key}" for key in missing if not key.startswith(HEADS)]
+        faults += [f"{name} has no {key}" for key in unknown]
+    except RuntimeError as error:  # a line for each tensor of another shape
+        faults = [line.strip() for line in str(error).splitlines()[1:]]
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{refusal}: {'; '.join(faults[:3])}{more}")
 
 
 def imagenet_weights(name):
@@ -1258,7 +1279,8 @@ def load_tensors(path):
 
     :raises UserError: if it is missing, damaged, or would need to run code
     """
-    with reading_tensors(path):
+    flags = torch.serialization.safe_globals([argparse.Namespace])  # kept by many trainings
+    with reading_tensors(path), flags:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -1,5 +1,6 @@
 """Encoder, decoder, losses and beam search against plain forms of the same equations."""
 
+import argparse
 import contextlib
 import gc
 import http.client
@@ -216,6 +217,9 @@ def stand_in(name, **state):
         ("resnet18", lambda: [torch.zeros(3)]),
         ("resnet18", lambda: torch.zeros(3)),
         ("resnet18", dict),
+        ("resnet18", lambda: stand_in("resnet18", extra=torch.zeros(3))),
+        ("resnet18", lambda: stand_in("resnet18", **{"conv1.weight": torch.zeros(3)})),
+        ("resnet18", lambda: {**without(stand_in("resnet18"), "conv1.weight"), "epoch": 3}),
         ("efficientnet_lite0", lambda: stand_in("resnet18")),
         ("efficientnet_lite2", lambda: models.load_tensors(LITE0)),
         ("efficientnet_lite0", lambda: [torch.zeros(3)]),
@@ -226,6 +230,44 @@ def test_wrong_weights_file_is_refused(encoder, content, tmp_path, fails):
     torch.save(content(), tmp_path / "weights.pth")
     with torch.device("meta"), fails("weights.pth"):
         models.Encoder(encoder, str(tmp_path / "weights.pth"))
+
+
+def test_the_refusal_of_a_weights_file_names_a_few_keys(tmp_path, fails):
+    extra = torch.zeros(3)
+    state = without(stand_in("resnet18", **{"conv1.weight": extra, "swap": extra}), "bn1.bias")
+    torch.save(state, tmp_path / "weights.pth")
+    with fails("size mismatch for conv1.weight: .*3"):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+    torch.save(without(state, "conv1.weight"), tmp_path / "weights.pth")
+    with fails("it lacks conv1.weight; it lacks bn1.bias; resnet18 has no swap"):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+    torch.save(stand_in("vgg11"), tmp_path / "weights.pth")
+    with fails("it lacks conv1.weight; .*; and 113 more"):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("resnet18", lambda state: without(state, "fc.weight", "fc.bias")),
+        ("vgg11", lambda state: {k: t for k, t in state.items() if k.startswith("features.")}),
+        ("resnet18", lambda state: {**state, "fc.weight": torch.zeros(7, 512)}),
+        ("resnet18", lambda state: {f"module.{key}": t for key, t in state.items()}),
+        ("resnet18", lambda state: {"state_dict": state, "epoch": 3, "optimizer": {}}),
+        ("resnet18", lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)}),
+        ("resnet18", lambda state: {k: t.half() for k, t in state.items()}),
+        ("resnet18", lambda state: {k: t for k, t in state.items() if "num_batches" not in k}),
+    ],
+    ids=["no fc", "no classifier", "own fc", "parallel", "checkpoint", "model", "half", "old"],
+)
+def test_weights_files_that_people_have_are_taken(name, change, tmp_path):
+    torch.save(change(stand_in(name)), tmp_path / "weights.pth")
+    encoder = models.Encoder(name, str(tmp_path / "weights.pth"))
+    expected = [t for k, t in stand_in(name).items() if not k.startswith(("fc.", "classifier."))]
+    loaded = list(encoder.state_dict().values())
+    assert len(loaded) == len(expected) and all(t.dtype != torch.half for t in loaded)
+    # batches are not counted in old files, and the count is not used
+    assert all(torch.equal(a, b) for a, b in zip(loaded, expected) if a.dim())
 
 
 def test_unreadable_weights_file_is_refused(tmp_path, fails):
