@@ -512,7 +512,13 @@ def load_captioner(path, device="cpu", word_map=None):
     :return: ``Captioner``
     :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
     """
-    checkpoint = load_checkpoint(path, word_map)
+    try:
+        checkpoint = load_checkpoint(path, word_map)
+    except UserError as error:
+        if path != DEFAULT_CAPTIONER:
+            raise
+        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
+        raise UserError(f"{error}; {how}") from error
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])
@@ -1247,12 +1253,19 @@ def build_decoder(config, vocab_size):
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 
+DEFAULT_CAPTIONER = Path(__file__).parent / "docs" / "captioner" / "flickr8k.pth.tar"
+
+
 def run_checkpoint(path, name=None):
     """The checkpoint that a path names: itself, or the best one of a run's folder.
 
+    :param path: None: the captioner that comes with the suite
     :param name: the data's name, which tells several runs in one folder apart
     :raises UserError: if a folder holds none, or several that nothing tells apart
     """
+    if path is None:
+        utils.note(f"without --model: taking {DEFAULT_CAPTIONER}, which comes with the suite")
+        return DEFAULT_CAPTIONER
     path = Path(path)
     if not path.is_dir():
         return path
