@@ -750,7 +750,11 @@ def print_header(args, captioner, train_data, val_data):
         ]
         changed = [(key, value) for key, value, default in given if value != default]
         if changed:
-            shown = (f"--{key}" if value is True else f"--{key} {value}" for key, value in changed)
+            switch = {True: "--{}", False: "--no_{}"}
+            shown = (
+                (switch[v] if isinstance(v, bool) else "--{} {}").format(key, v)
+                for key, v in changed
+            )
             print(f"{group.title}: {' '.join(shown)}")
 
 
