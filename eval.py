@@ -41,6 +41,7 @@ def main(args):
                 max_decode_steps=args.max_decode_steps,
                 with_alphas=data.scenes is not None,
                 consensus=consensus,
+                no_repeat=args.no_repeat,
             )
             best = [hypotheses[0] for hypotheses in sum(utils.all_gather(found), [])]
             seconds = time.time() - began
@@ -184,7 +185,8 @@ def report(args, data, files, rows):
     described = [captions for captions in data.references if len(captions) > 1]
     others, first = [captions[1:] for captions in described], [c[0] for c in described]
     people = score_variety(others, first) if described else {}
-    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location")
+    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
+             "no_repeat")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     facts = {**files["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
     utils.write_json(files["metrics"], facts | options | {"beam_sizes": rows, "people": people})

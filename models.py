@@ -406,7 +406,7 @@ class Hypothesis(NamedTuple):
 @torch.no_grad()
 def beam_search(
     decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50,
-    n_best=1, with_alphas=True, consensus=None,
+    n_best=1, with_alphas=True, consensus=None, no_repeat=False,
 ):  # fmt: skip
     """Find the likeliest captions of a batch of images.
 
@@ -424,6 +424,7 @@ def beam_search(
     :param max_decode_steps: longest caption, in words
     :param with_alphas: keep the attention weights (the mean over decoders of the first one's grid)
     :param consensus: ``Consensus`` that ranks the beam anew before the n_best are taken, or None
+    :param no_repeat: say no word twice in succession, and no three words in a row a second time
     :return: list of B lists of at most n_best ``Hypothesis``, best first
     :raises UserError: if a number is out of range, or the model's scores are not finite
     """
@@ -440,6 +441,8 @@ def beam_search(
     for step in range(max_decode_steps + 1):
         log_probs, alpha, states = score_words(decoders, words, states, contexts)
         log_probs[..., banned] = -math.inf  # (B, K, vocab_size)
+        if no_repeat:
+            log_probs = ban_repeats(log_probs, live.seqs)
         # at most K of the best 2K continuations are <end>, so K others are among them
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
         log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
@@ -469,10 +472,10 @@ def beam_search(
 
 
 class Captioner:
-    """Encoder, decoder, word map (word to id) and configuration (dict) of one checkpoint."""
+    """Encoder, decoder, word map (word to id), configuration and history of one checkpoint."""
 
-    def __init__(self, encoder, decoder, word_map, config):
-        self.encoder, self.decoder = encoder.eval(), decoder.eval()
+    def __init__(self, encoder, decoder, word_map, config, history=()):
+        self.encoder, self.decoder, self.history = encoder.eval(), decoder.eval(), list(history)
         self.word_map, self.config, self.image_size = word_map, config, config["image_size"]
         self.words = sorted(word_map, key=word_map.get)
         self.device = next(decoder.parameters()).device
@@ -517,7 +520,7 @@ def load_captioner(path, device="cpu", word_map=None):
     encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])
     decoder.load_state_dict(checkpoint["decoder"])
-    return Captioner(encoder.to(device), decoder.to(device), own, config)
+    return Captioner(encoder.to(device), decoder.to(device), own, config, checkpoint["history"])
 
 
 # ---------------------------------------------------------------- beyond the main path
@@ -1121,6 +1124,19 @@ def score_words(decoders, words, states, contexts):
     return log_probs[0], sum(same_grid) / len(same_grid), list(states)
 
 
+def ban_repeats(log_probs, seqs):
+    """Rule out what repeats the last word, or three words in a row that were said before.
+
+    :param log_probs: float (B, K, vocab_size), of the next word
+    :param seqs: int64 (B, K, t), the words so far
+    """
+    last = seqs[..., -1:]  # (B, K, 1)
+    # places at which the last two words were said before, and the words that followed there
+    again = (seqs[..., :-2] == seqs[..., -2:-1]) & (seqs[..., 1:-1] == last)  # (B, K, t - 2)
+    followed = torch.where(again, seqs[..., 2:], last)  # (B, K, t - 2)
+    return log_probs.scatter(2, torch.cat([last, followed], dim=2), -math.inf)
+
+
 def read_beams(ended, live, word_map, with_alphas):
     """The hypotheses of each image, best first, on the CPU."""
     results = []
@@ -1304,6 +1320,7 @@ ARCHITECTURE = (
     "decoder_dim", "deep_output", "position_encoding", "attend_word",
 )  # fmt: skip
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
+DEFAULT_CAPTIONER = Path(__file__).parent / "docs" / "captioner" / "flickr8k.pth.tar"
 CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
 CHECKPOINT_KEYS["history"] = list
 
@@ -1339,6 +1356,18 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
         except RuntimeError as error:  # torch's writer hides what went wrong with the file
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def export_captioner(captioner, path):
+    """Write a captioner to caption with, at half its size and without what only training needs.
+
+    Matrices and kernels become float16; loading makes them float32 again.
+    """
+    checkpoint = {key: getattr(captioner, key) for key in CHECKPOINT_KEYS}
+    for part in ("encoder", "decoder"):
+        state = checkpoint[part].state_dict()
+        checkpoint[part] = {key: t.half() if t.dim() > 1 else t for key, t in state.items()}
+    save_checkpoint(path, checkpoint)
 
 
 def load_tensors(path):

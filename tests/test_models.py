@@ -1158,6 +1158,27 @@ def test_a_beam_as_wide_as_the_tree_finds_every_caption_in_order(length_penalty,
             )
 
 
+def repeats(words):
+    threes = list(zip(words, words[1:], words[2:]))
+    return len(set(threes)) < len(threes) or any(a == b for a, b in zip(words, words[1:]))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_without_repeats_a_wide_beam_finds_all_captions_that_have_none(seed):
+    word_map = {"<pad>": 0, "a": 1, "b": 2, "c": 3, "<unk>": 4, "<start>": 5, "<end>": 6}
+    decoder, out = make_decoder(7, seed=seed), features(2, seed=seed)
+    options = {"n_best": 1100, "beam_size": 3000, "max_decode_steps": 6}
+    every = search(decoder, out, word_map, **options)
+    for all_, found in zip(every, search(decoder, out, word_map, no_repeat=True, **options)):
+        ended = [(h.words, h.log_prob) for h in all_]
+        assert len(ended) == sum(3**n for n in range(7))
+        expected = [pair for pair in ended if not repeats(pair[0])]
+        assert 100 < len(expected) < 300 and [h.words for h in found] == [
+            words for words, _ in expected
+        ]
+        assert [h.log_prob for h in found] == pytest.approx([p for _, p in expected], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"length_penalty": 0.7}, {"n_best": 3}, {"max_decode_steps": 3}, {"max_decode_steps": 1}],
@@ -1189,6 +1210,15 @@ def test_hypotheses_are_what_they_say(attention, options, word_map):
                     torch.tensor([0]),
                 ).alphas[0, : len(h.words)]
                 torch.testing.assert_close(h.alphas, forced, rtol=1e-4, atol=1e-5)
+
+
+def test_without_repeats_a_narrow_beam_repeats_nothing(word_map):
+    decoder, encoder_out = make_decoder(scale=5.0), features(6)
+    options = {"beam_size": 3, "n_best": 3, "max_decode_steps": 30}
+    plain = sum(search(decoder, encoder_out, word_map, **options), [])
+    found = sum(search(decoder, encoder_out, word_map, no_repeat=True, **options), [])
+    assert any(repeats(h.words) for h in plain) and max(len(h.words) for h in found) > 5
+    assert not any(repeats(h.words) for h in found)
 
 
 def test_a_batch_is_searched_as_its_pictures_alone(word_map):
@@ -1403,6 +1433,32 @@ def test_another_word_map_is_refused(best_checkpoint, word_map, fails):
 
 def without(dictionary, *keys):
     return {key: value for key, value in dictionary.items() if key not in keys}
+
+
+def test_an_exported_captioner_is_half_as_large_and_says_the_same(talkative, tmp_path):
+    captioner = models.load_captioner(talkative)
+    path = tmp_path / "new" / "captioner.pth.tar"
+    models.export_captioner(captioner, path)
+    exported, own = models.load_checkpoint(path), models.load_checkpoint(talkative)
+    assert exported.keys() == models.CHECKPOINT_KEYS.keys()
+    for key in ("config", "word_map", "history"):
+        assert exported[key] == own[key] and own[key]
+    tensors = [t for part in ("encoder", "decoder") for t in own[part].values()]
+    assert path.stat().st_size < 0.52 * sum(t.nbytes for t in tensors)
+
+    again = models.load_captioner(path)
+    parts = [(captioner.encoder, again.encoder), (captioner.decoder, again.decoder)]
+    for before, after in parts:
+        for a, b in zip(before.state_dict().values(), after.state_dict().values()):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    images = torch.stack([
+        torch.from_numpy(datasets.resize_image(make_picture(i), 64)) for i in range(4)
+    ])  # fmt: skip
+    said = [
+        [c.text(h) for (h,) in c.caption(images, max_decode_steps=8)] for c in (captioner, again)
+    ]
+    assert said[0] == said[1] and len(set(map(tuple, said[0]))) > 1
 
 
 @pytest.mark.parametrize(
