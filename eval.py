@@ -45,6 +45,7 @@ def main(args):
                 max_decode_steps=args.max_decode_steps,
                 with_alphas=data.scenes is not None or args.html is not None,
                 consensus=consensus,
+                no_repeat=args.no_repeat,
             )
             best = [hypotheses[0] for hypotheses in sum(utils.all_gather(found), [])]
             seconds = time.time() - began
@@ -249,7 +250,8 @@ def report(args, data, files, rows, said):
     described = [captions for captions in data.references if len(captions) > 1]
     others, first = [captions[1:] for captions in described], [c[0] for c in described]
     people = score_variety(others, first) if described else {}
-    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location")
+    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
+             "no_repeat")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     facts = {**files["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
     by = "compared" if args.compare else "beam_sizes"

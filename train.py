@@ -96,7 +96,7 @@ def validate(trainer, args):
         nll = teacher_forced_nll(captioner.decoder, data, features, share)
         found = models.caption_split(
             [captioner], [features], beam_size=args.beam_size, length_penalty=args.length_penalty,
-            max_decode_steps=args.max_decode_steps, with_alphas=False,
+            max_decode_steps=args.max_decode_steps, with_alphas=False, no_repeat=args.no_repeat,
         )  # fmt: skip
     hypotheses = sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
     scores = utils.is_main() and utils.score_captions(data.references, hypotheses)

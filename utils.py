@@ -236,6 +236,8 @@ def add_search_flags(parser, several=False, consensus=True):
     add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
     text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
     add("--sample_location", action="store_true", help=text)
+    text = "say no word twice in succession, and no three words in a row a second time"
+    add("--no_repeat", action="store_true", help=text)
     text = "longest caption, in words"
     add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
     if consensus:
