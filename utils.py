@@ -27,13 +27,10 @@ class UserError(ValueError):
 
 def run(main, parser):
     """Parse the command line and call ``main(args)``; end with one line if the user can mend it."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
     with StopSignals(together=False):
         try:
-            args = parser.parse_args()
-            prepare_libraries()
-            main(args)
+            prepare_process()
+            main(parser.parse_args())
             print(end="", flush=True)  # a full disk is noticed here, where it can be said
         except (Exception, KeyboardInterrupt) as error:
             parser.exit(*ending(parser.prog, error))
@@ -182,11 +179,7 @@ def add_device_flags(parser):
 
 
 def add_search_flags(parser, several=False, consensus=True):
-    """Flags of every script that utters captions.
-
-    :param several: --beam_size takes several values
-    :param consensus: --consensus too
-    """
+    """Flags of every script that utters captions; ``several``: --beam_size takes several values."""
     add = parser.add_argument_group("beam search").add_argument
     text = "hypotheses kept per picture; 1 is greedy (default: 5)"
     size, options = bounded(int, 1, 100), {"nargs": "+", "default": [5]} if several else {}
@@ -350,7 +343,6 @@ def share(count):
 def precaution(what, call, *args):
     """Call what guards against power cuts or other processes; say once if the disk cannot do it.
 
-    :param what: what it is called, for the note
     :raises OSError: if it failed for another reason, such as a full disk
     """
     codes = "ENOSYS ENOTSUP EOPNOTSUPP EINVAL ENOLCK EPERM EACCES ENOTTY EBADF ENODEV"
@@ -366,10 +358,8 @@ def precaution(what, call, *args):
 def locked(path, what, wait=False):
     """Hold a lock file, which the system releases when the process ends, however it ends.
 
-    :param path: the lock file, removed at the end
     :param what: what is locked, for messages
-    :param wait: wait until another process releases it
-    :raises UserError: if another process holds it
+    :param wait: wait for another process that holds it, instead of raising UserError
     """
     from fcntl import LOCK_EX, LOCK_NB, flock
 
@@ -489,10 +479,7 @@ def read_json(path):
 
 
 def check_disk(folder, size):
-    """See before the work starts whether ``size`` bytes can be written to a folder, made or not.
-
-    :raises UserError: if not
-    """
+    """:raises UserError: if ``size`` bytes cannot be written to a folder, which need not exist"""
     from tqdm import tqdm
 
     folder = Path(folder).absolute()
@@ -530,8 +517,13 @@ def busy_cores(seconds=0.1):
         return 0.0
 
 
-def prepare_libraries():
-    """Set what torch and OpenMP read when they are loaded; what the user has set wins."""
+def prepare_process():
+    """Set how text is written, and what torch and OpenMP read when they are loaded.
+
+    What the user has set in the environment wins.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
     # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     # threads that spin while they wait take the cores that their own partners are waiting for
@@ -546,10 +538,7 @@ def _device_name(name):
 
 
 def pick_device(name):
-    """The torch device of a name, made the current one; ``auto`` prefers a GPU.
-
-    :raises UserError: if there is no such device here
-    """
+    """The torch device of a name, made the current one; raises UserError if it is not here."""
     import torch
 
     if name == "auto":

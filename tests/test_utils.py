@@ -523,7 +523,7 @@ def test_where_others_use_the_cores_openmp_waits_passively(busy, settings, polic
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(utils, "busy_cores", lambda: busy)
-    utils.prepare_libraries()
+    utils.prepare_process()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
     assert os.environ["TORCH_DISABLE_NATIVE_JIT"] == "1"
     said = utils.describe_machine(torch.device("cpu"))
