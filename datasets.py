@@ -948,7 +948,7 @@ def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
 
     A picture depends on the seed, its split and its number alone. Its ``scene`` holds ``objects``,
     each with ``shape``, ``color``, ``size`` and ``box`` [x0, y0, x1, y1] in fractions of the
-    picture; ``names``: for each word that names objects, their numbers; and ``background``.
+    picture; and ``background``.
 
     :param size: side of the pictures in pixels
     :return: list of :class:`Record`, list of notes for the user (empty)
@@ -980,16 +980,14 @@ def _make_scene(rng):
     else:
         centers = _place_several(rng, sides, relation == "above")
 
-    objects, outlines, names = [], [], collections.defaultdict(list)
-    for i, ((color, shape), size, side, center) in enumerate(zip(looks, sizes, sides, centers)):
+    objects, outlines = [], []
+    for (color, shape), size, side, center in zip(looks, sizes, sides, centers):
         corners = _outline(shape, rng.uniform(-0.2, 0.2))
         outlines.append([(center[0] + side * x, center[1] + side * y) for x, y in corners])
         xs, ys = zip(*outlines[-1])
         box = [round(value, 5) for value in (min(xs), min(ys), max(xs), max(ys))]
         objects.append({"shape": shape, "color": color, "size": size, "box": box})
-        names[shape].append(i)
-        names[color].append(i)
-    scene = {"objects": objects, "names": dict(names), "background": rng.choice(BACKGROUNDS)}
+    scene = {"objects": objects, "background": rng.choice(BACKGROUNDS)}
     if number == 1:
         return scene, outlines, _describe_one(rng, scene, place)
     return scene, outlines, _describe_several(rng, objects, relation)
@@ -1271,12 +1269,11 @@ _is_list_of = lambda value, kind: (
 
 def _is_scene(scene):
     """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
-    things, numbers = scene["objects"], itertools.chain.from_iterable(scene["names"].values())
-    return all(isinstance(i, int) and 0 <= i < len(things) for i in numbers) and all(
+    return all(
         _is_list_of(thing["box"], (int, float))
         and len(thing["box"]) == 4
         and _is_list_of([thing["color"], thing["shape"]], str)
-        for thing in things
+        for thing in scene["objects"]
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -625,8 +626,8 @@ def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets(
         words = record.captions[0].split()
         sharp = np.zeros((len(words), 63))
         for alpha, word in zip(sharp, words):
-            for i in record.scene["names"].get(word, [])[:1]:
-                x0, y0, x1, y1 = record.scene["objects"][i]["box"]
+            named_by = (t for t in record.scene["objects"] if word in (t["color"], t["shape"]))
+            for x0, y0, x1, y1 in (thing["box"] for thing in itertools.islice(named_by, 1)):
                 alpha[int((y0 + y1) / 2 * grid[0]) * grid[1] + int((x0 + x1) / 2 * grid[1])] = 1
         scores = evaluation.pointing(record.scene, words, sharp, grid)
         named += sum(word in datasets.SHAPE_COLORS or word in datasets.SHAPES for word in words)
@@ -950,11 +951,9 @@ def packed(value):
         ("scenes", packed([])),
         (
             "scenes",
-            packed(
-                [{"objects": [{"color": "red", "shape": "star", "box": [0, 1]}], "names": {}}] * 6
-            ),
+            packed([{"objects": [{"color": "red", "shape": "star", "box": [0, 1]}]}] * 6),
         ),
-        ("scenes", packed([{"objects": [], "names": {"red": [3]}}] * 6)),
+        ("scenes", packed([{"objects": ["red"]}] * 6)),
         ("captions", np.full((30, 22), -1, np.int32)),
         ("captions", np.zeros((30, 21), np.int32)),
         ("captions", np.zeros((30, 22), np.int64)),
