@@ -493,7 +493,7 @@ def pointing(scene, words, alphas, image_grid):
     x, y = (x + 0.5) / columns, (y + 0.5) / rows
     scores = []
     for word, alpha in zip(words, np.asarray(alphas)):
-        boxes = [scene["objects"][i]["box"] for i in scene["names"].get(word, ())]
+        boxes = [t["box"] for t in scene["objects"] if word in (t["color"], t["shape"])]
         if boxes:
             inside = np.any(
                 [(x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1) for x0, y0, x1, y1 in boxes], axis=0
