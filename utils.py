@@ -111,7 +111,7 @@ def _cannot(do, path, error):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line, a hint for an unknown flag, and examples.
+    """argparse with hyphens for underscores, errors of one line that give a hint, and examples.
 
     :param examples: commands that --help shows at its end, one a line
     """
@@ -121,14 +121,24 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
         self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
 
-    def error(self, message):
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
+
+    def _as_declared(self, arg):
         import difflib
 
+        name, equals, value = arg.partition("=")
+        if re.match("--.", name):
+            name, known = "--" + name[2:].replace("-", "_"), self._option_string_actions
+            if not any(flag.startswith(name) for flag in known):
+                near = difflib.get_close_matches(name.lower(), known, 1)
+                hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+                self.error(f"unknown flag {name}; {hint}")
+        return name + equals + value
+
+    def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
-        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
-            message = f"unknown flag {unknown[1]}; {hint}"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 

@@ -309,7 +309,7 @@ def parser():
     "argv, message",
     [
         ("--no_plto", "unknown flag --no_plto; did you mean --no_plot?"),
-        ("--no-plot", "unknown flag --no-plot; did you mean --no_plot?"),
+        ("--no-plto", "unknown flag --no_plto; did you mean --no_plot?"),
         ("--xyzzy 3", "unknown flag --xyzzy; --help lists all flags"),
         ("--dropout 7", "--dropout 7: expected a value from -1 to 1"),
         ("--dropout=-1.5e0", "--dropout -1.5e0: expected a value from -1 to 1"),
@@ -326,9 +326,12 @@ def test_a_typing_error_gives_one_line_and_a_hint(argv, message, parser, capsys)
     assert capsys.readouterr().err == f"script.py: error: {message}\n"
 
 
-def test_negative_numbers_and_hyphens_in_values_are_values(parser):
-    args = parser.parse_args(["--data_folder=a-b", "--dropout", "-1e-1", "--img", "c-d"])
-    assert (args.data_folder, args.dropout, args.img) == (Path("a-b"), -0.1, ["c-d"])
+def test_hyphens_in_flags_are_underscores_and_those_in_values_stay(parser):
+    args = parser.parse_args(
+        ["--no-plot", "--data-folder=a-b", "--dropout", "-1e-1", "--img", "c-d"]
+    )
+    assert args.no_plot and args.data_folder == Path("a-b") and args.img == ["c-d"]
+    assert args.dropout == -0.1
 
 
 def test_help_says_each_default_once_and_ends_in_the_examples(parser, monkeypatch):
