@@ -14,16 +14,15 @@ import contextlib
 import csv
 import errno
 import functools
+import glob
 import hashlib
 import io
 import itertools
 import json
 import math
-import mmap
 import os
 import random
 import tarfile
-import tempfile
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -60,10 +59,9 @@ def tokenize(text):
 
 
 def build_word_map(token_lists, min_word_freq):
-    """Number the words that occur often enough.
+    """Number the words that occur at least ``min_word_freq`` times.
 
     :param token_lists: iterable of lists of words, of the training split alone
-    :param min_word_freq: a word must occur at least so many times
     :return: dict word -> id: ``<pad>`` 0, then the words, most frequent first (ties in
         alphabetical order), then ``<unk>``, ``<start>``, ``<end>``
     """
@@ -176,10 +174,8 @@ class Settings(NamedTuple):
 def write_dataset(folder, records, *, dataset, source, min_word_freq=5, workers=None, **settings):
     """Write the three splits and the word map; they appear together, once all are whole.
 
-    :param folder: where the files go
     :param records: list of :class:`Record` of all splits
-    :param dataset: name of the data set
-    :param source: where it came from, in words
+    :param dataset, source: name of the data set, and where it came from, in words
     :param min_word_freq: words rarer than this in the training split become ``<unk>``
     :param workers: threads that decode pictures; default: one for each core
     :param settings: see :class:`Settings`
@@ -213,7 +209,6 @@ def write_split(path, records, word_map, settings, about, workers=None):
     be read. All captions with a word are kept as references.
 
     :param records: list of :class:`Record` of one split
-    :param settings: :class:`Settings`
     :param about: dict of what else the file should say of itself
     :return: dict of counts: ``pictures``, ``captions`` (encoded), ``references``, ``words``
         (encoded), ``unknown`` (of these, ``<unk>``), ``empty`` and ``too_long`` (captions),
@@ -237,7 +232,18 @@ def write_split(path, records, word_map, settings, about, workers=None):
             values = [getattr(record, key) for record, _, _ in kept]
             if any(value is not None for value in values):
                 file[f"{key}s"] = _pack(values)
-        _write_attributes(file, records[0].split, settings, word_map, digest, about)
+        about = {
+            "format": FORMAT[0],
+            "format_version": FORMAT[1],
+            "split": records[0].split,
+            **settings._asdict(),
+            "tokenizer": TOKENIZER,
+            "word_map_digest": word_map_digest(word_map),
+            "images_digest": digest,
+            **about,
+        }
+        for key, value in about.items():
+            file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
     return {
         **summary,
         "pictures": len(kept),
@@ -347,7 +353,6 @@ def training_batches(dataset, batch_size, seed, epoch):
     longest caption is of similar length, among those of 16 random batches. The order depends on the
     captions, seed and epoch alone.
 
-    :param dataset: ``CaptionDataset``
     :return: list of int64 (at most ``batch_size``,) arrays of picture numbers
     """
     rng = np.random.default_rng([seed, epoch])
@@ -363,12 +368,7 @@ def training_batches(dataset, batch_size, seed, epoch):
 
 
 def collate(dataset, indices):
-    """All captions of the given pictures.
-
-    :param dataset: ``CaptionDataset``
-    :param indices: int array of picture numbers, which may be empty
-    :return: ``CaptionBatch``
-    """
+    """All captions of the given pictures (an int array, which may be empty): ``CaptionBatch``."""
     starts, stops = dataset.caption_offsets[indices], dataset.caption_offsets[indices + 1]
     rows = np.concatenate([np.arange(0), *map(np.arange, starts, stops)])  # (B,)
     position = np.repeat(np.arange(len(indices)), stops - starts)  # (B,)
@@ -419,10 +419,7 @@ def clean_caption(text):
 
 
 def load_word_map(path):
-    """Read a word map, dict word -> id.
-
-    :raises UserError: if the file is missing or is no word map
-    """
+    """Read a word map, dict word -> id; raises UserError if the file is none."""
     word_map = utils.read_json(path)
     ids = list(word_map.values()) if isinstance(word_map, dict) else [None]
     has_ids = all(type(i) is int for i in ids) and sorted(ids) == list(range(len(ids)))
@@ -527,14 +524,9 @@ def _open_zip(path):
 
 def _to_rgb(image):
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        if image.mode.startswith("I;16"):
-            low, high = 0, 65535
-        elif low >= 0:
-            scales = (1, 255) if image.mode == "F" else (255, 65535)
-            low, high = 0, next((scale for scale in scales if high <= scale), high)
-        values = np.rint((values - low) * (255 / max(high - low, 1e-12)))
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0).clip(0)
+        scales = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())
+        values = np.rint(values * (255 / next(top for top in scales if values.max() <= top)))
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     image = image.convert("LA") if image.mode == "La" else image
     if image.has_transparency_data:
@@ -602,14 +594,9 @@ def _list_files(place):
         yield from ((name, zipfile.Path(root, name)) for name in names)
     elif not place.is_dir():
         raise UserError(f"there is no folder and no zip archive {place.absolute()}")
-    seen = set()
-    for folder, subfolders, files in os.walk(place, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
-            subfolders[:], files = [], []
-        seen.add(real)
-        subfolders.sort()
-        for path in (Path(folder, name) for name in sorted(files)):
-            yield path.relative_to(place).as_posix(), path
+    for name in glob.iglob("**", root_dir=place, recursive=True, include_hidden=True):
+        if not (path := place / name).is_dir():
+            yield name, path
 
 
 # ----------------------------------------------------------------------------- formats of captions
@@ -790,11 +777,6 @@ def custom_records(images, captions, seed):
     return records, notes
 
 
-def karpathy_records(json_path, images, seed=0):
-    """:func:`custom_records` of one of Karpathy's files; its split ``restval`` is train."""
-    return custom_records(images, json_path, seed)
-
-
 FLICKR8K = {  # each archive, and what may stand for it: what it unpacks to, Kaggle's form
     "Flickr8k_Dataset.zip": ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"],
     "Flickr8k_text.zip": ["Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"],
@@ -839,10 +821,7 @@ def missing_flickr8k_archives(places):
 
 
 def flickr8k_split_lists(places):
-    """Paths of the lists of Flickr8k's official split, beside the pictures or one folder above.
-
-    :return: dict split -> path; empty if any is missing
-    """
+    """Lists of the official split, in the folders or above: dict split -> path, or empty."""
     places = [*_as_list(places), *(place.absolute().parent for place in _as_list(places))]
     lists = [_flickr8k_text(places, f"Flickr_8k.{p}Images.txt") for p in ("train", "dev", "test")]
     return dict(zip(SPLITS, lists)) if all(lists) else {}
@@ -866,7 +845,6 @@ _as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) e
 def _records(rows, pictures, where, seed, notes):
     """Gather rows by picture, find the pictures, and deal out those without a split.
 
-    :param where: what messages call the source
     :return: list of :class:`Record`, list of all notes
     """
     gathered, repeated = {}, 0
@@ -965,7 +943,7 @@ def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
 
     A picture depends on the seed, its split and its number alone. Its ``scene`` holds ``objects``,
     each with ``shape``, ``color``, ``size`` and ``box`` [x0, y0, x1, y1] in fractions of the
-    picture; ``names``: for each word that names objects, their numbers; and ``background``.
+    picture; and ``background``.
 
     :param size: side of the pictures in pixels
     :return: list of :class:`Record`, list of notes for the user (empty)
@@ -997,16 +975,14 @@ def _make_scene(rng):
     else:
         centers = _place_several(rng, sides, relation == "above")
 
-    objects, outlines, names = [], [], collections.defaultdict(list)
-    for i, ((color, shape), size, side, center) in enumerate(zip(looks, sizes, sides, centers)):
+    objects, outlines = [], []
+    for (color, shape), size, side, center in zip(looks, sizes, sides, centers):
         corners = _outline(shape, rng.uniform(-0.2, 0.2))
         outlines.append([(center[0] + side * x, center[1] + side * y) for x, y in corners])
         xs, ys = zip(*outlines[-1])
         box = [round(value, 5) for value in (min(xs), min(ys), max(xs), max(ys))]
         objects.append({"shape": shape, "color": color, "size": size, "box": box})
-        names[shape].append(i)
-        names[color].append(i)
-    scene = {"objects": objects, "names": dict(names), "background": rng.choice(BACKGROUNDS)}
+    scene = {"objects": objects, "background": rng.choice(BACKGROUNDS)}
     if number == 1:
         return scene, outlines, _describe_one(rng, scene, place)
     return scene, outlines, _describe_several(rng, objects, relation)
@@ -1186,10 +1162,7 @@ def reserve(path, size):
 
 
 def _write_images(file, kept, size, workers):
-    """Decode pictures in threads and write them in order.
-
-    :return: numbers of the readable ones, messages on the others, SHA-256 of all
-    """
+    """Write pictures; numbers of the readable ones, messages on the others, SHA-256 of all."""
     shape = (len(kept), 3, size, size)
     chunked = {"chunks": (1, *shape[1:]), "maxshape": (None, *shape[1:])}  # a chunk is a picture
     images = file.create_dataset("images", shape, np.uint8, **chunked)
@@ -1223,20 +1196,6 @@ def _write_images(file, kept, size, workers):
 _valid_text = lambda name: name.encode("utf-8", "replace").decode()  # Linux allows any bytes
 _pack = lambda value: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
 _unpack = lambda data: json.loads(data[:].tobytes())
-
-
-def _write_attributes(file, split, settings, word_map, images_digest, about):
-    for key, value in {
-        "format": FORMAT[0],
-        "format_version": FORMAT[1],
-        "split": split,
-        **settings._asdict(),
-        "tokenizer": TOKENIZER,
-        "word_map_digest": word_map_digest(word_map),
-        "images_digest": images_digest,
-        **about,
-    }.items():
-        file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
 
 
 @contextlib.contextmanager
@@ -1305,12 +1264,11 @@ _is_list_of = lambda value, kind: (
 
 def _is_scene(scene):
     """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
-    things, numbers = scene["objects"], itertools.chain.from_iterable(scene["names"].values())
-    return all(isinstance(i, int) and 0 <= i < len(things) for i in numbers) and all(
+    return all(
         _is_list_of(thing["box"], (int, float))
         and len(thing["box"]) == 4
         and _is_list_of([thing["color"], thing["shape"]], str)
-        for thing in things
+        for thing in scene["objects"]
     )
 
 
@@ -1318,22 +1276,17 @@ def _is_scene(scene):
 
 
 def read_ahead(function, items, workers, ahead=0):
-    """``map(function, items)`` in order, some results prepared in threads while the caller works.
-
-    :param ahead: how many, but at least two for each worker
-    """
-    with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    """``map(function, items)`` in order; threads prepare ``ahead`` results, or two a worker."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
         pending = collections.deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
                 if len(pending) > max(ahead, 2 * workers, 2):
                     yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from (future.result() for future in pending)
         finally:
-            for future in pending:  # the caller stopped early
-                future.cancel()
+            pool.shutdown(cancel_futures=True)  # the caller may have stopped early
 
 
 def feature_key(encoder_digest, images_digest, dtype):
@@ -1354,15 +1307,15 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     :return: float16 array (N, n, encoder_dim), memory-mapped if stored
     :raises UserError: if the store is damaged or the disk is full
     """
-    if path is not None and not utils.broadcast(path.exists() or _can_hold_features(path.parent)):
+    if path is not None and not utils.broadcast(path.exists() or os.access(path.parent, os.W_OK)):
         where = path.parent.absolute()
         utils.note(f"{where} may not be written: {dataset.split}'s features are kept in memory")
         path = rows = None
     if path is None:
         numbers = np.arange(len(dataset))[rows or slice(None)]
-        parts = _encoded(dataset, encode, numbers, batch_size, workers)
+        parts = [part for _, part in _encoded(dataset, encode, numbers, batch_size, workers)]
         none = np.empty((0, 1, 1), np.float16)  # when there are fewer pictures than processes
-        return np.concatenate([part for _, part in parts] or [none])  # (N, n, encoder_dim)
+        return np.concatenate(parts or [none])  # (N, n, encoder_dim)
     if not utils.broadcast(path.exists()):
         # of two runs on one data set the second waits for the first's features
         with utils.locked(lock_path(path), path, wait=True):
@@ -1371,29 +1324,15 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
     return _open_features(path, len(dataset))
 
 
-def _can_hold_features(folder):
-    """Whether files can be made and mapped in a folder, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.truncate(1)
-            mmap.mmap(file.fileno(), 1).close()
-            return True
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write in {folder}: {error.strerror}") from error
-        return False
-
-
 def _open_features(path, count):
     """Map a feature store of ``count`` pictures: float16 (count, n, encoder_dim)."""
     try:
         features = np.load(path, mmap_mode="c")  # copy on write: torch wants to be able to write
-        is_whole = features.offset + features.nbytes == os.path.getsize(path)
-        if features.dtype != np.float16 or features.ndim != 3 or not features.flags.c_contiguous:
-            raise ValueError("it is no float16 array of three dimensions")
-        if len(features) != count or not is_whole:
+        size = features.offset + features.nbytes if features.flags.c_contiguous else 0
+        if size != os.path.getsize(path) or features.ndim != 3 or len(features) != count:
             raise ValueError(f"it has not the features of {count:,} pictures")
+        if features.dtype != np.float16:
+            raise ValueError("it is not float16")
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
         what = f"the feature store {path} is damaged ({_why(error)})"
         raise UserError(f"{what}; delete it and run again") from error
@@ -1415,50 +1354,54 @@ def _encoded(dataset, encode, numbers, batch_size, workers):
 def _write_features(path, dataset, encode, batch_size, workers):
     """Write a feature store; each process of the run fills in its share.
 
-    It grows as ``.NAME.growing``, and ``.NAME.finished``, a byte for each picture, says what is in
-    it already, so that a run that was stopped can be continued.
+    It grows as ``.NAME.growing``, at whose end a byte for each picture says whether its features
+    are there, so that a run that was stopped can be continued.
     """
-    growing, finished = (path.with_name(f".{path.name}.{what}") for what in ("growing", "finished"))
-    is_new = utils.broadcast(not (growing.exists() and finished.exists()))
+    growing = path.with_name(f".{path.name}.growing")
     numbers = np.arange(len(dataset))[utils.share(len(dataset))]
-    numbers = numbers if is_new else numbers[~np.fromfile(finished, bool)[numbers]]
+    is_new = utils.broadcast(not growing.exists())
+    numbers = numbers if is_new else numbers[~_map_growing(growing, len(dataset))[1][numbers]]
     parts = _encoded(dataset, encode, numbers, batch_size, workers)
     first = list(itertools.islice(parts, 1))
     shapes = utils.all_gather([part[1].shape[1:] for part in first])
     if utils.is_main() and is_new:
         shape = (len(dataset), *next(filter(None, shapes))[0])
         utils.check_disk(path.parent, 2 * math.prod(shape))
-        try:
-            np.lib.format.open_memmap(growing, "w+", np.float16, shape)
-            reserve(growing, growing.stat().st_size)
-        except OSError as error:
-            growing.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error.strerror}; make room for it") from error
-        with utils.atomic_path(finished) as temporary:
-            temporary.write_bytes(bytes(len(dataset)))
+        with utils.atomic_path(growing) as temporary:
+            np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            reserve(temporary, temporary.stat().st_size + len(dataset))
     utils.barrier()
-    features, done = np.load(growing, mmap_mode="r+"), np.memmap(finished, bool, "r+")
+    features, done = _map_growing(growing, len(dataset))
     fresh = []
 
-    def store(part, at_once=1000):
+    def count_as_done():
+        features.flush()
+        done[fresh] = True
+        fresh.clear()
+
+    def store(part):
         features[part[0]] = part[1]  # (B, n, encoder_dim)
         fresh.extend(part[0])
-        if len(fresh) >= at_once:
-            features.flush()  # before they count as finished
-            done[fresh] = True
-            fresh.clear()
+        if len(fresh) >= 1000:
+            count_as_done()
 
     try:  # in a thread, so that the CNN need not wait for the disk
         collections.deque(read_ahead(store, itertools.chain(first, parts), 1), maxlen=0)
     finally:
-        store(([], features[:0]), at_once=0)
+        count_as_done()
         if not done[numbers].all():
             utils.note("the features made so far are kept: the next run goes on from there")
     utils.barrier()  # all have written
     if utils.is_main():
+        os.truncate(growing, features.offset + features.nbytes)
         os.replace(growing, path)
-        finished.unlink()
     utils.barrier()  # and the file has its name
+
+
+def _map_growing(path, count):
+    """The features of a store that grows, and which of them are there: bool (count,)."""
+    features = np.load(path, mmap_mode="r+")
+    return features, np.memmap(path, bool, "r+", features.offset + features.nbytes, count)
 
 
 def image_index(dataset):

@@ -45,6 +45,7 @@ def main(args):
                 max_decode_steps=args.max_decode_steps,
                 with_alphas=data.scenes is not None or args.html is not None,
                 consensus=consensus,
+                no_repeat=args.no_repeat,
             )
             best = [hypotheses[0] for hypotheses in sum(utils.all_gather(found), [])]
             seconds = time.time() - began
@@ -242,7 +243,8 @@ def report(args, data, files, rows, said):
     described = [captions for captions in data.references if len(captions) > 1]
     others, first = [captions[1:] for captions in described], [c[0] for c in described]
     people = score_variety(others, first) if described else {}
-    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location")
+    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
+             "no_repeat")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     facts = {**files["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
     by = "compared" if args.compare else "beam_sizes"
@@ -482,7 +484,7 @@ def pointing(scene, words, alphas, image_grid):
     x, y = (x + 0.5) / columns, (y + 0.5) / rows
     scores = []
     for word, alpha in zip(words, np.asarray(alphas)):
-        boxes = [scene["objects"][i]["box"] for i in scene["names"].get(word, ())]
+        boxes = [t["box"] for t in scene["objects"] if word in (t["color"], t["shape"])]
         if boxes:
             inside = np.any(
                 [(x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1) for x0, y0, x1, y1 in boxes], axis=0

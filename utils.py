@@ -29,13 +29,10 @@ class UserError(ValueError):
 
 def run(main, parser):
     """Parse the command line and call ``main(args)``; end with one line if the user can mend it."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
     with StopSignals(together=False):
         try:
-            args = parser.parse_args()
-            prepare_libraries()
-            main(args)
+            prepare_process()
+            main(parser.parse_args())
             print(end="", flush=True)  # a full disk is noticed here, where it can be said
         except (Exception, KeyboardInterrupt) as error:
             parser.exit(*ending(parser.prog, error))
@@ -47,8 +44,8 @@ def run(main, parser):
 class LazyModule:
     """A module that is imported when it is first used.
 
-    importlib's LazyLoader will not do: what it makes stands in sys.modules, and torch, while it is
-    imported, looks at every module there, which would import ours before torch is ready.
+    importlib's LazyLoader puts it into sys.modules, where torch, while it is imported, looks at
+    every module, which would import ours before torch is ready.
     """
 
     def __init__(self, name):
@@ -97,24 +94,20 @@ def ending(prog, error):
         return 141, None
     if isinstance(error, UserError):
         time.sleep(0 if is_first else 3)  # torchrun ends it before that, unless it alone failed
-    elif isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search("out of memory|DefaultCPUAlloc", str(error))
-    ):  # Python's, a GPU's (torch has two types for that), torch's on a CPU
-        text = [*str(error).splitlines(), "no room."][0][:200]
-        what_to_do = (
-            "Lower --batch_size or --beam_size, add --amp, or see who else uses this device"
-        )
-        error = UserError(f"out of memory: {text} {what_to_do}")
     elif isinstance(error, OSError) and error.filename is not None:
         error = _cannot("use", error.filename, error)
+    elif isinstance(error, MemoryError) or re.search("out of memory|DefaultCPUAlloc", str(error)):
+        what = [*str(error).splitlines(), "no room."][0][:200]
+        advice = "Lower --batch_size or --beam_size, add --amp, or see who else uses this device"
+        error = UserError(f"out of memory: {what} {advice}")
     else:
         raise error
     return 2, f"{prog}: error: {error}\n"
 
 
 def _cannot(do, path, error):
-    reason = error.strerror or error
-    return UserError(f"cannot {do} {path}: {reason}; check the disk's space and your rights")
+    advice = "check the disk's space and your rights"
+    return UserError(f"cannot {do} {path}: {error.strerror or error}; {advice}")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -124,54 +117,48 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, examples="", **options):
-        super().__init__(*args, formatter_class=_HelpFormatter, exit_on_error=False, **options)
+        super().__init__(*args, formatter_class=_HelpFormatter, **options)
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
         self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        try:
-            return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
-        except argparse.ArgumentError as error:
-            self.error(f"{error.argument_name} {error.message}")
+        return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
 
     def _as_declared(self, arg):
+        import difflib
+
         name, equals, value = arg.partition("=")
-        if re.fullmatch(r"--.+", name):
-            name = "--" + name[2:].replace("-", "_")
-            if not any(flag.startswith(name) for flag in self._option_string_actions):
-                hint = _hint(name, self._option_string_actions) or "; --help lists all flags"
-                self.error(f"unknown flag {name}{hint}")
-        elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):
-            self.error(f"{arg}: flags begin with two hyphens; write a file of that name ./{arg}")
+        if re.match("--.", name):
+            name, known = "--" + name[2:].replace("-", "_"), self._option_string_actions
+            if not any(flag.startswith(name) for flag in known):
+                near = difflib.get_close_matches(name.lower(), known, 1)
+                hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+                self.error(f"unknown flag {name}; {hint}")
         return name + equals + value
 
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            known = f"expected {' or '.join(action.choices)}{_hint(value, action.choices)}"
-            raise argparse.ArgumentError(action, f"{value}: {known}")
-
-    def print_help(self, file=None):
-        print(self.format_help(), end="", file=file, flush=True)
-
     def error(self, message):
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def _hint(name, known):
-    import difflib
+class OnOff(argparse.BooleanOptionalAction):
+    """A flag that is on or off: --flag or --no_flag."""
 
-    near = difflib.get_close_matches(name.lower(), known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    def __init__(self, option_strings, **options):
+        super().__init__(option_strings, **options)
+        self.option_strings = [name.replace("--no-", "--no_") for name in self.option_strings]
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    """Defaults where they mean something, metavars that say what is expected, examples as typed."""
-
-    def _fill_text(self, text, width, indent):
-        return text if "\n" in text else super()._fill_text(text, width, indent)
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Defaults where they mean something, and metavars that say what is expected."""
 
     def _get_help_string(self, action):
+        if isinstance(action, OnOff):
+            return f"{action.help} (default: {'on' if action.default else 'off'})"
         said = "(default" in action.help or action.nargs == 0 or action.default in (None, "")
         return action.help if said else f"{action.help} (default: %(default)s)"
 
@@ -207,11 +194,7 @@ def add_device_flags(parser):
 
 
 def add_search_flags(parser, several=False, consensus=True):
-    """Flags of every script that utters captions.
-
-    :param several: --beam_size takes several values
-    :param consensus: --consensus too
-    """
+    """Flags of every script that utters captions; ``several``: --beam_size takes several values."""
     add = parser.add_argument_group("beam search").add_argument
     text = "hypotheses kept per picture; 1 is greedy (default: 5)"
     size, options = bounded(int, 1, 100), {"nargs": "+", "default": [5]} if several else {}
@@ -223,6 +206,8 @@ def add_search_flags(parser, several=False, consensus=True):
     add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
     text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
     add("--sample_location", action="store_true", help=text)
+    text = "say no word twice in succession, and no three words in a row a second time"
+    add("--no_repeat", action="store_true", help=text)
     text = "longest caption, in words"
     add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
     if consensus:
@@ -250,11 +235,10 @@ class StopSignals:
     :param together: with several processes a signal takes effect in ``check`` alone, in all at once
     """
 
-    _names = ("SIGINT", "SIGTERM", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in _names if hasattr(signal, name)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, together=True):
-        self._together, self._holding, self._received, self._since = together, 0, 0, -math.inf
+        self._held, self._received, self._since = together and world_size() > 1, 0, -math.inf
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in self.numbers}
@@ -262,32 +246,30 @@ class StopSignals:
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._handle:  # and not ``ending``'s choice
+                signal.signal(number, handler)
 
     def _handle(self, number, frame):
         if time.monotonic() - self._since > 5:
-            self._since, self._received = time.monotonic(), number
-            self._obey()
-
-    def _obey(self):
-        if not self._together:
-            raise Stopped(self._received)
-        if not self._holding and world_size() == 1:
-            self.check()
+            self._since = time.monotonic()
+            if not self._held:
+                raise Stopped(number)
+            self._received = number
 
     @contextlib.contextmanager
     def held(self):
         """A signal that arrives inside takes effect at the end."""
-        self._holding += 1
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._holding -= 1
-        self._obey()
+            self._held = before
+        if not before:
+            self.check()
 
     def check(self):
-        """:raises Stopped: if a signal has arrived since the last time, in any of the processes"""
-        number, self._received = all_reduce_max(self._received), 0
+        """:raises Stopped: if a signal was held back in any of the processes"""
+        number, self._received = max(all_gather(self._received)), 0
         if number:
             raise Stopped(number)
 
@@ -365,11 +347,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def all_reduce_max(number):
-    """The largest of every process's numbers, in every process."""
-    return max(all_gather(number))
-
-
 def barrier():
     """Wait until every process has come here."""
     all_gather(None)
@@ -383,7 +360,6 @@ def share(count):
 def precaution(what, call, *args):
     """Call what guards against power cuts or other processes; say once if the disk cannot do it.
 
-    :param what: what it is called, for the note
     :raises OSError: if it failed for another reason, such as a full disk
     """
     codes = "ENOSYS ENOTSUP EOPNOTSUPP EINVAL ENOLCK EPERM EACCES ENOTTY EBADF ENODEV"
@@ -396,34 +372,48 @@ def precaution(what, call, *args):
 
 
 @contextlib.contextmanager
-def _alone(path, what, wait=True):
-    """Hold a file open and locked; the system releases it when the process ends, however it ends.
+def locked(path, what, wait=False):
+    """Hold a lock file, which the system releases when the process ends, however it ends.
 
-    :param what: what is held, for messages
+    :param what: what is locked, for messages
     :param wait: wait for another process that holds it, instead of raising UserError
     """
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    if not is_main():  # the first process of a run holds it for all
+        yield
+        return
+    path = Path(path)
+    is_new = not path.parent.exists()
     while True:
-        with open(path, "ab+") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
             try:
-                precaution("locks", _lock, file, False)
+                precaution("locks", flock, file, LOCK_EX | LOCK_NB)
             except BlockingIOError as error:
                 if not wait:
                     message = f"{what} is being written by another run"
                     raise UserError(f"{message}; wait for it, or choose another folder") from error
                 print(f"waiting for another run, which is writing {what}", file=sys.stderr)
-                _lock(file, True)
-            # who held it before has renamed or removed it at the end
-            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                yield file
+                flock(file, LOCK_EX)
+            if not (path.exists() and os.path.samefile(path, file.fileno())):
+                continue  # who held it has removed it
+            try:
+                yield
                 return
+            finally:
+                path.unlink(missing_ok=True)  # while it is held: who waits for it makes a new one
+                if is_new:  # a run that failed at once leaves no empty folder
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
 
 
-def _lock(file, wait):
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-    except ImportError as error:  # Windows
-        raise OSError(errno.ENOSYS, "no flock") from error
-    flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -435,63 +425,27 @@ def atomic_path(path):
     and a second writer waits. Links are followed; a FIFO or a device is given as it is.
 
     :param path: final path; its folder is made if it is missing
-    :return: context manager that yields the temporary ``Path``, which has the same suffix
+    :return: context manager that yields the path of an empty file, which has the same suffix
     :raises UserError: if the folder cannot be written or the disk is full
     """
     final = Path(os.path.realpath(path))
     digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()[:8]  # names end at 255 bytes
-    temporary = final.parent / f".{final.name[:30]}.{digest}.partial{final.suffix[:10]}"
+    temporary = final.with_name(f".{final.name[:30]}.{digest}.partial{final.suffix[:10]}")
     try:
         if final.exists() and not (final.is_file() or final.is_dir()):
             yield Path(path)
             return
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(temporary, path) as file:
+        with locked(temporary.with_name(f"{temporary.name}.lock"), path, wait=True):
             try:
-                file.truncate(0)
+                temporary.write_bytes(b"")
                 yield temporary
-                precaution("fsync", os.fsync, file.fileno())
-                if os.name == "nt":  # Windows renames no open file
-                    file.close()
+                precaution("fsync", _flush, temporary)
                 os.replace(temporary, final)
-            except BaseException:
+            finally:
                 temporary.unlink(missing_ok=True)
-                raise
-        if os.name == "posix" and os.access(final.parent, os.R_OK):
-            folder = os.open(final.parent, os.O_RDONLY)  # the new name must reach the disk too
-            precaution("fsync of folders", os.fsync, folder)
-            os.close(folder)
+        precaution("fsync of folders", _flush, final.parent)  # it holds the new name
     except OSError as error:
         raise _cannot("write", path, error) from error
-
-
-@contextlib.contextmanager
-def locked(path, what, wait=False):
-    """Hold a lock file, which the system releases when the process ends, however it ends.
-
-    :param path: the lock file, removed at the end
-    :param what: what is locked, for messages
-    :param wait: wait until another process releases it
-    :raises UserError: if another process holds it, or it cannot be written
-    """
-    if not is_main():  # the first process of a run holds it for all
-        yield
-        return
-    path = Path(path)
-    is_new = not path.parent.exists()
-    with contextlib.ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_alone(path, what, wait))
-        except OSError as error:
-            raise _cannot("write", path, error) from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is held: who waits for it makes a new one
-            if is_new:  # a run that failed at once leaves no empty folder
-                with contextlib.suppress(OSError):
-                    path.parent.rmdir()
 
 
 def output_path(path, force=False, page=False):
@@ -509,11 +463,8 @@ def output_path(path, force=False, page=False):
     if path.is_dir():
         example = path / ("page.html" if page else "output.json")
         raise UserError(f"{path} is a folder; expected a file, such as {example}")
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"cannot write {path}: you may not; choose another folder")
+    if path.is_file() or not path.exists():  # and no FIFO or device
+        check_disk(Path(os.path.realpath(path)).parent, 0)
     if page and path.is_file() and not force:
         first = PAGE.read_bytes().partition(b"\n")[0]
         with open(path, "rb") as file:
@@ -603,10 +554,7 @@ def read_json(path):
 
 
 def check_disk(folder, size):
-    """See before the work starts whether ``size`` bytes can be written to a folder, made or not.
-
-    :raises UserError: if not
-    """
+    """:raises UserError: if ``size`` bytes cannot be written to a folder, which need not exist"""
     from tqdm import tqdm
 
     folder = Path(folder).absolute()
@@ -625,25 +573,32 @@ def check_disk(folder, size):
 
 def available_cores():
     """Number of cores that this process may use."""
-    is_known = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
+    return len(_own_cores())
+
+
+def _own_cores():
+    every = range(os.cpu_count() or 1)
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
 
 
 def busy_cores(seconds=0.1):
     """How many of its cores others keep busy (float), measured while this process sleeps."""
     import psutil
 
-    with contextlib.suppress(OSError):  # some containers do not say
+    try:
         percent = psutil.cpu_percent(interval=seconds, percpu=True)
-        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
-        return sum(percent[core] for core in own if core < len(percent)) / 100
-    return 0.0
+        return sum(percent[core] for core in _own_cores()) / 100
+    except (OSError, IndexError):  # some containers do not say
+        return 0.0
 
 
-def prepare_libraries():
-    """Set what torch and OpenMP read when they are loaded; what the user has set wins."""
-    if "torch._C" in sys.modules:
-        return
+def prepare_process():
+    """Set how text is written, and what torch and OpenMP read when they are loaded.
+
+    What the user has set in the environment wins.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
     # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     # threads that spin while they wait take the cores that their own partners are waiting for
@@ -658,24 +613,19 @@ def _device_name(name):
 
 
 def pick_device(name):
-    """The torch device of a name, made the current one; ``auto`` prefers a GPU.
-
-    :raises UserError: if there is no such device here
-    """
+    """The torch device of a name, made the current one; raises UserError if it is not here."""
     import torch
 
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
-        if _device_name(name) == "auto":
-            has_mps = torch.backends.mps.is_available()
-            name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
         device, count = torch.device(name), torch.cuda.device_count()
         if device.type == "cuda":
             if (device.index or 0) >= count:
                 raise UserError(f"--device {name}: torch finds {count} GPUs here; try --device cpu")
             torch.cuda.set_device(device.index or 0)  # before anything opens the first one
         torch.empty(1, device=device)
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--device {error}") from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used: {reason}; try --device cpu") from error
@@ -684,14 +634,13 @@ def pick_device(name):
 
 def autocast(device, enabled):
     """Context in which matrix products are done in bfloat16 (--amp), if it is enabled."""
-    return sys.modules["torch"].autocast(device.type, sys.modules["torch"].bfloat16, enabled)
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled)
 
 
 def set_seed(*numbers):
-    """Seed torch's generators on every device; numpy's and Python's are never drawn from.
-
-    :param numbers: non-negative ints, such as seed and update: others give unrelated draws
-    """
+    """Seed torch's generators from several non-negative ints, such as seed and update."""
     import torch
 
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big"))
@@ -705,9 +654,9 @@ def describe_machine(device):
 
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     revision, name = "unknown", f"threads: {torch.get_num_threads()}"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = subprocess.run(command, capture_output=True, text=True, check=True)
-        revision = git.stdout.strip()
+    with contextlib.suppress(OSError):  # git is not installed
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+        revision = git.stdout.strip() or revision
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif policy := os.environ.get("OMP_WAIT_POLICY"):
@@ -719,17 +668,15 @@ def describe_machine(device):
 
 
 def peak_memory_gb(device):
-    """Most memory held so far: a GPU's tensors, or this process with the files it maps.
+    """Most memory held so far, in GB: a GPU's tensors, or this process with the files it maps."""
+    import resource
 
-    :return: float, in GB, or None on Windows without a GPU
-    """
+    import torch
+
     if device.type == "cuda":
-        return round(sys.modules["torch"].cuda.max_memory_allocated(device) / 1e9, 2)
-    with contextlib.suppress(ImportError):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def progress(iterable=None, **options):
@@ -741,18 +688,12 @@ def progress(iterable=None, **options):
     def write(text):
         sys.stderr.write(text.strip("\r\n") + "\n" if text.strip() else "")
 
-    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        look = {"dynamic_ncols": True}  # a narrow terminal cuts off the right end
-        layout = (
-            "{percentage:3.0f}% {remaining} left, {rate_fmt}{postfix} |{bar}| {n_fmt}/{total_fmt}"
-        )
-    else:
+    look = {"dynamic_ncols": True}
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         lines = types.SimpleNamespace(write=write, flush=sys.stderr.flush)
         look = {"file": lines, "mininterval": 30, "maxinterval": 30, "delay": 30}
-        layout = "{n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
-    layout = "{desc}: " + layout if options.get("desc") else layout
-    look |= {"bar_format": layout, "disable": not is_main()}
-    return tqdm(iterable, **{**look, **options})
+        look["bar_format"] = "{l_bar}{r_bar}"
+    return tqdm(iterable, **{"disable": not is_main(), **look, **options})
 
 
 def score_captions(references, hypotheses, meteor=False, each=False):
@@ -778,7 +719,7 @@ def score_captions(references, hypotheses, meteor=False, each=False):
         raise UserError(f"{counts}: expected as many of both, and at least one")
     # nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
     smooth = SmoothingFunction(epsilon=1e-12).method1
-    weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
+    weights = [(1 / n,) * n for n in range(1, 5)]
     bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
     gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
     res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
@@ -835,23 +776,25 @@ class CiderD:
         self.references, self.end, self.log_pictures = references, end, math.log(len(references))
         frequency = collections.Counter()
         for captions in references:
-            frequency.update(set().union(*(self._count(words, end) for words in captions)))
+            frequency.update(set().union(*(self._ngrams(words, end) for words in captions)))
         self.log_frequency = {ngram: math.log(n) for ngram, n in frequency.items()}
         self.weighed = {}  # by picture, when it is first asked for: a consensus asks for few
 
-    def _count(self, words, end):
+    def _ngrams(self, words, end):
         words = [*words, end] if end else words
         starts = ((i, n) for n in range(1, 5) for i in range(len(words) - n + 1))
         return collections.Counter(tuple(words[i : i + n]) for i, n in starts)
 
-    def _weigh(self, counts):
-        """tf-idf of each n-gram, its norm for each n, and the length in bigrams."""
-        vector, squares, length = {}, [0.0] * 4, 0
-        for ngram, n in counts.items():
-            vector[ngram] = n * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
-            squares[len(ngram) - 1] += vector[ngram] ** 2
-            length += n * (len(ngram) == 2)
-        return vector, list(map(math.sqrt, squares)), length
+    def _weigh(self, words, end):
+        """Dict n-gram -> (tf-idf, the same over the norm of all n-grams of its length); length."""
+        vector, squares = {}, [0.0] * 4
+        for ngram, count in self._ngrams(words, end).items():
+            weight = count * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
+            if weight:
+                vector[ngram] = weight
+                squares[len(ngram) - 1] += weight**2
+        vector = {g: (weight, weight / squares[len(g) - 1] ** 0.5) for g, weight in vector.items()}
+        return vector, len(words) + bool(end)
 
     def __call__(self, picture, words, ended=True):
         """Score a caption of a picture; 1.0 is CIDEr 100.
@@ -859,16 +802,16 @@ class CiderD:
         :param picture: its number in the references
         :param ended: whether the caption ended by itself, and was not cut off
         """
-        vector, norms, length = self._weigh(self._count(words, self.end if ended else None))
         captions = self.references[picture]
         if picture not in self.weighed:
-            self.weighed[picture] = [self._weigh(self._count(said, self.end)) for said in captions]
+            self.weighed[picture] = [self._weigh(said, self.end) for said in captions]
+        vector, length = self._weigh(words, self.end if ended else None)
         total = 0.0
-        for other, other_norms, other_length in self.weighed[picture]:
-            products = [0.0] * 4
-            for ngram, value in vector.items():
-                if ngram in other:
-                    products[len(ngram) - 1] += min(value, other[ngram]) * other[ngram]
-            cosine = sum(p / (a * b) for p, a, b in zip(products, norms, other_norms) if a and b)
+        for other, other_length in self.weighed[picture]:
+            cosine = sum(
+                unit * other[ngram][1] * min(1.0, other[ngram][0] / weight)
+                for ngram, (weight, unit) in vector.items()
+                if ngram in other
+            )
             total += cosine * math.exp(-((length - other_length) ** 2) / 72)  # sigma = 6
         return 10 * total / 4 / len(captions)

@@ -141,7 +141,7 @@ def read_captions(path):
 
 
 def read_karpathy(path):
-    use(datasets.karpathy_records(path, path.parent.parent / "pictures")[0])
+    use(datasets.custom_records(path.parent.parent / "pictures", path, 0)[0])
 
 
 def read_archive(path):

@@ -350,7 +350,7 @@ except utils.UserError as error:
         [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"cannot write {tmp_path / 'f.npy'}: ") and not list(
+    assert done.stdout.startswith(f"cannot write {tmp_path / '.f.npy.growing'}: ") and not list(
         tmp_path.iterdir()
     )
 

@@ -2,7 +2,6 @@
 
 import argparse
 import concurrent.futures
-import contextlib
 import errno
 import importlib
 import json
@@ -97,21 +96,6 @@ def test_two_writers_of_one_file_take_turns(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         list(threads.map(write, "abcdefgh"))
     assert seen <= {letter * 10 for letter in "abcdefgh"} and len(list(tmp_path.iterdir())) == 1
-
-
-def test_who_writes_next_keeps_its_temporary_file(tmp_path, monkeypatch):
-    """A writer that starts just when another one has renamed its file is not disturbed by it."""
-    replace, others = os.replace, contextlib.ExitStack()
-
-    def and_the_next_begins(source, target):
-        replace(source, target)
-        monkeypatch.setattr(os, "replace", replace)
-        others.enter_context(utils.atomic_path(tmp_path / "file")).write_text("second")
-
-    monkeypatch.setattr(os, "replace", and_the_next_begins)
-    with others, utils.atomic_path(tmp_path / "file") as temporary:
-        temporary.write_text("first")
-    assert (tmp_path / "file").read_text() == "second" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path, fails):
@@ -212,8 +196,6 @@ def test_a_file_that_would_be_lost_or_cannot_be_written_is_refused_first(tmp_pat
         assert utils.output_path(tmp_path / name, force=True) == tmp_path / name
     for name in ("old.json", "empty", "new"):
         assert utils.output_path(str(tmp_path / name)) == tmp_path / name
-    with fails("there is no folder .*/typo"):
-        utils.output_path(tmp_path / "typo" / "out.json")
     with fails("is a folder; expected a file"):
         utils.output_path(tmp_path)
     assert (tmp_path / "README.md").read_text() == "words" and not (tmp_path / "new").exists()
@@ -332,11 +314,7 @@ def parser():
         ("--dropout 7", "--dropout 7: expected a value from -1 to 1"),
         ("--dropout=-1.5e0", "--dropout -1.5e0: expected a value from -1 to 1"),
         ("--dropout", "--dropout expected one argument"),
-        ("--split tests", "--split tests: expected val or test; did you mean test?"),
-        (
-            "--img -a.jpg",
-            "-a.jpg: flags begin with two hyphens; write a file of that name ./-a.jpg",
-        ),
+        ("--split tests", "--split invalid choice: 'tests' (choose from 'val', 'test')"),
         ("--device gpu", "--device gpu: expected auto, cpu, cuda, cuda:N or mps"),
         ("more", "unrecognized arguments: more"),
     ],
@@ -375,7 +353,7 @@ def test_an_error_is_one_line_of_bearable_length_that_ends_in_what_to_do():
     assert str(UserError(message)) == message  # and so it stays when it comes from another process
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "", "meta", "hpu"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
 def test_a_device_that_is_not_here_is_refused(name, fails):
     with fails("--device"):
         utils.pick_device(name)
@@ -514,9 +492,8 @@ def test_a_signal_ends_a_script_with_one_line_from_the_start(name, times, tmp_pa
 
 
 def test_output_that_finds_no_room_ends_in_one_line(tmp_path):
-    for body in ("print(1)", "[print('line', i) for i in range(100000)]", "parser.print_help()"):
-        script = SCRIPT.replace("main(args):", "main(args, parser=utils.ArgumentParser()):")
-        (tmp_path / "script.py").write_text(textwrap.dedent(script.format(body=body)))
+    for body in ("print(1)", "[print('line', i) for i in range(100000)]"):
+        (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT.format(body=body)))
         with open("/dev/full", "w") as full:
             command = [sys.executable, tmp_path / "script.py"]
             done = subprocess.run(
@@ -546,10 +523,7 @@ def test_where_others_use_the_cores_openmp_waits_passively(busy, settings, polic
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(utils, "busy_cores", lambda: busy)
-    utils.prepare_libraries()  # torch has been loaded: it is too late
-    assert os.environ.get("OMP_WAIT_POLICY") == settings.get("OMP_WAIT_POLICY")
-    monkeypatch.delitem(sys.modules, "torch._C")
-    utils.prepare_libraries()
+    utils.prepare_process()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
     assert os.environ["TORCH_DISABLE_NATIVE_JIT"] == "1"
     said = utils.describe_machine(torch.device("cpu"))
@@ -598,23 +572,8 @@ def test_in_a_log_progress_is_a_plain_line_now_and_then(capsys):
         bar.update(3)
     out, err = capsys.readouterr()
     assert not out and "\r" not in err
-    assert all(re.fullmatch(r"reading: \d/3, .* left, .*", line) for line in err.splitlines())
-    assert re.search("reading: 3/3, .* left, .*picture.*, loss 1.0$", err)
-
-
-@pytest.mark.parametrize("columns", [20, 40, 120])
-def test_on_a_narrow_terminal_rate_and_time_left_stay(columns, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    with utils.progress(total=8, dynamic_ncols=False, ncols=columns, unit="word") as bar:
-        bar.n, bar.start_t = 4, bar._time() - 2
-        bar.refresh()
-    line = capsys.readouterr().err.split("\r")[-2]
-    assert re.match(r" 50% 00:0\d left, +\d" + r"\.\d+word/s" * (columns >= 40), line)
-    assert len(line) <= columns and (columns < 120 or line.endswith("| 4/8"))
-    monkeypatch.setenv("TERM", "dumb")
-    list(utils.progress([1]))
-    assert capsys.readouterr().err == ""
+    assert all(re.fullmatch(r"reading: .*\d/3 \[.*<.*, .*", line) for line in err.splitlines())
+    assert re.search("reading: 100%.* 3/3 .*<.*picture.*, loss 1.0]$", err)
 
 
 # ------------------------------------------------------------ metrics
