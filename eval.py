@@ -285,7 +285,8 @@ def page(data, table, heading, said, lead):
         entry = {"name": data.image_names[i], "references": data.raw_references[i]}
         picture = utils.page_picture(data.images([i])[0].transpose(1, 2, 0), 200)
         pictures.append(entry | {"captions": captions} | picture)
-    tables = [{"title": t, "columns": list(columns), "rows": rows} for t, rows in groups.items()]
+    heads = [heading, *columns]
+    tables = [{"title": t, "columns": heads, "rows": rows} for t, rows in groups.items()]
     return {"title": "What was said", "lead": lead, "tables": tables, "pictures": pictures}
 
 

@@ -110,7 +110,7 @@ def test_the_template_is_short_and_the_page_needs_nothing_else():
 
 def test_what_is_no_text_of_ours_is_shown_and_never_run(open_page):
     evil = say([ATTACK, "a"], {ATTACK: ATTACK}, 0.5, [[(ATTACK, 0.5)]] * 2)
-    table = {"title": ATTACK, "columns": [ATTACK], "rows": [[ATTACK, ATTACK]]}
+    table = {"title": ATTACK, "columns": ["", ATTACK], "rows": [[ATTACK, ATTACK]]}
     data = captions_page(*[picture(ATTACK, evil, evil, references=[ATTACK])] * 9)
     page = open_page(data | {"title": ATTACK, "lead": ATTACK, "tables": [table]})
     page.locator(".word").first.hover()
@@ -281,7 +281,7 @@ def test_captions_of_several_models_stand_side_by_side_with_the_words_that_diffe
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_legible_in_light_and_dark(scheme, open_page):
     """All texts have the contrast of 4.5 that the WCAG (1.4.3) asks for."""
-    table = {"title": "metrics", "columns": ["3"], "rows": [["BLEU-4", "20.0"]]}
+    table = {"title": "metrics", "columns": ["beam size", "3"], "rows": [["BLEU-4", "20.0"]]}
     both = captions_page(picture("dog.jpg", DOG | {"differs": [2]}, DOG, references=["A dog."]))
     page = open_page(both | {"tables": [table]}, color_scheme=scheme)
     page.locator(".word").nth(1).hover()
@@ -441,7 +441,7 @@ def test_the_report_has_the_table_and_each_pictures_own_scores(evaluate, talkati
         assert {dict(caption["scores"])["METEOR"] for caption in captions} == {"50.0"}
         assert all(light_of(caption).shape[1] == 4 for caption in captions)
     table = page["tables"][0]
-    assert table["title"] == "metrics, 0-100" and table["columns"] == ["2", "3", "people"]
+    assert table["title"] == "metrics, 0-100" and table["columns"] == ["beam size", "2", "3", "people"]
     rows = {name: cells for name, *cells in table["rows"]}
     assert rows["CIDEr"] == [f"{metrics['beam_sizes'][k]['CIDEr']:.2f}" for k in "23"] + ["-"]
 
