@@ -822,9 +822,9 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
-        "attention_dim": 256, "embed_dim": 128, "epochs": 12, "batch_size": 16,
+        "attention_dim": 256, "embed_dim": 128, "epochs": 4, "batch_size": 16,
         "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True,
+        "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1, "amp": True,
     },
     "paper": {"grounding": 0.0, "attend_word": False, "alpha_c": 1.0},
 }  # fmt: skip
@@ -890,7 +890,7 @@ def get_args_parser():
         "weight of a second loss, with which attention learns to look where the word can be read "
         "(not in the paper); 0 leaves attention to the captions' own loss"
     )
-    add("--grounding", type=weight, default=0.5, metavar="WEIGHT", help=text)
+    add("--grounding", type=weight, default=0.3, metavar="WEIGHT", help=text)
     text = "train the CNN too, all but its first block; features are then not kept"
     add("--fine_tune_encoder", action="store_true", help=text)
     add("--encoder_learning_rate", type=rate, default=1e-4, help="of the CNN, at its peak")
