@@ -692,7 +692,7 @@ def progress(iterable=None, **options):
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         lines = types.SimpleNamespace(write=write, flush=sys.stderr.flush)
         look = {"file": lines, "mininterval": 30, "maxinterval": 30, "delay": 30}
-        look["bar_format"] = "{l_bar}{r_bar}"
+        look["bar_format"] = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
     return tqdm(iterable, **{"disable": not is_main(), **look, **options})
 
 
