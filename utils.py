@@ -596,18 +596,11 @@ def peak_memory_gb(device):
 
 def progress(iterable=None, **options):
     """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
-    import types
-
     from tqdm import tqdm
-
-    def write(text):
-        sys.stderr.write(text.strip("\r\n") + "\n" if text.strip() else "")
 
     look = {"dynamic_ncols": True}
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        lines = types.SimpleNamespace(write=write, flush=sys.stderr.flush)
-        look = {"file": lines, "mininterval": 30, "maxinterval": 30, "delay": 30}
-        look["bar_format"] = "{l_bar}{r_bar}"
+        look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": "{l_bar}{r_bar}\n"}
     return tqdm(iterable, **{"disable": not is_main(), **look, **options})
 
 
