@@ -2,7 +2,7 @@
 
 python caption.py --img photo.jpg --model checkpoints
 python caption.py --img photo.jpg --model checkpoints --n_best 3 --gif
-python caption.py --img trip/ --model checkpoints --no_plot --json trip.json
+python caption.py --img trip/ --model checkpoints --no_plot --html trip.html --json trip.json
 """
 
 import collections
@@ -34,9 +34,10 @@ def main(args):
     check_flags(args)
     paths = find_pictures(args.img, args.recursive)
     captioner, options = load(args)
-    read = functools.partial(read_picture, size=captioner.image_size, drawn=not args.no_plot)
+    drawn = bool(args.html) or not args.no_plot
+    read = functools.partial(read_picture, size=captioner.image_size, drawn=drawn)
     pictures = datasets.read_ahead(read, paths, args.workers, ahead=args.batch_size)
-    results, unreadable = [], 0
+    results, shown, unreadable = [], [], 0
     bar = utils.progress(total=len(paths), unit="picture", disable=len(paths) <= args.batch_size)
     say = functools.partial(bar.write, file=sys.stderr if str(args.json) == "-" else sys.stdout)
     try:
@@ -47,9 +48,14 @@ def main(args):
             if batch := [picture for picture in batch if not isinstance(picture[1], UserError)]:
                 images = np.stack([square for _, _, square in batch])  # (B, 3, S, S)
                 with utils.autocast(captioner.device, args.amp):
-                    found = captioner.caption(torch.from_numpy(images), **options)
-                for (path, picture, _), hypotheses in zip(batch, found):
+                    encoder_out = captioner.encode(torch.from_numpy(images))
+                    model = [captioner.decoder], [encoder_out], captioner.word_map
+                    found = models.beam_search(*model, **options)
+                for (path, picture, _), hypotheses, out in zip(batch, found, encoder_out):
                     results.append(report(path, hypotheses, captioner, say))
+                    if args.html:
+                        with utils.autocast(captioner.device, args.amp):
+                            shown.append(page_entry(path, picture, captioner, hypotheses, out))
                     if not args.no_plot:
                         draw(path, picture, captioner, hypotheses[0], args, say)
             bar.update(len(results) + unreadable - bar.n)
@@ -58,6 +64,12 @@ def main(args):
         if args.json and results:
             utils.write_json(args.json, results)
             print(f"written: {utils.printable(args.json)}", file=sys.stderr)
+        if shown:
+            model = args.model or models.DEFAULT_CAPTIONER.name
+            lead = f"by {model}, with a beam of {args.beam_size}"
+            page = {"title": "Captions", "lead": lead, "alternatives": True, "pictures": shown}
+            utils.write_page(args.html, page)
+            print(f"written: {utils.printable(args.html)}", file=sys.stderr)
     if unreadable:
         print(f"{unreadable:,} of {len(paths):,} pictures could not be read", file=sys.stderr)
         sys.exit(1 if results else 2)
@@ -75,10 +87,8 @@ def get_args_parser():
     text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
     flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
     switch("--recursive", help="look into the sub-folders of folders too")
-    preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
-    preset = {"default": preset} if preset.exists() else {"required": True}
-    text = "checkpoint written by train.py, or the folder of a run, whose best one is taken"
-    flag("--model", type=Path, help=text, **preset)
+    text = "checkpoint of train.py, or the folder of a run, for its best (default: the suite's own)"
+    flag("--model", type=Path, help=text)
     text = "word map, checked against the checkpoint's own; the PyTorch tutorial's need it"
     flag("--word_map", type=Path, help=text)
     text = "with --consensus: folder with the data that the model was trained on"
@@ -94,7 +104,9 @@ def get_args_parser():
     switch("--show", help="also open each drawing in a window, where there is a screen")
     text = "also write all captions to this file; - is standard output, with nothing else on it"
     flag("--json", type=Path, help=text)
-    switch("--force", help="let --json replace a file that is not JSON")
+    text = "also write a page to look at: point at a word and see what the model looked at"
+    flag("--html", type=Path, help=text)
+    switch("--force", help="let --json and --html replace a file of another kind")
     utils.add_search_flags(parser)
     utils.add_device_flags(parser)
     return parser
@@ -108,6 +120,8 @@ def check_flags(args):
         raise UserError("--no_plot draws nothing, so --gif and --show cannot be had with it")
     if args.json:
         args.json = utils.output_path(args.json, args.force)
+    if args.html:
+        utils.output_path(args.html, args.force, page=True)
     if not args.no_plot:
         utils.check_disk(args.output_folder, 0)
     # Pillow and matplotlib warn of pictures and letters, which are named in our own words
@@ -117,14 +131,15 @@ def check_flags(args):
 
 def load(args):
     """The captioner that ``--model`` names, and the options of its beam search, as a dict."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and args.model:
         print(f"loading {utils.printable(args.model)} …", file=sys.stderr)
     device = utils.pick_device(args.device)
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioner = models.load_captioner(models.run_checkpoint(args.model), device, word_map)
     captioner.decoder.sample_location = args.sample_location
-    names = ("beam_size", "n_best", "length_penalty", "max_decode_steps")
-    options = {name: getattr(args, name) for name in names} | {"with_alphas": not args.no_plot}
+    names = ("beam_size", "n_best", "length_penalty", "max_decode_steps", "no_repeat")
+    options = {name: getattr(args, name) for name in names}
+    options["with_alphas"] = bool(args.html) or not args.no_plot
     if args.consensus:
         name, known = captioner.config["data_name"], (args.consensus, args.workers)
         if not name:
@@ -236,6 +251,48 @@ def report(path, hypotheses, captioner, say):
     # Linux allows names that are no text
     result = {"image": str(path).encode("utf-8", "replace").decode(), "captions": captions}
     return {"image_id": int(number[1])} | result if number else result
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page_entry(path, picture, captioner, hypotheses, encoder_out):
+    """A picture and its captions, as ``utils.write_page`` wants them."""
+    likeliest = alternatives(captioner, encoder_out, hypotheses)
+    captions = []
+    for hypothesis, others in zip(hypotheses, likeliest):
+        scores = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
+        scores = dict(zip(("score", "log-probability"), scores))
+        words = captioner.text(hypothesis)
+        captions.append(utils.page_caption(words, hypothesis, scores, others))
+    return {"name": str(path), "captions": captions} | utils.page_picture(picture, 480)
+
+
+def alternatives(captioner, encoder_out, hypotheses, count=5):
+    """What a model could have said at each word of captions, after the words before it.
+
+    :param encoder_out: float (n, encoder_dim), of the picture
+    :param hypotheses: list of R ``Hypothesis``
+    :return: list (captions) of lists (words) of lists of (word, probability), likeliest first
+    """
+    decoder, word_map, steps = captioner.decoder, captioner.word_map, []
+    words = [torch.tensor([word_map[datasets.START], *h.words]) for h in hypotheses]
+    words = torch.nn.utils.rnn.pad_sequence(words).to(encoder_out.device)  # (T + 1, R)
+    with torch.no_grad():
+        context, state = decoder.init_hidden_state(encoder_out.unsqueeze(0))
+        state = tuple(s.expand(-1, len(hypotheses), -1) for s in state)  # (1, R, decoder_dim)
+        for previous in words[:-1]:
+            scores, _, state = decoder.step(previous.unsqueeze(0), state, context)
+            probabilities = scores[0].softmax(dim=1)  # (R, vocab_size)
+            probabilities[:, datasets.special_tokens(word_map)] = 0  # which are never said
+            steps.append(probabilities.topk(min(count, len(word_map))))
+    return [
+        [
+            [(captioner.words[i], round(p, 4)) for p, i in zip(*(x[row].tolist() for x in step))]
+            for step in steps[: len(hypothesis.words)]
+        ]
+        for row, hypothesis in enumerate(hypotheses)
+    ]
 
 
 # ---------------------------------------------------------------- draw

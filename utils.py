@@ -1,12 +1,14 @@
 """What several parts need and no one of them owns: errors, processes, files, devices, metrics."""
 
 import argparse
+import base64
 import collections
 import contextlib
 import errno
 import functools
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -109,7 +111,7 @@ def _cannot(do, path, error):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line, a hint for an unknown flag, and examples.
+    """argparse with hyphens for underscores, errors of one line that give a hint, and examples.
 
     :param examples: commands that --help shows at its end, one a line
     """
@@ -119,21 +121,46 @@ class ArgumentParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
         self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
 
-    def error(self, message):
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
+
+    def _as_declared(self, arg):
         import difflib
 
+        name, equals, value = arg.partition("=")
+        if re.match("--.", name):
+            name, known = "--" + name[2:].replace("-", "_"), self._option_string_actions
+            if not any(flag.startswith(name) for flag in known):
+                near = difflib.get_close_matches(name.lower(), known, 1)
+                hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+                self.error(f"unknown flag {name}; {hint}")
+        elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):
+            self.error(f"{arg}: flags begin with two hyphens; write a file of that name ./{arg}")
+        return name + equals + value
+
+    def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
-        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
-            message = f"unknown flag {unknown[1]}; {hint}"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+class OnOff(argparse.BooleanOptionalAction):
+    """A flag that is on or off: --flag or --no_flag."""
+
+    def __init__(self, option_strings, **options):
+        super().__init__(option_strings, **options)
+        self.option_strings = [name.replace("--no-", "--no_") for name in self.option_strings]
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults where they mean something, and metavars that say what is expected."""
 
     def _get_help_string(self, action):
+        if isinstance(action, OnOff):
+            return f"{action.help} (default: {'on' if action.default else 'off'})"
         said = "(default" in action.help or action.nargs == 0 or action.default in (None, "")
         return action.help if said else f"{action.help} (default: %(default)s)"
 
@@ -181,6 +208,8 @@ def add_search_flags(parser, several=False, consensus=True):
     add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
     text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
     add("--sample_location", action="store_true", help=text)
+    text = "say no word twice in succession, and no three words in a row a second time"
+    add("--no_repeat", action="store_true", help=text)
     text = "longest caption, in words"
     add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
     if consensus:
@@ -421,22 +450,32 @@ def atomic_path(path):
         raise _cannot("write", path, error) from error
 
 
-def output_path(path, force=False):
+def output_path(path, force=False, page=False):
     """Check a file that a flag names before the work starts.
 
     :param path: as typed; ``-`` and /dev/stdout are standard output, for ``write_json`` alone
-    :param force: replace what is there even if it is not JSON
+    :param force: replace what is there whatever it is
+    :param page: it is for ``write_page``, not for ``write_json``
     :return: ``Path``
-    :raises UserError: if it cannot be written, or something else than JSON would be lost
+    :raises UserError: if it cannot be written, or something else than JSON (a page) would be lost
     """
     path = Path(path)
-    if str(path) in ("-", "/dev/stdout", "/dev/fd/1"):
+    if str(path) in ("-", "/dev/stdout", "/dev/fd/1") and not page:
         return Path("-")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a file, such as {path / 'output.json'}")
+        example = path / ("page.html" if page else "output.json")
+        raise UserError(f"{path} is a folder; expected a file, such as {example}")
     if path.is_file() or not path.exists():  # and no FIFO or device
-        check_disk(Path(os.path.realpath(path)).parent, 0)
-    if path.is_file() and path.stat().st_size and not force:
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
+        check_disk(folder, 0)
+    if page and path.is_file() and not force:
+        first = PAGE.read_bytes().partition(b"\n")[0]
+        with open(path, "rb") as file:
+            if file.read(len(first)) not in (b"", first):
+                raise UserError(f"{path} exists and is no page of this suite: choose another name")
+    elif path.is_file() and path.stat().st_size and not force:
         try:
             read_json(path)
         except UserError as error:
@@ -453,6 +492,57 @@ def write_json(path, value):
         return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+PAGE = Path(__file__).with_name("docs") / "page.html"  # the template, which says what it reads
+
+
+def write_page(path, data):
+    """Write a page to look at: one file that needs no other and no network, atomically.
+
+    :param data: plain values, as ``docs/page.html`` reads them; all texts in it are shown as text
+    """
+    text = json.dumps(data, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")  # so that nothing in it ends the script
+    with atomic_path(path) as temporary:
+        page = PAGE.read_text(encoding="utf-8").replace("{data}", text, 1)
+        temporary.write_text(page, encoding="utf-8")
+
+
+def page_picture(image, side):
+    """A picture for ``write_page``, as a dict.
+
+    :param image: PIL image or uint8 (height, width, 3)
+    :param side: its longer side in pixels; a smaller picture keeps its size
+    """
+    import numpy as np
+    from PIL import Image
+
+    small, file = Image.fromarray(np.asarray(image)), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(file, "JPEG", quality=80)
+    uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"image": uri, "width": small.width, "height": small.height}
+
+
+def page_caption(words, hypothesis, scores, alternatives=None, **more):
+    """A caption for ``write_page``, as a dict; its weights in 8 bits, a word's largest one is 255.
+
+    :param words: list of words
+    :param hypothesis: ``models.Hypothesis`` with alphas
+    :param scores: dict of text; pictures are sorted by the first one
+    :param alternatives: for each word a list of (word, probability), or None
+    :param more: "label" of the caption; "differs", the places of words that others lack
+    """
+    probabilities = (round(math.exp(p), 4) for p in hypothesis.word_log_probs)
+    alphas = hypothesis.alphas  # (num_words, num_pixels)
+    # even weights light the whole picture evenly and not fully: nothing was singled out
+    light = alphas / alphas.amax(dim=1, keepdim=True).clamp(min=4 / alphas.shape[1])
+    return {
+        "words": list(zip(words, probabilities, *([alternatives] if alternatives else []))),
+        "alphas": base64.b64encode((255 * light).round().byte().numpy().tobytes()).decode(),
+        "scores": list(scores.items()),
+    } | more
 
 
 def read_json(path):
@@ -600,11 +690,12 @@ def progress(iterable=None, **options):
 
     look = {"dynamic_ncols": True}
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": "{l_bar}{r_bar}\n"}
+        layout = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n"
+        look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": layout}
     return tqdm(iterable, **{"disable": not is_main(), **look, **options})
 
 
-def score_captions(references, hypotheses, meteor=False):
+def score_captions(references, hypotheses, meteor=False, each=False):
     """Corpus metrics on the 0–100 scale, computed on words that were tokenised alike.
 
     BLEU-1..4 from nltk (Papineni et al. 2002), ROUGE-L, CIDEr and METEOR 1.5 from pycocoevalcap.
@@ -614,6 +705,7 @@ def score_captions(references, hypotheses, meteor=False):
     :param references: list (pictures) of lists (captions) of lists of words
     :param hypotheses: list of lists of words, one per picture
     :param meteor: METEOR too; it needs Java and takes some seconds
+    :param each: the pictures' own too: "each", a dict of lists, CIDEr and METEOR if it is to be had
     :return: dict of floats: BLEU-1, …, BLEU-4, [METEOR,] ROUGE-L, CIDEr; METEOR may be None
     :raises UserError: if there is nothing to score
     """
@@ -630,16 +722,24 @@ def score_captions(references, hypotheses, meteor=False):
     bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
     gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
     res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
+    cider, own_cider = Cider().compute_score(gts, res)
+    found = (_meteor(gts, res) if meteor else None) or (None, [])
+    own = {"CIDEr": own_cider, "METEOR": found[1]}
+    own = {name: [100 * float(score) for score in scores] for name, scores in own.items()}
     return {
         **{f"BLEU-{n}": 100 * score for n, score in enumerate(bleu, 1)},
-        **({"METEOR": _meteor(gts, res)} if meteor else {}),
+        **({"METEOR": found[0]} if meteor else {}),
         "ROUGE-L": 100 * float(Rouge().compute_score(gts, res)[0]),
-        "CIDEr": 100 * float(Cider().compute_score(gts, res)[0]),
+        "CIDEr": 100 * float(cider),
+        **({"each": {name: scores for name, scores in own.items() if scores}} if each else {}),
     }
 
 
 def _meteor(gts, res):
-    """METEOR 1.5 (Denkowski and Lavie 2014), or None where Java is missing or fails."""
+    """METEOR 1.5 (Denkowski and Lavie 2014), 0-100, and a list of the captions' own, 0-1.
+
+    :return: None where Java is missing or fails
+    """
     from unittest import mock
 
     from pycocoevalcap.meteor.meteor import Meteor
@@ -652,7 +752,8 @@ def _meteor(gts, res):
     with mock.patch.dict(os.environ, {"_JAVA_OPTIONS": options, "LC_ALL": "C"}):
         scorer = Meteor()
     try:
-        return 100 * scorer.compute_score(gts, res)[0]
+        score, own = scorer.compute_score(gts, res)
+        return 100 * score, own
     except (OSError, ValueError) as error:  # Java is there but does not run the program
         scorer.lock.release()  # else its destructor waits for ever, or complains
         with contextlib.suppress(OSError):

@@ -1,17 +1,17 @@
-"""Tables and plots of docs/results.md, drawn from what runs wrote.
+"""Tables and plots of the pages, drawn from what runs wrote.
 
-    # from docs/runs.json: tables into results.md, plots beside it
+    # from docs/runs.json
     python docs/report.py
-    # first take in runs: the folders of train.py and eval.py
-    python docs/report.py --add runs/lstm-seed0 runs/...
+    # first take in runs: output folders of train.py and eval.py
+    python docs/report.py --add runs/lstm-seed0 runs/lstm-seed1
 
-A run is called as its folder; folders that differ in "-seed0", "-seed1" alone are one row, mean ±
-half of the range.
+A run is called as its folder. Runs whose names differ in "-seed0", "-seed1" alone are one row: mean
+± half of the range. A page has a table where the marks <!-- name --> and <!-- end --> stand.
 """
 
 import argparse
-import functools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -19,24 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # run as a script, from anywhere
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 import models
 import train
 import utils
 
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-SCHEDULES = ("none", "linear", "exponential", "inverse_sigmoid")
-NOT_OPTIONS = (
-    "data_folder",
-    "output_folder",
-    "device",
-    "workers",
-    "resume",
-    "init_from",
-    "data_name",
-)
+PAGES = ("README.md", "docs/results.md", "docs/experiments.md")
+ELSEWHERE = "data_folder output_folder device workers resume init_from data_name".split()  # noqa: SIM905
 
 
 # ----------------------------------------------------------------------------------------- the runs
@@ -54,411 +45,403 @@ def read_run(folder):
         defaults = vars(train.get_args_parser().parse_args([])) | train.PRESETS.get(
             config["preset"], {}
         )
+        word_map = Path(config["data_folder"], f"WORDMAP_{config['data_name']}.json")
         with torch.device("meta"):
-            words = len(
-                json.loads(
-                    Path(config["data_folder"], f"WORDMAP_{config['data_name']}.json").read_text()
-                )
-            )
-            decoder = models.build_decoder(config, words)
+            decoder = models.build_decoder(config, len(utils.read_json(word_map)))
+        options = {
+            key: config[key]
+            for key, default in defaults.items()
+            if key not in ELSEWHERE and config.get(key, default) != default
+        }
+        if config["init_from"]:  # as typed beside the run's folder
+            start = Path(config["init_from"])
+            is_best = start.name.startswith("BEST_checkpoint_")
+            options["init_from"] = start.parent.name if is_best else start.name
         run |= {
             "machine": config.get("machine", "not recorded"),
             "updates": config["total_updates"],
-            "options": {
-                key: config[key]
-                for key, default in defaults.items()
-                if key not in NOT_OPTIONS and config.get(key, default) != default
-            }
-            | start_of(config),
+            "options": options,
             "parameters": sum(p.numel() for p in decoder.parameters()),
             "epochs": list(map(rounded, epochs)),
         }
     for path in sorted(Path(folder).glob("metrics_*.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        beams, people = metrics["beam_sizes"], metrics["people"]
+        metrics = utils.read_json(path)
         run[metrics["split"]] = {
             "length_penalty": metrics["length_penalty"],
             "consensus": metrics.get("consensus", 0.0),
-            "people": rounded(people),
-            "beams": {beam: rounded(row) for beam, row in beams.items()},
+            "people": rounded(metrics["people"]),
+            "beams": {beam: rounded(row) for beam, row in metrics["beam_sizes"].items()},
         }
     if not run:
         raise SystemExit(f"{folder}: expected log_*.jsonl or metrics_*.json")
     return run
 
 
-def start_of(config):
-    """The option ``--init_from``, from the folder where the report's commands are typed."""
-    start = Path(config["init_from"] or "")
-    name = f"{start.parent.name}/{start.name}" if start.suffix == ".tar" else start.name
-    return {"init_from": name} if name else {}
-
-
 def rounded(values):
-    return {
-        name: round(value, 4) if isinstance(value, float) else value
-        for name, value in values.items()
-    }
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+
+
+def without_seed(name):
+    return re.sub(r"-seed\d+$", "", name)
 
 
 def seeds(runs, name):
     """The runs that differ in their seed alone."""
-    return [run for key, run in sorted(runs.items()) if re.sub(r"-seed\d+$", "", key) == name]
+    return [run for key, run in sorted(runs.items()) if without_seed(key) == name]
 
 
-def best_epoch(run):
-    metric = run["options"].get("metric", "BLEU-4")
-    return max(run["epochs"], key=lambda epoch: epoch[metric])
+def scored(runs, name, split, beam):
+    """The figures of those that were scored so, a dict for each seed."""
+    rows = (run.get(split, {}).get("beams", {}).get(beam) for run in seeds(runs, name))
+    return [row for row in rows if row]
 
 
 # --------------------------------------------------------------------------------------- the tables
 
-
-def cell(values, digits=2):
-    """Mean, and half of the range if there are several values."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "–"
-    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):,.{digits}f}{spread}"
-
-
-def table(header, rows):
-    return "\n".join(
-        "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
-    )
-
-
-def scores(group, beam, names, split="test"):
-    return [cell([run[split]["beams"][beam][name] for run in group]) for name in names]
-
-
-def decoders_table(runs):
-    rows = []
-    for decoder in ("lstm", "gru"):
-        group = seeds(runs, decoder)
-        rows += [[decoder.upper(), beam, *scores(group, beam, METRICS)] for beam in ("1", "3", "5")]
-    return table(["decoder", "beam", *METRICS], rows)
-
-
-def costs_table(runs):
-    rows = []
-    for decoder in ("lstm", "gru"):
-        group = seeds(runs, decoder)
-        rows.append(
-            [
-                decoder.upper(),
-                f"{group[0]['parameters'] / 1e6:.2f} M",
-                fastest(group),
-                cell([best_epoch(run)["epoch"] for run in group], 1),
-                cell([best_epoch(run)["seconds"] for run in group], 0),
-            ]
-        )
-    return table(
-        ["decoder", "parameters", "words/s, fastest epoch", "epochs to best", "seconds to best"],
-        rows,
-    )
-
-
-def fastest(group):
-    return cell([max(epoch["words_per_second"] for epoch in run["epochs"]) for run in group], 0)
-
-
-def scheduled_sampling_table(runs):
-    rows = []
-    for decoder in ("lstm", "gru"):
-        for schedule in SCHEDULES:
-            group = seeds(runs, decoder if schedule == "none" else f"{decoder}-{schedule}")
-            rows.append(
-                [
-                    decoder.upper(),
-                    schedule,
-                    len(group),
-                    *scores(group, "1", ("BLEU-4", "METEOR", "CIDEr")),
-                    *scores(group, "5", ("BLEU-4", "METEOR", "CIDEr")),
-                ]
-            )
-    return table(
-        [
-            "decoder",
-            "schedule",
-            "seeds",
-            *(f"{name}, beam {beam}" for beam in "15" for name in ("BLEU-4", "METEOR", "CIDEr")),
-        ],
-        rows,
-    )
-
-
-def beam_table(runs):
-    rows = []
-    for name, run in sorted(runs.items()):
-        if name.startswith("beam-"):
-            for beam, row in run["val"]["beams"].items():
-                rows.append(
-                    [
-                        f"{run['val']['length_penalty']:g}",
-                        beam,
-                        *(
-                            f"{row[key]:.2f}"
-                            for key in ("BLEU-4", "METEOR", "CIDEr", "words per caption")
-                        ),
-                        f"{row['ms per picture']:.1f}",
-                    ]
-                )
-    return table(
-        [
-            "length penalty",
-            "beam",
-            "BLEU-4",
-            "METEOR",
-            "CIDEr",
-            "words per caption",
-            "ms per picture",
-        ],
-        rows,
-    )
-
-
-FAILURES = (
-    "words per caption",
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+SHORT = ("BLEU-4", "METEOR", "CIDEr")
+SCENES = ("objects", "relation", "pointing", "by chance", "count", "shapes", "BLEU-4", "CIDEr")
+GAZE = ("places", "num_pixels", "peak", "movement", "fall", "deletion ratio")
+VARIETY = (
     "words used",
     "distinct captions",
-    "commonest caption",
     "repeats itself",
     "colours agreed",
     "numbers agreed",
 )
+SPLITS = {"val": "validation", "test": "test"}
+# at most so many digits after the point; of other figures 1
+DIGITS = {"peak": 2, "movement": 2, "fall": 3, "words used": 0, "num_pixels": 0}
+TITLES = {
+    "num_pixels": "of", "peak": "largest weight", "fall": "fall, nats", "deletion ratio": "ratio",
+    "words used": "different words", "distinct captions": "distinct, %",
+    "repeats itself": "repeats itself, %", "colours agreed": "colours, %",
+    "numbers agreed": "numerals, %", "function places": "places, function words",
+}  # fmt: skip
 
-
-def failures_table(runs):
-    rows = [
-        [label, beam, *scores(seeds(runs, name), beam, FAILURES)]
-        for label, name in (("LSTM", "lstm"), ("GRU", "gru"))
-        for beam in ("1", "5")
-    ]
-    people = seeds(runs, "lstm")[0]["test"]["people"]
-    rows.append(["people", "", *(cell([people[name]]) for name in FAILURES)])
-    return table(["model", "beam", *FAILURES], rows)
-
-
-STAGES = {
-    "cross-entropy": "xe",
-    "then the CNN fine-tuned": "fine",
-    "then self-critical, CIDEr-D": "fine-scst",
-    "mean weights of the last two": "mean",
-    "instead self-critical, CIDEr-D + 5 METEOR": "scst-meteor",
-    "mean weights of it and the fine-tuned": "mean-meteor",
-    "instead CIDEr-D + 5 METEOR with --mirror, six epochs": "scst-mirror",
-    "mean weights of that one and the fine-tuned": "mean-mirror",
+# labels, and the names of the runs without their seeds
+FOCUS = {
+    "ResNet-50": "focus-resnet50",
+    "VGG-19": "focus-vgg19",
+    "EfficientNet-Lite0": "focus-lite0",
 }
-LENGTHS = {
-    "CIDEr-D, one model": "mean",
-    "the same, length penalty 1": "mean-lp1",
-    "CIDEr-D + 5 METEOR, one model": "mean-meteor",
-    "the same, 0.85": "mean-meteor-lp085",
-    "the same, 1": "mean-meteor-lp1",
-    "CIDEr-D, ensemble of both seeds": "ensemble",
-    "CIDEr-D + 5 METEOR, ensemble": "ensemble-meteor",
-    "the same ensemble, 0.85": "ensemble-meteor-lp085",
-    "the same ensemble, 1": "ensemble-meteor-lp1",
-    "with --mirror, one model": "mean-mirror",
-    "with --mirror, 0.85": "mean-mirror-lp085",
-    "with --mirror, ensemble": "ensemble-mirror",
-    "with --mirror, ensemble, 0.85": "ensemble-mirror-lp085",
-    "the recipe, one model, 1": "mean-three",
-    "the recipe, ensemble, 1": "ensemble-three",
+DECODERS = {"LSTM": "lstm", "GRU": "gru"}
+SAMPLED = {
+    "LSTM": "lstm",
+    "LSTM, linear": "lstm-linear",
+    "LSTM, exponential": "lstm-exponential",
+    "LSTM, inverse sigmoid": "lstm-inverse_sigmoid",
+    "GRU": "gru",
+    "GRU, linear": "gru-linear",
+    "GRU, exponential": "gru-exponential",
+    "GRU, inverse sigmoid": "gru-inverse_sigmoid",
+}
+EIGHT_EPOCHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
+ON_SHAPES = {"the preset now": "shapes", "the preset before": "shapes-soft"}
+ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
+FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}
+RECIPE = {
+    "1. cross-entropy, eight epochs, the CNN frozen": "xe",
+    "2. then three epochs in which the CNN learns too": "fine",
+    "3. then four self-critical epochs": "fine-scst",
+    "4. mean of the weights of 2 and 3": "mean",
 }
 CONSENSUS = {
-    f"{label}{what}": f"{name}-{how}"
-    for label, name in (
-        ("cross-entropy", "xe"),
-        ("then the CNN fine-tuned", "fine"),
-        ("its mean with the CIDEr-D model", "mean"),
-        ("the recipe", "mean-three"),
-    )
-    for what, how in (("", "beam20"), (", **consensus**", "consensus"))
+    "1, beam 20": "xe-beam20",
+    "1, beam 20, consensus": "xe-consensus",
+    "2, beam 20": "fine-beam20",
+    "2, beam 20, consensus": "fine-consensus",
+    "4, beam 20": "mean-beam20",
+    "4, beam 20, consensus": "mean-consensus",
+    "three models, beam 20": "mean-three-beam20",
+    "three models, beam 20, consensus": "mean-three-consensus",
+    "three models, ensemble, beam 20, consensus": "ensemble-three-consensus",
 }
-CONSENSUS["the recipe, ensemble, **consensus**"] = "ensemble-three-consensus"
-ON_PHOTOGRAPHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
+BEST = RECIPE | {"4, captioned with consensus": "mean-consensus"}
+STAGES = RECIPE | {
+    "3m. instead of 3: CIDEr-D + 5 METEOR": "scst-meteor",
+    "4m. mean of 2 and 3m": "mean-meteor",
+    "3n. as 3m with --mirror, six epochs": "scst-mirror",
+    "4n. mean of 2 and 3n": "mean-mirror",
+}
+LENGTHS = {
+    "4": "mean",
+    "4, penalty 1": "mean-lp1",
+    "4m": "mean-meteor",
+    "4m, penalty 0.85": "mean-meteor-lp085",
+    "4m, penalty 1": "mean-meteor-lp1",
+    "4n": "mean-mirror",
+    "4n, penalty 0.85": "mean-mirror-lp085",
+    "three models, penalty 1": "mean-three",
+    "4, ensemble": "ensemble",
+    "4m, ensemble": "ensemble-meteor",
+    "4m, ensemble, penalty 0.85": "ensemble-meteor-lp085",
+    "4m, ensemble, penalty 1": "ensemble-meteor-lp1",
+    "4n, ensemble": "ensemble-mirror",
+    "4n, ensemble, penalty 0.85": "ensemble-mirror-lp085",
+    "three models, ensemble, penalty 1": "ensemble-three",
+}
+BEAMS = {"0": "beam-0", "0.4": "beam-0.4", "0.7": "beam-0.7", "1": "beam-1"}
+FAULTS = {
+    "LSTM, three epochs": "lstm",
+    "GRU, three epochs": "gru",
+    "LSTM, eight epochs": "xe",
+    "the best recipe": "mean",
+}
+ALL = (
+    FOCUS, SAMPLED, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH, STAGES, CONSENSUS, LENGTHS,
+    BEAMS,
+)  # fmt: skip
 
 
-def models_table(runs, names, beam="5"):
-    """Both splits.
+def cell(values, digits=1):
+    """Mean ± half of the range, with no digit that the range makes worthless."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    spread = (max(values) - min(values)) / 2
+    if spread:
+        digits = max(0, min(digits, -math.floor(math.log10(spread))))
+    range_ = f" ± {spread:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{range_}"
 
-    :param names: dict of labels and the names of runs
+
+def table(header, rows):
+    rows = [header, ["---"] * len(header), *rows] if rows else []
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def scores_table(runs, rows, columns=METRICS, splits=("test",), beams=("5",), first="", above=""):
+    """A row for each label, split and beam that has the first of the columns.
+
+    :param rows: dict of labels and the names of runs
+    :param above: what to say above the table, if it has rows
     """
-    rows = [
-        [
-            label,
-            {"val": "validation"}.get(split, split),
-            len(group),
-            *scores(group, beam, METRICS, split),
-        ]
-        for split in ("val", "test")
-        for label, group in ((label, seeds(runs, name)) for label, name in names.items())
-    ]
-    return table(["", "split", "seeds", *METRICS], rows)
+    body = []
+    for split in splits:
+        for label, name in rows.items():
+            for beam in beams:
+                found = [row for row in scored(runs, name, split, beam) if columns[0] in row]
+                if found:
+                    label_ = f"{label} ({len(found)} seeds)" if len(found) > 2 else label
+                    where = [SPLITS[split]] * (len(splits) > 1) + [beam] * (len(beams) > 1)
+                    figures = (
+                        cell([row.get(name) for row in found], DIGITS.get(name, 1))
+                        for name in columns
+                    )
+                    body.append([label_, *where, *figures])
+    where = ["split"] * (len(splits) > 1) + ["beam"] * (len(beams) > 1)
+    header = [first, *where, *(TITLES.get(name, name) for name in columns)]
+    return (f"{above}\n\n" if above and body else "") + table(header, body)
 
 
-ON_SHAPES = ("BLEU-4", "CIDEr", "count", "shapes", "objects", "relation", "pointing", "by chance")
+def costs_table(runs, rows):
+    """What the training took, with the figures of the fastest epoch on a shared machine."""
+    body = []
+    for label, name in rows.items():
+        group = [run for run in seeds(runs, name) if "epochs" in run]
+        if group:
+            fastest = [max(e["words_per_second"] for e in run["epochs"]) for run in group]
+            seconds = [run["epochs"][-1]["seconds"] / 60 for run in group]
+            parameters = f"{group[0]['parameters'] / 1e6:.1f} M"
+            body.append([label, parameters, cell(fastest, 0), cell(seconds, 0)])
+    return table(["", "parameters", "words/s, fastest epoch", "minutes in all"], body)
 
 
-def shapes_table(runs, names):
-    """Test split of the shapes, beam 5, and how long the training took.
-
-    :param names: dict of labels and the names of runs
-    """
-    rows = [
-        [
-            label,
-            len(group),
-            *scores(group, "5", ON_SHAPES),
-            cell([run["epochs"][-1]["seconds"] for run in group], 0),
-        ]
-        for label, group in ((label, seeds(runs, name)) for label, name in names.items())
-    ]
-    return table(["", "seeds", *ON_SHAPES, "seconds"], rows)
+def faults_table(runs):
+    people = seeds(runs, "xe")[0]["test"]["people"]
+    figures = (cell([people[name]], DIGITS.get(name, 1)) for name in VARIETY)
+    body = scores_table(runs, FAULTS, VARIETY)
+    return f"{body}\n| people | {' | '.join(figures)} |"
 
 
-ATTENTIONS = {"soft": "shapes", "hard": "shapes-hard", "mean": "shapes-mean"}
-FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}
+def gaze_table(runs):
+    """Every run that has a gaze, under its label or, where it has none, under its name."""
+    known = {name: label for rows in reversed(ALL) for label, name in rows.items()}
+    rows = {known.get(name, name): name for name in sorted(set(map(without_seed, runs)))}
+    columns = (*GAZE, "function places", *SHORT)
+    above = "Every run whose gaze `eval.py` measured:"
+    return scores_table(runs, rows, columns, BOTH, ONE_TO_FIVE, above=above)
 
 
-def commands_table(runs):
-    rows = []
+def others_table(runs):
+    """The runs that no other table names."""
+    known = {name for rows in ALL for name in rows.values()}
+    rows = {name: name for name in sorted(set(map(without_seed, runs)) - known)}
+    return scores_table(runs, rows, METRICS, ("val", "test"), ("1", "3", "5", "10", "20"))
+
+
+def commands_list(runs):
+    """The command of each training, once for all its seeds."""
+    lines = {}
     for name, run in sorted(runs.items()):
         if "options" in run:
-            options = " ".join(
-                f"--{key}" if value is True else f"--{key} {value}"
-                for key, value in run["options"].items()
-            )
-            rows.append(
-                [
-                    name,
-                    f"`python train.py {options} --output_folder {name}`",
-                    f"{run['epochs'][-1]['seconds']:.0f}",
-                    run["machine"].replace(" | ", ", "),
-                ]
-            )
-    return table(["run", "command", "seconds", "machine"], rows)
+            options = {k: v for k, v in run["options"].items() if k != "seed"}
+            words = [f"--{k}" if v is True else f"--{k} {v}" for k, v in options.items()]
+            command = " ".join(["python train.py", *words, f"--output_folder {name}"])
+            machine = re.sub(r"Python \S+ \| |device ", "", run["machine"]).replace(" | ", ", ")
+            seed = f"{run['epochs'][-1]['seconds']:.0f} s, {machine}"
+            if name != without_seed(name):
+                command = re.sub(r"-seed\d+", "-seedN", command) + " --seed N"
+                seed = f"N = {run['options'].get('seed', 0)}: {seed}"
+            lines.setdefault(command, []).append(seed)
+    return "\n".join(f"* `{command}`<br>{'; '.join(where)}" for command, where in lines.items())
 
 
+THREE_EPOCHS = "`--preset focus`, three epochs, the CNN frozen, test split:"
+BOTH, ONE_TO_FIVE = ("val", "test"), ("1", "3", "5")
 TABLES = {
-    "decoders": decoders_table,
-    "costs": costs_table,
-    "scheduled sampling": scheduled_sampling_table,
-    "beams": beam_table,
-    "failures": failures_table,
-    "stages": functools.partial(models_table, names=STAGES),
-    "lengths": functools.partial(models_table, names=LENGTHS),
-    "consensus": functools.partial(models_table, names=CONSENSUS, beam="20"),
-    "encoders": functools.partial(models_table, names=ON_PHOTOGRAPHS),
-    "attention": functools.partial(shapes_table, names=ATTENTIONS),
-    "from scratch": functools.partial(shapes_table, names=FROM_SCRATCH),
-    "commands": commands_table,
-}
+    # of results.md
+    "encoders": lambda runs: scores_table(runs, FOCUS, ("BLEU-1", *SHORT), above=THREE_EPOCHS),
+    "decoders": lambda runs: scores_table(runs, DECODERS, ("BLEU-1", *SHORT), beams=("1", "5")),
+    "sampling": lambda runs: scores_table(runs, SAMPLED, ("BLEU-4", "CIDEr"), beams=("1", "5")),
+    "gaze": lambda runs: scores_table(runs, FOCUS, GAZE, above=THREE_EPOCHS),
+    "attention": lambda runs: scores_table(runs, ATTENTIONS, SCENES[:4]),
+    "recipe": lambda runs: scores_table(runs, BEST, SHORT, beams=("5", "20")),
+    "shapes": lambda runs: scores_table(runs, ON_SHAPES, (*SCENES[:4], "CIDEr")),
+    "faults": faults_table,
+    # of experiments.md
+    "focus": lambda runs: scores_table(
+        runs, FOCUS, METRICS, BOTH, ONE_TO_FIVE, above="`--preset focus`, three epochs:"
+    ),
+    "gazes": gaze_table,
+    "decoders in full": lambda runs: scores_table(runs, SAMPLED, METRICS, beams=ONE_TO_FIVE),
+    "costs": lambda runs: costs_table(runs, FOCUS | SAMPLED),
+    "eight epochs": lambda runs: scores_table(runs, EIGHT_EPOCHS, METRICS, BOTH, ONE_TO_FIVE),
+    "scenes": lambda runs: scores_table(
+        runs, {"the preset now": "shapes"} | ATTENTIONS | FROM_SCRATCH, SCENES
+    ),
+    "beams": lambda runs: scores_table(
+        runs, BEAMS, (*SHORT, "words per caption", "ms per picture"), ("val",),
+        ("1", "2", "3", "5", "8"), first="length penalty",
+    ),
+    "stages": lambda runs: scores_table(runs, STAGES, METRICS, BOTH),
+    "lengths": lambda runs: scores_table(runs, LENGTHS, METRICS, BOTH),
+    "consensus": lambda runs: scores_table(runs, CONSENSUS, METRICS, BOTH, ("20",)),
+    "others": others_table,
+    "commands": commands_list,
+}  # fmt: skip
 
 
-def write_tables(runs, path):
-    """Put every table between its marks, ``<!-- name -->`` and ``<!-- end -->``."""
-    text = path.read_text(encoding="utf-8")
-    for name, function in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        if not pattern.search(text):
-            raise SystemExit(
-                f"{path} has no place for the table of {name}: <!-- {name} --> and <!-- end -->"
-            )
-        rows = function(runs)
-        text = pattern.sub(lambda found, rows=rows: f"{found[1]}{rows}\n{found[2]}", text)
-    with utils.atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def with_tables(runs, text):
+    """A page's text with each table drawn anew."""
+
+    def draw(found):
+        if found[1] not in TABLES:
+            raise SystemExit(f"<!-- {found[1]} -->: expected one of {', '.join(TABLES)}")
+        return f"<!-- {found[1]} -->\n{TABLES[found[1]](runs)}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([^>]*?) -->\n.*?<!-- end -->", draw, text, flags=re.S)
 
 
 # ---------------------------------------------------------------------------------------- the plots
 
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLORS = {"lstm": "#0072B2", "gru": "#D55E00"}
+FOUR = ("#0072B2", "#D55E00", "#009E73", "#000000")
 
-def panels(count):
+
+def panels(*titles, height=2.9):
+    """A column of panels, one for each title, which a telephone can show."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * count, 3.4), layout="constrained")
-    axes = figure.subplots(1, count)
-    for one in axes:
+    figure = Figure(figsize=(5.2, height * len(titles)), layout="constrained")
+    axes = figure.subplots(len(titles), squeeze=False)[:, 0]
+    for one, title in zip(axes, titles):
+        one.set_title(title, fontsize=13, loc="left")
+        one.tick_params(labelsize=12)
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+def label_ends(one, ends, distance=0.09):
+    """Write each line's name at its right end, names that would overlap pushed apart.
+
+    :param ends: list of (x, y, text, color)
+    """
+    low, high = one.get_ylim()
+    lowest = -math.inf
+    for x, y, text, color in sorted(ends, key=lambda end: end[1]):
+        lowest = max(y, lowest + distance * (high - low))
+        one.annotate(
+            text, (x, lowest), (6, 0), textcoords="offset points", color=color, fontsize=12,
+            va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
 def decoders_plot(runs):
-    """Curves of LSTM and GRU, a thin line for each seed."""
-    figure, axes = panels(3)
-    for decoder, color in (("lstm", "C0"), ("gru", "C1")):
-        for i, run in enumerate(seeds(runs, decoder)):
-            for one, name in zip(axes, ("nll", "BLEU-4", "CIDEr")):
-                one.plot(
-                    [e["epoch"] for e in run["epochs"]],
-                    [e[name] for e in run["epochs"]],
-                    "o-",
-                    color=color,
-                    markersize=3,
-                    label=None if i else decoder.upper(),
-                )
-    for one, title in zip(
-        axes, ("training: nats per word", "validation, beam 5: BLEU-4", "validation, beam 5: CIDEr")
-    ):
-        one.set_title(title)
-        one.set_xlabel("epoch")
-        one.legend(frameon=False)
-        one.xaxis.get_major_locator().set_params(integer=True)
+    """Curves of LSTM and GRU, a line for each seed."""
+    figure, axes = panels("training: nats per word", "validation: CIDEr, beam 5")
+    for one, name in zip(axes, ("nll", "CIDEr")):
+        ends = []
+        for label, decoder in DECODERS.items():
+            group = seeds(runs, decoder)
+            for run in group:
+                xs, ys = zip(*((e["epoch"], e[name]) for e in run["epochs"]))
+                one.plot(xs, ys, "o-", color=COLORS[decoder], markersize=4)
+            y = np.mean([run["epochs"][-1][name] for run in group])
+            ends.append((xs[-1], y, label, COLORS[decoder]))
+        label_ends(one, ends)
+        one.set_xticks(xs)
+    axes[-1].set_xlabel("epoch", fontsize=12)
     return figure
 
 
 def scheduled_sampling_plot(runs):
     """The true word's probability over the updates, and each schedule's scores at beams 1 and 5."""
-    figure, axes = panels(3)
-    for schedule in SCHEDULES[1:]:
+    figure, axes = panels("probability of the true word", "test: CIDEr, a dot for each run")
+    places = {"linear": (620, 0.88), "exponential": (200, 0.83), "inverse_sigmoid": (840, 0.92)}
+    ends, schedules = [], list(places)
+    for schedule, color in zip(schedules, FOUR[1:]):
         run = seeds(runs, f"lstm-{schedule}")[0]
-        options, updates = run["options"], np.linspace(0, run["updates"], 200)
-        constants = models.Schedule(run["updates"], options.get("ss_min", 0.75))
-        name = options["scheduled_sampling"]
-        epsilon = [models.scheduled_sampling_epsilon(name, i, constants) for i in updates]
-        axes[0].plot(updates, epsilon, label=schedule.replace("_", " "))
-    axes[0].set_title("probability of the true word")
-    axes[0].set_xlabel("update")
-    axes[0].set_ylim(0, 1.05)
-    axes[0].legend(frameon=False)
-    for one, beam in zip(axes[1:], "15"):
-        for shift, decoder in ((-0.1, "lstm"), (0.1, "gru")):
-            points = [
-                (i + shift, run["test"]["beams"][beam]["CIDEr"])
-                for i, schedule in enumerate(SCHEDULES)
-                for run in seeds(runs, decoder if schedule == "none" else f"{decoder}-{schedule}")
-            ]
-            one.plot(*zip(*points), "o", label=decoder.upper())
-        one.set_xticks(
-            range(len(SCHEDULES)), [schedule.replace("_", "\n") for schedule in SCHEDULES]
-        )
-        one.set_title(f"test CIDEr, beam {beam}, a dot per seed")
-        one.legend(frameon=False)
+        updates = np.linspace(0, run["updates"], 200)
+        constants = models.Schedule(run["updates"], run["options"].get("ss_min", 0.75))
+        epsilon = [models.scheduled_sampling_epsilon(schedule, i, constants) for i in updates]
+        axes[0].plot(updates, epsilon, color=color)
+        text = {"color": color, "fontsize": 12}
+        axes[0].text(*places[schedule], schedule.replace("_", "\n"), **text)
+    axes[0].set_xlabel("update", fontsize=12)
+    for name in SAMPLED.values():
+        decoder, _, schedule = name.partition("-")
+        place = schedules.index(schedule) + 1 if schedule else 0
+        place += 0.12 if decoder == "gru" else -0.12
+        for beam, face in (("1", "white"), ("5", COLORS[decoder])):
+            ys = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
+            axes[1].plot([place] * len(ys), ys, "o", color=COLORS[decoder], markerfacecolor=face)
+            if schedule == schedules[-1]:
+                ends.append((3.15, np.mean(ys), f"{decoder.upper()}, beam {beam}", COLORS[decoder]))
+    label_ends(axes[1], ends)
+    axes[1].set_xticks(range(4), ["none", *(name.replace("_", "\n") for name in schedules)])
     return figure
 
 
 def beams_plot(runs):
-    """Scores and cost over beam sizes, a line for each length penalty."""
-    figure, axes = panels(3)
-    for name, run in sorted(runs.items()):
-        if name.startswith("beam-"):
-            beams = run["val"]["beams"]
-            for one, key in zip(axes, ("BLEU-4", "CIDEr", "ms per picture")):
-                one.plot(
-                    list(map(int, beams)),
-                    [row[key] for row in beams.values()],
-                    "o-",
-                    markersize=3,
-                    label=f"{run['val']['length_penalty']:g}",
-                )
-                one.set_title(f"validation: {key}" if one is not axes[2] else key)
-                one.set_xlabel("beam size")
-    axes[0].legend(frameon=False, title="length penalty")
+    """Scores and length over beam sizes, a line for each length penalty."""
+    figure, axes = panels("validation: CIDEr", "words per caption")
+    for one, key in zip(axes, ("CIDEr", "words per caption")):
+        ends = []
+        for (penalty, name), color in zip(BEAMS.items(), FOUR):
+            beams = runs[name]["val"]["beams"]
+            xs, ys = list(map(int, beams)), [row[key] for row in beams.values()]
+            one.plot(xs, ys, "o-", color=color, markersize=4)
+            ends.append((xs[-1], ys[-1], f"penalty {penalty}", color))
+        label_ends(one, ends)
+        one.set_xticks(xs)
+    axes[-1].set_xlabel("beam size", fontsize=12)
+    return figure
+
+
+def recipe_plot(runs):
+    """Test CIDEr after each stage of the recipe, a dot for each seed."""
+    figure, (one,) = panels("test: CIDEr, a dot for each seed", height=3.4)
+    names = ["cross-entropy", "CNN fine-tuned", "self-critical", "mean of weights", "consensus"]
+    for y, name in enumerate(BEST.values()):
+        beam = "20" if name == "mean-consensus" else "5"
+        points = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
+        one.plot(points, [y] * len(points), "o", color=FOUR[0])
+    one.set_yticks(range(len(names)), names, fontsize=12)
+    one.invert_yaxis()
     return figure
 
 
@@ -466,47 +449,28 @@ PLOTS = {
     "decoders": decoders_plot,
     "scheduled_sampling": scheduled_sampling_plot,
     "beams": beams_plot,
+    "recipe": recipe_plot,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--add",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="folders of runs to take into runs.json first (default: none)",
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=HERE,
-        help="where runs.json and results.md are, and the plots go (default: this script's)",
-    )
+    text = "folders of runs to take into runs.json first (default: none)"
+    parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="RUN", help=text)
+    text = "the suite's top folder, with README.md and docs (default: this script's)"
+    parser.add_argument("--folder", type=Path, default=ROOT, help=text)
     args = parser.parse_args()
-    path = args.folder / "runs.json"
-    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    runs |= {folder.resolve().name: read_run(folder) for folder in args.add}
-    try:
-        write_tables(runs, args.folder / "results.md")
-    except KeyError as error:
-        raise SystemExit(
-            f"a table lacks {error} of a run; nothing was taken in. Score each run as its row's "
-            "others, for example by eval.py --beam_size 1 3 5 --amp"
-        ) from error
-    with utils.atomic_path(path) as temporary:
-        temporary.write_text(
-            "{\n"
-            + ",\n".join(
-                f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items())
-            )
-            + "\n}\n",
-            encoding="utf-8",
-        )
+    path = args.folder / "docs" / "runs.json"
+    runs = utils.read_json(path) | {f.resolve().name: read_run(f) for f in args.add}
+    lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
+    texts = {path: "{\n" + ",\n".join(lines) + "\n}\n"}
+    for page in (args.folder / name for name in PAGES):
+        texts[page] = with_tables(runs, page.read_text(encoding="utf-8"))
+    for path, text in texts.items():
+        with utils.atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     for name, draw in PLOTS.items():
-        draw(runs).savefig(args.folder / f"{name}.png", dpi=100)
+        draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -459,6 +459,7 @@ def test_bad_values_end_in_one_line(flags, message, describe, fails):
         (["--beam_size", "0"], "--beam_size 0: expected a value from 1 to 100"),
         (["--beam_size"], "--beam_size expected one argument"),
         (["--no-plt"], "did you mean --no_plot"),
+        (["--img", "-dash.jpg"], "./-dash.jpg"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, describe, capsys):

