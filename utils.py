@@ -144,23 +144,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-class OnOff(argparse.BooleanOptionalAction):
-    """A flag that is on or off: --flag or --no_flag."""
-
-    def __init__(self, option_strings, **options):
-        super().__init__(option_strings, **options)
-        self.option_strings = [name.replace("--no-", "--no_") for name in self.option_strings]
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults where they mean something, and metavars that say what is expected."""
 
     def _get_help_string(self, action):
-        if isinstance(action, OnOff):
-            return f"{action.help} (default: {'on' if action.default else 'off'})"
         said = "(default" in action.help or action.nargs == 0 or action.default in (None, "")
         return action.help if said else f"{action.help} (default: %(default)s)"
 
