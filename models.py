@@ -1337,9 +1337,6 @@ def build_decoder(config, vocab_size):
     return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
 
 
-DEFAULT_CAPTIONER = Path(__file__).parent / "docs" / "captioner" / "flickr8k.pth.tar"
-
-
 def run_checkpoint(path, name=None):
     """The checkpoint that a path names: itself, or the best one of a run's folder.
 

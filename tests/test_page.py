@@ -5,12 +5,18 @@ import json
 import re
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_picture
+from PIL import Image
 
+import caption
+import datasets
+import eval as evaluation
+import models
 import utils
 
 ATTACK = "</script><script>window.ran = 1</script><img src=x onerror='ran = 1'>"
@@ -58,6 +64,12 @@ def say(words, scores, probability=0.5, alternatives=None, **more):
     alphas = torch.eye(9)[: len(words)] if words else torch.zeros(0, 9)
     found = types.SimpleNamespace(alphas=alphas, word_log_probs=[np.log(probability)] * len(words))
     return utils.page_caption(words, found, scores, alternatives, **more)
+
+
+def read_page(path):
+    """What a script wrote into a page."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', text, re.S)[1])
 
 
 def picture(name, *captions, seed=0, **more):
@@ -115,9 +127,7 @@ def test_what_is_no_text_of_ours_is_shown_and_never_run(open_page):
 def test_names_that_are_no_text_are_written_too(tmp_path):
     data = captions_page(picture("caf\udce9 \u2028 é", DOG))
     utils.write_page(tmp_path / "page.html", data)
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    inside = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1]
-    assert json.loads(inside)["pictures"][0]["name"] == "caf\udce9 \u2028 é"
+    assert read_page(tmp_path / "page.html")["pictures"][0]["name"] == "caf\udce9 \u2028 é"
 
 
 def test_pointing_at_a_word_lights_where_the_model_looked(open_page):
@@ -333,7 +343,200 @@ def test_only_a_page_of_ours_is_replaced_unasked(text, tmp_path, fails):
         assert utils.output_path(path, page=True) == path
     path.write_text("")
     assert utils.output_path(path, page=True) == path
-    with fails("no folder"):
-        utils.output_path(tmp_path / "no" / "page.html", page=True)
+    (tmp_path / "file").touch()
+    with fails("file is a file, expected a folder"):
+        utils.output_path(tmp_path / "file" / "page.html", page=True)
     with fails("is a folder.*page.html"):
         utils.output_path(tmp_path, page=True)
+
+
+# ---------------------------------------------------------------- what the scripts write
+
+
+def light_of(caption):
+    """The weights of each word, uint8 (num_words, num_pixels)."""
+    light = np.frombuffer(base64.b64decode(caption["alphas"]), np.uint8)
+    return light.reshape(len(caption["words"]), -1)
+
+
+@pytest.fixture
+def captions_html(talkative, tmp_path, monkeypatch):
+    """What caption.py writes of two pictures with the three best captions: (its JSON, its page)."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        Image.fromarray(make_picture(i)).save(f"{i}.png")
+    flags = "--img 0.png 1.png --n_best 3 --no_plot --json said.json --html page.html --device cpu"
+    argv = [*flags.split(), "--max_decode_steps", "6", "--model", str(talkative)]
+    caption.main(caption.get_args_parser().parse_args(argv))
+    return utils.read_json("said.json"), read_page(Path("page.html"))
+
+
+def test_captions_stand_with_their_words_chances_and_what_else_was_likely(captions_html, talkative):
+    said, page = captions_html
+    captioner = models.load_captioner(talkative)
+    decoder, words = captioner.decoder, captioner.words
+    for result, shown in zip(said, page["pictures"]):
+        assert shown["name"] == result["image"] and len(shown["captions"]) == 3
+        square = datasets.resize_image(make_picture(int(result["image"][0])), 64)
+        features = captioner.encode(torch.from_numpy(square)[None])
+        for spoken, found in zip(shown["captions"], result["captions"]):
+            text = [word for word, _, _ in spoken["words"]]
+            assert " ".join(text) == found["caption"]
+            assert dict(spoken["scores"])["score"] == f"{found['score']:.3f}"
+            assert (light_of(spoken).max(axis=1) > 0).all()
+            # the decoder's own pass over whole captions
+            ids = [captioner.word_map[word] for word in [datasets.START, *text, datasets.END]]
+            one = torch.zeros(1, dtype=torch.long)
+            with torch.no_grad():
+                passed = decoder(features, torch.tensor([ids]), [len(text) + 1], one)
+            chances = passed.scores.softmax(dim=1)
+            chances[:, datasets.special_tokens(captioner.word_map)] = 0
+            for (word, chance, others), expected in zip(spoken["words"], chances):
+                assert chance == pytest.approx(expected[captioner.word_map[word]].item(), abs=1e-3)
+                best = expected.topk(5)
+                assert [other for other, _ in others] == [words[i] for i in best.indices]
+                assert [p for _, p in others] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_what_is_done_is_on_the_page_if_the_rest_fails(talkative, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(caption, "draw", lambda *_: 1 / 0)
+    Image.fromarray(make_picture(0)).save("0.png")
+    argv = ["--img", "0.png", "--html", "page.html", "--device", "cpu", "--model", str(talkative)]
+    with pytest.raises(ZeroDivisionError):
+        caption.main(caption.get_args_parser().parse_args(argv))
+    assert len(read_page(Path("page.html"))["pictures"]) == 1
+
+
+@pytest.fixture
+def evaluate(training_data, tmp_path, monkeypatch):
+    """Function of flags: runs eval.py on the test split; returns (its metrics, its page)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "_meteor", lambda gts, res: (50.0, [0.5] * len(res)))
+
+    def run(*flags):
+        argv = ["--data_folder", training_data[0], "--output_folder", "out", "--device", "cpu"]
+        argv += ["--max_decode_steps", 8, "--html", "page.html", *flags]
+        evaluation.main(evaluation.get_args_parser().parse_args([str(arg) for arg in argv]))
+        (metrics,) = Path("out").glob("metrics_*.json")
+        return utils.read_json(metrics), read_page(Path("page.html"))
+
+    return run
+
+
+def test_the_report_has_the_table_and_each_pictures_own_scores(evaluate, talkative, training_data):
+    metrics, page = evaluate("--model", talkative, "--beam_size", 2, 3)
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "test", training_data[1]))
+    assert [shown["name"] for shown in page["pictures"]] == data.image_names
+    assert [shown["references"] for shown in page["pictures"]] == data.raw_references
+    for number, beam_size in enumerate((2, 3)):
+        path = datasets.captions_path("out", training_data[1], "test", beam_size)
+        captions = [shown["captions"][number] for shown in page["pictures"]]
+        texts = [" ".join(word for word, _ in caption["words"]) for caption in captions]
+        assert texts == [row["caption"] for row in utils.read_json(path)]
+        assert {caption["label"] for caption in captions} == {f"beam size {beam_size}"}
+        own = [float(dict(caption["scores"])["CIDEr"]) for caption in captions]
+        cider = metrics["beam_sizes"][str(beam_size)]["CIDEr"]
+        assert np.mean(own) == pytest.approx(cider, abs=0.1) and len(set(own)) > 1
+        assert {dict(caption["scores"])["METEOR"] for caption in captions} == {"50.0"}
+        assert all(light_of(caption).shape[1] == 4 for caption in captions)
+    table = page["tables"][0]
+    assert table["title"] == "metrics, 0-100" and table["columns"] == ["2", "3", "people"]
+    rows = {name: cells for name, *cells in table["rows"]}
+    assert rows["CIDEr"] == [f"{metrics['beam_sizes'][k]['CIDEr']:.2f}" for k in "23"] + ["-"]
+
+
+def test_compared_models_are_each_scored_as_if_alone(evaluate, talkative, best_checkpoint, fails):
+    alone, _ = evaluate("--model", talkative, "--beam_size", 2)
+    shutil.rmtree("out")
+    both, page = evaluate("--model", best_checkpoint, talkative, "--compare", "--beam_size", 2)
+    assert list(both["compared"]) == both["models"] == [str(best_checkpoint), str(talkative)]
+    rows = [both["compared"][str(talkative)], alone["beam_sizes"]["2"]]
+    for row in rows:
+        row.pop("ms per picture")
+    assert rows[0] == rows[1] != both["compared"][str(best_checkpoint)]
+    labels = [caption["label"] for caption in page["pictures"][0]["captions"]]
+    assert labels == [f"model {best_checkpoint}", f"model {talkative}"]
+    files = [row["caption"] for row in utils.read_json(sorted(Path("out").glob("capt*"))[1])]
+    texts = [[word for word, _ in shown["captions"][1]["words"]] for shown in page["pictures"]]
+    assert list(map(" ".join, texts)) == files
+    with fails("--compare: expected several different --model"):
+        evaluate("--model", talkative, talkative, "--compare")
+    with fails("--compare: expected several different --model, and one --beam_size"):
+        evaluate("--model", best_checkpoint, talkative, "--compare", "--beam_size", 2, 3)
+    with fails("--compare: expected no --average"):
+        evaluate("--model", best_checkpoint, talkative, "--compare", "--average", "mean.pth.tar")
+    Path("page.html").write_text("mine")
+    with fails("page.html exists and is no page of this suite"):
+        evaluate("--model", talkative)
+
+
+@pytest.mark.parametrize(
+    "words, others, places",
+    [
+        ("a dog runs", ["a dog runs"], []),
+        ("a dog runs", ["a cat runs"], [1]),
+        ("a dog runs", ["a dog runs", "the dog sits"], [0, 2]),
+        ("a dog and a dog", ["a dog"], [2, 3, 4]),
+        ("a dog", [""], [0, 1]),
+        ("", ["a dog"], []),
+    ],
+)
+def test_words_differ_that_another_caption_lacks_at_their_place(words, others, places):
+    assert evaluation.differing(words.split(), [other.split() for other in others]) == places
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+def test_each_pictures_own_scores_are_those_of_the_metrics_alone():
+    references = [[["a", "dog", "runs"]], [["two", "cats", "sit"]]]
+    hypotheses = [["a", "dog", "runs"], ["a", "dog", "sits"]]
+    own = utils.score_captions(references, hypotheses, meteor=True, each=True)["each"]
+    assert own["METEOR"][0] == pytest.approx(100) and own["METEOR"][1] < 50
+    assert own["CIDEr"][0] > own["CIDEr"][1] >= 0
+
+
+# ---------------------------------------------------------------- the captioner of the suite
+
+
+def test_without_a_model_the_captioner_of_the_suite_is_taken_and_named(
+    evaluate, best_checkpoint, tmp_path, monkeypatch, capsys
+):
+    own = tmp_path / "docs" / "captioner" / "flickr8k.pth.tar"
+    own.parent.mkdir(parents=True)
+    shutil.copy(best_checkpoint, own)
+    monkeypatch.setattr(models, "DEFAULT_CAPTIONER", own)
+    Image.fromarray(make_picture(0)).save("0.png")
+    argv = ["--img", "0.png", "--no_plot", "--device", "cpu", "--json", "said.json"]
+    caption.main(caption.get_args_parser().parse_args(argv))
+    said = capsys.readouterr().err
+    assert said.count(f"without --model: taking {own}") == 1
+    assert utils.read_json("said.json")[0]["image"] == "0.png"
+    metrics, page = evaluate("--output_folder", "out")
+    assert metrics["models"] == [str(own)] and "the captioner of the suite" in page["lead"]
+    assert {path.name for path in own.parent.iterdir()} == {own.name}
+
+
+def test_the_captioner_of_the_suite_that_is_gone_or_damaged_can_be_had_again(
+    tmp_path, monkeypatch, fails
+):
+    own = tmp_path / "flickr8k.pth.tar"
+    monkeypatch.setattr(models, "DEFAULT_CAPTIONER", own)
+    for content in (None, b"half a file"):
+        if content:
+            own.write_bytes(content)
+        with fails("flickr8k.pth.tar.*git checkout docs/captioner"):
+            models.load_captioner(models.run_checkpoint(None))
+
+
+def test_what_is_exported_is_what_is_scored(evaluate, talkative, fails):
+    metrics, _ = evaluate("--model", talkative, "--export", "small.pth.tar", "--beam_size", 2)
+    small = Path("small.pth.tar").absolute()
+    assert metrics["models"] == [str(small)] and metrics["export of"] == [str(talkative)]
+    again, _ = evaluate("--model", small, "--beam_size", 2)
+    for row in (metrics["beam_sizes"]["2"], again["beam_sizes"]["2"]):
+        row.pop("ms per picture")
+    assert again["beam_sizes"] == metrics["beam_sizes"]
+    with fails("--export small.pth.tar exists"):
+        evaluate("--model", talkative, "--export", "small.pth.tar")
+    with fails("--export: expected one --model"):
+        evaluate("--model", talkative, small, "--export", "other.pth.tar")
