@@ -202,8 +202,11 @@ def cell(values, digits=1):
     spread = (max(values) - min(values)) / 2
     if spread:
         digits = max(0, min(digits, -math.floor(math.log10(spread))))
-    # a half is rounded up; what can only be whole and is the same in all runs has no range
-    range_ = f" ± {spread + 1e-9:.{digits}f}" if len(values) > 1 and (spread or digits) else ""
+    # a half is rounded up; what can only be whole and is the same in all runs has no range; the
+    # spaces do not break, so that a narrow screen shows a figure in one line
+    range_ = (
+        f"\xa0±\xa0{spread + 1e-9:.{digits}f}" if len(values) > 1 and (spread or digits) else ""
+    )
     return f"{np.mean(values):,.{digits}f}{range_}"
 
 
