@@ -938,7 +938,7 @@ _PLACES = (
 _MARGIN = 0.03
 
 
-def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
+def shapes_records(num_train=4000, num_val=200, num_test=300, seed=0, size=256):
     """Generated scenes of one to three coloured shapes, with captions that say what stands where.
 
     A picture depends on the seed, its split and its number alone. Its ``scene`` holds ``objects``,

@@ -30,7 +30,6 @@ typedef struct { int card, size; cudaStream_t stream; } Handle; /* of cuBLAS or 
 
 static Stream default_streams[CARDS] = {{0}, {1}};
 static Capture capture; /* the only one: it goes on if it has a stream, and its number is the graph's, too */
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static char *rooms;
 static size_t used[CARDS + 1];
 static int opened[CARDS];
@@ -42,7 +41,6 @@ void (*fake_cuda_compute)(long);                              /* what the graph 
 
 static int full(const char *when) { return getenv("FAKE_CUDA_FULL") && !strcmp(getenv("FAKE_CUDA_FULL"), when); }
 static cudaError_t error(cudaError_t code) { return last_error = code; }
-cudaError_t cudaPeekAtLastError(void) { return last_error; }
 cudaError_t cudaGetLastError(void) { cudaError_t code = last_error; return last_error = cudaSuccess, code; }
 const char *cudaGetErrorString(cudaError_t code) {
   return code == cudaErrorMemoryAllocation ? "out of memory" : code == cudaErrorInvalidResourceHandle ? "wrong card"
@@ -152,12 +150,10 @@ __attribute__((constructor)) static void make_rooms(void) { /* of addresses, whi
 static size_t room_of(const void *address) { return (size_t)((char *)address - rooms) / ROOM; } /* over HOST: not ours */
 static cudaError_t take(void **address, size_t size, int room, const char *what) {
   if (unsafe(what)) return last_error;
-  pthread_mutex_lock(&mutex);
-  int fits = size <= ROOM - used[room] && !(room != HOST && capture.stream && full("capture"));
-  *address = rooms + room * ROOM + used[room];
-  if (fits) used[room] += (size + 511) / 512 * 512; /* no address is given out again */
-  pthread_mutex_unlock(&mutex);
-  return fits ? cudaSuccess : error(cudaErrorMemoryAllocation);
+  int is_full = size > ROOM - used[room] || (room != HOST && capture.stream && full("capture"));
+  if (is_full) return error(cudaErrorMemoryAllocation);
+  size_t start = __atomic_fetch_add(&used[room], (size + 511) / 512 * 512, __ATOMIC_RELAXED); /* never given out again */
+  return *address = rooms + room * ROOM + start, cudaSuccess;
 }
 cudaError_t cudaMalloc(void **address, size_t size) { return take(address, size, current, "cudaMalloc"); }
 cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) { return take(address, size, HOST, "pinning"); }
@@ -267,6 +263,6 @@ static int give(void *from, void *to, size_t count, int type, int times, Handle 
   for (int i = 0; i < times; i++) memmove((char *)to + i * size, from, size);
   return 0;
 }
-int ncclAllReduce(void *a, void *b, size_t n, int type, int op, Handle *c, cudaStream_t s) { return give(a, b, n, type, 1, c, s); }
-int ncclBcast(void *a, size_t n, int type, int root, Handle *c, cudaStream_t s) { return give(a, a, n, type, 1, c, s); }
-int ncclAllGather(void *a, void *b, size_t n, int type, Handle *c, cudaStream_t s) { return give(a, b, n, type, c->size, c, s); }
+int ncclAllReduce(void *a, void *b, size_t n, int t, int op, Handle *c, cudaStream_t s) { return give(a, b, n, t, 1, c, s); }
+int ncclBcast(void *a, size_t n, int t, int root, Handle *c, cudaStream_t s) { return give(a, a, n, t, 1, c, s); }
+int ncclAllGather(void *a, void *b, size_t n, int t, Handle *c, cudaStream_t s) { return give(a, b, n, t, c->size, c, s); }

@@ -26,8 +26,7 @@ OF_A_CARD = re.compile(r" U ((?:_*cu(?:da)?[A-Z]|cublas|nccl)\w+)")
 NO_WORDS = """CUDARTAPI CUDARTAPI_CDECL CUDART_CB __host__ __device__ __device_builtin__
     __cudart_builtin__ __device_builtin_texture_type__ __device_builtin_surface_type__"""
 NO_NUMBERS = ("empty", "new_empty", "set_", "resize_", "record_stream", "pin_memory", "is_pinned")
-# operations on tensors of more elements are left without numbers, for code that only takes time
-LARGEST = float(os.environ.get("FAKE_CUDA_LARGEST", "inf"))
+LARGEST = float(os.environ.get("FAKE_CUDA_LARGEST", "inf"))  # larger tensors get no numbers
 library = functools.cache(lambda: ctypes.CDLL("libcuda.so.1"))  # in a process with the cards
 GRAPHS = collections.defaultdict(list)  # the calls that each graph holds, by its number
 
@@ -48,8 +47,8 @@ def build(folder):
         lines.append(f"__attribute__((weak)) int {name}(void *handle) {{ return {answer}; }}")
     (folder / "rest.c").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "crt").mkdir()
-    for name in ("host_defines.h", "host_config.h"):
-        (folder / "crt" / name).touch()
+    (folder / "crt/host_config.h").touch()
+    (folder / "crt/host_defines.h").touch()
     headers = next(packages.glob("nvidia/*/include/cuda_runtime_api.h")).parent
     flags = ["-O1", "-w", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-ldl", "-lpthread"]
     flags += [f"-D{word}=" for word in NO_WORDS.split()]

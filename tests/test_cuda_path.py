@@ -1,8 +1,7 @@
 """The CUDA path without a card: trainings, searches and scripts on a made-up one (fake_cuda.py).
 
-What a card would refuse fails here, and the numbers are those of the CPU's kernels. The numbers of
-a card's kernels, races between streams, what NCCL exchanges, and speed are not seen here, but by
-tests/test_gpu.py and tests/benchmark.py on a card.
+What a card would refuse fails here, and the numbers are those of the CPU's kernels. A card's own
+numbers, races between streams, what NCCL exchanges, and speed are only seen on a card.
 """
 
 import contextlib
@@ -86,8 +85,8 @@ def test_each_process_opens_its_own_card(toy, made_up, tmp_path):
     """As it must in exclusive-process mode."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--attention", "hard", "--amp", "--batch_size", 23, "--epochs", 1, "--device", "cuda"]
-    environment = made_up | {"FAKE_CUDA_EXCLUSIVE": str(tmp_path)}
-    python(environment, *torchrun, *training(toy, tmp_path, *flags))
+    exclusive = made_up | {"FAKE_CUDA_EXCLUSIVE": str(tmp_path)}
+    python(exclusive, *torchrun, *training(toy, tmp_path, *flags))
     assert (tmp_path / "card0").exists() and (tmp_path / "card1").exists()
 
 
@@ -176,18 +175,18 @@ ALLOWED = {
     "copy pinned memory": lambda x, i: i.copy_(torch.arange(5).pin_memory(), non_blocking=True),
 }
 VARIANTS = [
-    "--decoder gru --encoded_image_size 3 --device cuda:1",
-    "--amp --deep_output --attention hard --position_encoding",
-    "--scheduled_sampling linear --ss_min 0.3 --attention hard",
+    "--decoder gru --encoded_image_size 3 --device cuda:1 --grounding 0.2 --attend_word",
+    "--amp --attention hard --position_encoding",
+    "--scheduled_sampling linear --ss_min 0.3 --attention hard --grounding 0.2",
     "--scheduled_sampling inverse_sigmoid --ss_argmax --encoded_image_size 1",
-    "--fine_tune_encoder --amp --mirror",
+    "--fine_tune_encoder --amp --mirror --deep_output --alpha_c 1",
     "--attention mean",
     pytest.param("--fine_tune_encoder --amp --encoder efficientnet_lite0", marks=slow),
 ]
 AS_ON_A_CPU = [
-    "",
-    "--encoded_image_size 3 --position_encoding",
-    "--decoder gru --deep_output --amp",
+    "--grounding 0.2 --alpha_c 0 --deep_output --attend_word",
+    "--encoded_image_size 3 --position_encoding --alpha_c 1",
+    "--decoder gru --amp",
     "--fine_tune_encoder --mirror --batch_size 12",
 ]
 
@@ -215,6 +214,8 @@ class TestInside:
             before = x.clone()
             graph.replay()
             assert torch.equal(x, 2 * before)
+        else:  # in torch 2.11 the generator would stay in the capture that failed
+            torch.cuda.default_generators[0].graphsafe_set_state(torch.Generator("cuda"))
 
     @pytest.mark.parametrize("flags", VARIANTS)
     def test_rules(self, flags, toy, tmp_path, monkeypatch):
