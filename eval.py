@@ -172,9 +172,10 @@ def load(args, device):
             models.export_captioner(first, args.export)
         utils.barrier()  # what is scored is what the file holds
         captioners = [models.load_captioner(args.export, device, word_map)]
-    groups, consensus = [[c] for c in captioners] if args.compare else [captioners], None
-    searches = {}
-    for label, group in zip(map(str, args.model or []) if args.compare else [""], groups):
+    searches, consensus, groups = {}, None, {"": captioners}
+    if args.compare:
+        groups = {str(model): [captioner] for model, captioner in zip(args.model, captioners)}
+    for label, group in groups.items():
         for captioner in group:
             captioner.decoder.sample_location = args.sample_location
         if args.consensus:  # in the training's arithmetic, so that the features it stored serve
@@ -203,12 +204,13 @@ def name_files(args, name, paths):
     known = utils.broadcast(not metrics.exists() or utils.read_json(metrics).get("models"))
     if known not in (True, made_by["models"]):
         raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
-    where = functools.partial(datasets.captions_path, folder)
-    captions = {k: where(name, args.split, k) for k in args.beam_size}
+    captions = {k: datasets.captions_path(folder, name, args.split, k) for k in args.beam_size}
     if args.compare:  # the models by number, as their names may be paths
-        (k,) = args.beam_size
-        numbered = enumerate(map(str, args.model), 1)
-        captions = {model: where(f"{name}_{i}", args.split, k) for i, model in numbered}
+        (k,), numbered = args.beam_size, enumerate(map(str, args.model), 1)
+        captions = {
+            model: datasets.captions_path(folder, f"{name}_{number}", args.split, k)
+            for number, model in numbered
+        }
     return {"captions": captions, "metrics": metrics, "made by": made_by}
 
 
@@ -275,9 +277,8 @@ def page(data, table, heading, said, lead):
     """
     (columns, groups), pictures = table, []
     for i in utils.progress(range(len(data)), desc="page", unit="picture"):
-        captions = []
+        others, captions = [texts[i] for texts, _, _ in said.values()], []
         for label, (texts, hypotheses, own) in said.items():
-            others = [other[i] for other, _, _ in said.values()]
             scores = {name: f"{values[i]:.1f}" for name, values in own.items()}
             more = {"label": f"{heading} {label}", "differs": differing(texts[i], others)}
             more = more if len(said) > 1 else {}
@@ -306,13 +307,8 @@ GROUPS = {  # by the first figure of each
     "places": "gaze of content words",
     "ms per picture": "search",
 }
-PERCENT = (
-    "distinct captions",
-    "commonest caption",
-    "repeats itself",
-    "colours agreed",
-    "numbers agreed",
-)
+PERCENT = ("distinct captions", "commonest caption", "repeats itself", "colours agreed",
+           "numbers agreed")  # fmt: skip
 LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JSON file's
     "words used": "different words",
     "pointing": "pointing (chance {by chance})",

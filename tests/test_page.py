@@ -441,7 +441,12 @@ def test_the_report_has_the_table_and_each_pictures_own_scores(evaluate, talkati
         assert {dict(caption["scores"])["METEOR"] for caption in captions} == {"50.0"}
         assert all(light_of(caption).shape[1] == 4 for caption in captions)
     table = page["tables"][0]
-    assert table["title"] == "metrics, 0-100" and table["columns"] == ["beam size", "2", "3", "people"]
+    assert table["title"] == "metrics, 0-100" and table["columns"] == [
+        "beam size",
+        "2",
+        "3",
+        "people",
+    ]
     rows = {name: cells for name, *cells in table["rows"]}
     assert rows["CIDEr"] == [f"{metrics['beam_sizes'][k]['CIDEr']:.2f}" for k in "23"] + ["-"]
 
