@@ -235,8 +235,7 @@ class StopSignals:
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._handle:  # and not ``ending``'s choice
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         if time.monotonic() - self._since > 5:
