@@ -34,7 +34,7 @@ def main(args):
     check_flags(args)
     paths = find_pictures(args.img, args.recursive)
     captioner, options = load(args)
-    drawn = bool(args.html) or not args.no_plot
+    drawn = options["with_alphas"]
     read = functools.partial(read_picture, size=captioner.image_size, drawn=drawn)
     pictures = datasets.read_ahead(read, paths, args.workers, ahead=args.batch_size)
     results, shown, unreadable = [], [], 0
@@ -54,8 +54,7 @@ def main(args):
                 for (path, picture, _), hypotheses, out in zip(batch, found, encoder_out):
                     results.append(report(path, hypotheses, captioner, say))
                     if args.html:
-                        with utils.autocast(captioner.device, args.amp):
-                            shown.append(page_entry(path, picture, captioner, hypotheses, out))
+                        shown.append(page_entry(path, picture, captioner, hypotheses, out, args))
                     if not args.no_plot:
                         draw(path, picture, captioner, hypotheses[0], args, say)
             bar.update(len(results) + unreadable - bar.n)
@@ -64,9 +63,8 @@ def main(args):
         if args.json and results:
             utils.write_json(args.json, results)
             print(f"written: {utils.printable(args.json)}", file=sys.stderr)
-        if shown:
-            model = args.model or models.DEFAULT_CAPTIONER.name
-            lead = f"by {model}, with a beam of {args.beam_size}"
+        if args.html and shown:
+            lead = f"by {args.model or 'the captioner of the suite'}, beam size {args.beam_size}"
             page = {"title": "Captions", "lead": lead, "alternatives": True, "pictures": shown}
             utils.write_page(args.html, page)
             print(f"written: {utils.printable(args.html)}", file=sys.stderr)
@@ -256,13 +254,14 @@ def report(path, hypotheses, captioner, say):
 # ---------------------------------------------------------------- the page
 
 
-def page_entry(path, picture, captioner, hypotheses, encoder_out):
+def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
     """A picture and its captions, as ``utils.write_page`` wants them."""
-    likeliest = alternatives(captioner, encoder_out, hypotheses)
+    with utils.autocast(captioner.device, args.amp):
+        likeliest = alternatives(captioner, encoder_out, hypotheses)
     captions = []
     for hypothesis, others in zip(hypotheses, likeliest):
-        scores = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
-        scores = dict(zip(("score", "log-probability"), scores))
+        score, log_prob = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
+        scores = {"score": score, "log-probability": log_prob}
         words = captioner.text(hypothesis)
         captions.append(utils.page_caption(words, hypothesis, scores, others))
     return {"name": str(path), "captions": captions} | utils.page_picture(picture, 480)

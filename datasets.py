@@ -524,14 +524,9 @@ def _open_zip(path):
 
 def _to_rgb(image):
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        if image.mode.startswith("I;16"):
-            low, high = 0, 65535
-        elif low >= 0:
-            scales = (1, 255) if image.mode == "F" else (255, 65535)
-            low, high = 0, next((scale for scale in scales if high <= scale), high)
-        values = np.rint((values - low) * (255 / max(high - low, 1e-12)))
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0).clip(0)
+        scales = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())
+        values = np.rint(values * (255 / next(top for top in scales if values.max() <= top)))
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     image = image.convert("LA") if image.mode == "La" else image
     if image.has_transparency_data:
@@ -599,7 +594,7 @@ def _list_files(place):
         yield from ((name, zipfile.Path(root, name)) for name in names)
     elif not place.is_dir():
         raise UserError(f"there is no folder and no zip archive {place.absolute()}")
-    for name in glob.iglob("**", root_dir=place, recursive=True):
+    for name in glob.iglob("**", root_dir=place, recursive=True, include_hidden=True):
         if not (path := place / name).is_dir():
             yield name, path
 
@@ -943,7 +938,7 @@ _PLACES = (
 _MARGIN = 0.03
 
 
-def shapes_records(num_train=1600, num_val=200, num_test=300, seed=0, size=256):
+def shapes_records(num_train=4000, num_val=200, num_test=300, seed=0, size=256):
     """Generated scenes of one to three coloured shapes, with captions that say what stands where.
 
     A picture depends on the seed, its split and its number alone. Its ``scene`` holds ``objects``,

@@ -51,7 +51,7 @@ def main(args):
             seconds = time.time() - began
             if utils.is_main():
                 captions = [captioners[0].text(hypothesis) for hypothesis in best]
-                write_captions(data, captions, files[label])
+                write_captions(data, captions, files["captions"][label])
                 rows[label], own = score(data, captions, [h.alphas for h in best])
                 if gazed is not None:
                     rows[label] |= measure_gaze(captioners[0], gazed, best)
@@ -120,10 +120,12 @@ def check_flags(args):
     """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
     if args.consensus and args.split == "train":
         raise UserError("--consensus asks the training captions, which cannot be scored with it")
-    several = len(args.model or [None]) > 1
-    if args.compare and (not several or args.average or args.export):
-        raise UserError("--compare: expected several --model, and no --average or --export")
-    if args.export and several and not args.average:
+    given = args.model or []
+    if args.compare and (len(set(given)) < max(2, len(given)) or len(args.beam_size) > 1):
+        raise UserError("--compare: expected several different --model, and one --beam_size")
+    if args.compare and (args.average or args.export):
+        raise UserError("--compare: expected no --average and no --export, which make one model")
+    if args.export and len(given) > 1 and not args.average:
         raise UserError("--export: expected one --model, or several with --average")
     for flag in ("average", "export"):
         if path := getattr(args, flag):
@@ -138,8 +140,8 @@ def load(args, device):
     """What the flags name, all of it checked before the work.
 
     :return: (``CaptionDataset``, searches, files). searches is a dict: for each column of the table
-        (captioners that decode together, beam size, ``Consensus`` or None); files is a dict: the
-        path of the captions of each column, of the "metrics", and the models behind them, "made by"
+        (captioners that decode together, beam size, ``Consensus`` or None); files is a dict:
+        "captions", the path of each column's; "metrics", a path; "made by", the models behind them
     :raises UserError: if something is missing or does not fit the rest
     """
     check_flags(args)
@@ -149,7 +151,7 @@ def load(args, device):
     first = captioners[0]
     for path, captioner in zip(paths, captioners):
         if captioner.word_map != first.word_map:
-            raise UserError(f"{path} has another word map than {paths[0]}: they cannot vote")
+            raise UserError(f"{path} has another word map than {paths[0]}: expected the same")
     if args.average:
         captioners = [models.average_weights(captioners)]
     name = args.data_name or first.config["data_name"]
@@ -158,9 +160,7 @@ def load(args, device):
     datasets.check_name(name)
     data = datasets.CaptionDataset(datasets.split_path(args.data_folder, args.split, name))
     check_fit(captioners, data, asked=args.word_map is not None)
-    groups = {model: [c] for model, c in zip(model_names(paths), captioners)}
-    groups = groups if args.compare else {"": captioners}
-    files = name_files(args, name, paths, groups)
+    files = name_files(args, name, paths)
 
     if args.average and utils.is_main():
         first.config["init_from"] = " ".join(map(str, paths))
@@ -171,21 +171,26 @@ def load(args, device):
         if utils.is_main():
             models.export_captioner(first, args.export)
         utils.barrier()  # what is scored is what the file holds
-        groups = {"": [models.load_captioner(args.export, device, word_map)]}
-    searches = {}
-    for model, captioners in groups.items():
-        consensus, about = None, (args.data_folder, name, args.consensus, args.workers)
-        for captioner in captioners:
+        captioners = [models.load_captioner(args.export, device, word_map)]
+    searches, consensus, groups = {}, None, {"": captioners}
+    if args.compare:
+        groups = {str(model): [captioner] for model, captioner in zip(args.model, captioners)}
+    for label, group in groups.items():
+        for captioner in group:
             captioner.decoder.sample_location = args.sample_location
         if args.consensus:  # in the training's arithmetic, so that the features it stored serve
-            with utils.autocast(device, captioners[0].config.get("amp", args.amp)):
-                consensus = models.Consensus.of(captioners, *about)
-        searches |= {_label(args, model, k): (captioners, k, consensus) for k in args.beam_size}
+            with utils.autocast(device, group[0].config.get("amp", args.amp)):
+                about = args.data_folder, name, args.consensus, args.workers
+                consensus = models.Consensus.of(group, *about)
+        searches |= {label or k: (group, k, consensus) for k in args.beam_size}
     return data, searches, files
 
 
-def name_files(args, name, paths, groups):
-    """The paths of what will be written, as ``load`` returns them."""
+def name_files(args, name, paths):
+    """The paths of what will be written, as ``load`` returns them.
+
+    :raises UserError: if they cannot be written, or hold the scores of another model
+    """
     made_by = {"models": [str(path.absolute()) for path in paths]}
     for how, path in {"mean of": args.average, "export of": args.export}.items():
         if path:
@@ -195,28 +200,18 @@ def name_files(args, name, paths, groups):
     beside = args.export or args.average or paths[0]
     folder = args.output_folder or (beside.parent if args.model else Path("captions"))
     utils.check_disk(folder, 0)
-    files = {"metrics": datasets.metrics_path(folder, name, args.split), "made by": made_by}
-    old = files["metrics"]
-    if utils.broadcast(old.exists() and utils.read_json(old).get("models") != made_by["models"]):
-        raise UserError(f"{old} holds scores of another model: choose another --output_folder")
-    for number, model in enumerate(groups, 1):
-        of = f"{name}_{number}" if model else name
-        for k in args.beam_size:
-            files[_label(args, model, k)] = datasets.captions_path(folder, of, args.split, k)
-    return files
-
-
-def _label(args, model, beam_size):
-    """A column's: the beam size, or the compared model, with the beam size if there are several."""
-    if not model:
-        return beam_size
-    return model if len(args.beam_size) == 1 else f"{model}, {beam_size}"
-
-
-def model_names(paths):
-    """Names that tell checkpoints apart: their folders', or where these are alike, the paths."""
-    names = [path.absolute().parent.name for path in paths]
-    return names if len(set(names)) == len(names) else list(map(str, paths))
+    metrics = datasets.metrics_path(folder, name, args.split)
+    known = utils.broadcast(not metrics.exists() or utils.read_json(metrics).get("models"))
+    if known not in (True, made_by["models"]):
+        raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
+    captions = {k: datasets.captions_path(folder, name, args.split, k) for k in args.beam_size}
+    if args.compare:  # the models by number, as their names may be paths
+        (k,), numbered = args.beam_size, enumerate(map(str, args.model), 1)
+        captions = {
+            model: datasets.captions_path(folder, f"{name}_{number}", args.split, k)
+            for number, model in numbered
+        }
+    return {"captions": captions, "metrics": metrics, "made by": made_by}
 
 
 def check_fit(captioners, data, asked):
@@ -259,7 +254,7 @@ def report(args, data, files, rows, said):
     table, lead = make_table({**rows, "people": people}), f"{args.split} split of {data.name}"
     heading = "model" if args.compare else "beam size"
     print(f"\n{lead}, {len(data):,} pictures")
-    print_table(heading, table)
+    print_table(heading, *table)
     if next(iter(rows.values()))["METEOR"] is None:
         java = "a Java that works" if shutil.which("java") else "Java, which is not installed here"
         print(f"METEOR left out: it needs {java}")
@@ -267,10 +262,10 @@ def report(args, data, files, rows, said):
         print("CIDEr left out: of a single picture it is always 0")
     if None in data.image_ids:
         print("image_id in the captions is the row number: the data's source gave no ids")
-    print(f"written: {files['metrics']}", *(files[label] for label in rows), sep="\n  ")
+    print(f"written: {files['metrics']}", *files["captions"].values(), sep="\n  ")
     if args.html:
-        makers = [Path(model).parent.name for model in files["made by"]["models"]]
-        lead += "" if args.compare else f", by {' and '.join(makers)}"
+        if not args.compare:
+            lead += f", by {' and '.join(map(str, args.model or ['the captioner of the suite']))}"
         utils.write_page(args.html, page(data, table, heading, said, lead))
         print(f"  {args.html}")
 
@@ -282,9 +277,8 @@ def page(data, table, heading, said, lead):
     """
     (columns, groups), pictures = table, []
     for i in utils.progress(range(len(data)), desc="page", unit="picture"):
-        captions = []
+        others, captions = [texts[i] for texts, _, _ in said.values()], []
         for label, (texts, hypotheses, own) in said.items():
-            others = [other[i] for other, _, _ in said.values()]
             scores = {name: f"{values[i]:.1f}" for name, values in own.items()}
             more = {"label": f"{heading} {label}", "differs": differing(texts[i], others)}
             more = more if len(said) > 1 else {}
@@ -292,7 +286,8 @@ def page(data, table, heading, said, lead):
         entry = {"name": data.image_names[i], "references": data.raw_references[i]}
         picture = utils.page_picture(data.images([i])[0].transpose(1, 2, 0), 200)
         pictures.append(entry | {"captions": captions} | picture)
-    tables = [{"title": t, "columns": list(columns), "rows": rows} for t, rows in groups.items()]
+    heads = [heading, *columns]
+    tables = [{"title": t, "columns": heads, "rows": rows} for t, rows in groups.items()]
     return {"title": "What was said", "lead": lead, "tables": tables, "pictures": pictures}
 
 
@@ -312,13 +307,8 @@ GROUPS = {  # by the first figure of each
     "places": "gaze of content words",
     "ms per picture": "search",
 }
-PERCENT = (
-    "distinct captions",
-    "commonest caption",
-    "repeats itself",
-    "colours agreed",
-    "numbers agreed",
-)
+PERCENT = ("distinct captions", "commonest caption", "repeats itself", "colours agreed",
+           "numbers agreed")  # fmt: skip
 LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JSON file's
     "words used": "different words",
     "pointing": "pointing (chance {by chance})",
@@ -349,14 +339,12 @@ def make_table(columns):
     return list(map(str, columns)), groups
 
 
-def print_table(heading, table):
+def print_table(heading, labels, groups):
     """Print what ``make_table`` gave."""
-    labels, groups = table
-    widths = [max(9, len(label) + 2) for label in labels]
     for title, rows in {"": [[heading, *labels]], **groups}.items():
-        print(*[title] * bool(title), sep="", end="\n" * bool(title))
+        print(end=f"{title}\n" if title else "")
         for name, *cells in rows:
-            print(f"{name:>26}" + "".join(map(str.rjust, cells, widths)))
+            print(f"{name:>26}", *(c.rjust(max(8, len(x))) for c, x in zip(cells, labels)))
     print()
 
 

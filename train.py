@@ -750,11 +750,7 @@ def print_header(args, captioner, train_data, val_data):
         ]
         changed = [(key, value) for key, value, default in given if value != default]
         if changed:
-            switch = {True: "--{}", False: "--no_{}"}
-            shown = (
-                (switch[v] if isinstance(v, bool) else "--{} {}").format(key, v)
-                for key, v in changed
-            )
+            shown = (f"--{key}" if value is True else f"--{key} {value}" for key, value in changed)
             print(f"{group.title}: {' '.join(shown)}")
 
 
@@ -818,15 +814,17 @@ MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
     "encoder_weights", "init_from", "embeddings", "checkpoint_every",
 )  # fmt: skip
+FOCUS = {"grounding": 0.2, "alpha_c": 0.0, "deep_output": True, "attend_word": True}
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
-        "attention_dim": 256, "embed_dim": 128, "epochs": 12, "batch_size": 16,
+        "attention_dim": 256, "embed_dim": 128, "epochs": 5, "batch_size": 16,
         "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True,
+        "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1, "amp": True,
+        **FOCUS, "grounding": 0.3,
     },
-    "paper": {"grounding": 0.0, "attend_word": False, "alpha_c": 1.0},
+    "focus": FOCUS,
 }  # fmt: skip
 
 
@@ -834,7 +832,7 @@ def get_args_parser():
     examples = __doc__.partition("\n\n")[2]
     parser = utils.ArgumentParser(description="Train Show, Attend and Tell.", examples=examples)
     number = utils.bounded
-    text = "other defaults: shapes, for the generated data; paper, for the attention of the paper"
+    text = "other defaults: shapes, for the generated data; focus, for attention that tells more"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     width, share, rate = number(int, 1, 65536), number(float, 0, 0.99), number(float, 0, 10)
     weight, whole = number(float, 0, 1000), number(int, 0, 10**9)
@@ -863,11 +861,11 @@ def get_args_parser():
     add("--embed_dim", type=width, default=512, help="width of the word embedding")
     add("--decoder_dim", type=width, default=512, help="width of the recurrent state")
     text = "score words from word, state and context (paper, eq. 7), not from the state alone"
-    add("--deep_output", action=utils.OnOff, default=True, help=text)
+    add("--deep_output", action="store_true", help=text)
     text = "add a code of row and column to the features: tells left from right (not in the paper)"
     add("--position_encoding", action="store_true", help=text)
     text = "let attention see the previous word, which the state has not read (not in the paper)"
-    add("--attend_word", action=utils.OnOff, default=True, help=text)
+    add("--attend_word", action="store_true", help=text)
     add("--embeddings", type=Path, metavar="FILE", help="word vectors in GloVe's text format")
 
     add = parser.add_argument_group("training").add_argument
@@ -882,15 +880,15 @@ def get_args_parser():
     add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help="longest gradient")
     add("--dropout", type=share, default=0.6, help="share dropped before words are scored")
     add("--embed_dropout", type=share, default=0.5, help="share dropped of embedded words")
-    add("--feature_dropout", type=share, default=0.1, help="share dropped of the CNN's features")
+    add("--feature_dropout", type=share, default=0.3, help="share dropped of the CNN's features")
     add("--label_smoothing", type=share, default=0.1, help="of the target, over all words")
     text = "weight of the doubly stochastic penalty (eq. 14): attention visits every place"
-    add("--alpha_c", type=weight, default=0.0, help=text)
+    add("--alpha_c", type=weight, default=0.1, help=text)
     text = (
         "weight of a second loss, with which attention learns to look where the word can be read "
-        "(not in the paper); 0 leaves attention to the captions' own loss"
+        "(not in the paper); take --preset focus"
     )
-    add("--grounding", type=weight, default=0.5, metavar="WEIGHT", help=text)
+    add("--grounding", type=weight, default=0.0, metavar="WEIGHT", help=text)
     text = "train the CNN too, all but its first block; features are then not kept"
     add("--fine_tune_encoder", action="store_true", help=text)
     add("--encoder_learning_rate", type=rate, default=1e-4, help="of the CNN, at its peak")

@@ -135,6 +135,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(name.lower(), known, 1)
                 hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
                 self.error(f"unknown flag {name}; {hint}")
+        elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):
+            self.error(f"{arg}: flags begin with two hyphens; write a file of that name ./{arg}")
         return name + equals + value
 
     def error(self, message):
@@ -142,23 +144,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-class OnOff(argparse.BooleanOptionalAction):
-    """A flag that is on or off: --flag or --no_flag."""
-
-    def __init__(self, option_strings, **options):
-        super().__init__(option_strings, **options)
-        self.option_strings = [name.replace("--no-", "--no_") for name in self.option_strings]
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults where they mean something, and metavars that say what is expected."""
 
     def _get_help_string(self, action):
-        if isinstance(action, OnOff):
-            return f"{action.help} (default: {'on' if action.default else 'off'})"
         said = "(default" in action.help or action.nargs == 0 or action.default in (None, "")
         return action.help if said else f"{action.help} (default: %(default)s)"
 
@@ -246,8 +235,7 @@ class StopSignals:
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._handle:  # and not ``ending``'s choice
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
     def _handle(self, number, frame):
         if time.monotonic() - self._since > 5:
@@ -464,7 +452,10 @@ def output_path(path, force=False, page=False):
         example = path / ("page.html" if page else "output.json")
         raise UserError(f"{path} is a folder; expected a file, such as {example}")
     if path.is_file() or not path.exists():  # and no FIFO or device
-        check_disk(Path(os.path.realpath(path)).parent, 0)
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
+        check_disk(folder, 0)
     if page and path.is_file() and not force:
         first = PAGE.read_bytes().partition(b"\n")[0]
         with open(path, "rb") as file:
@@ -681,18 +672,12 @@ def peak_memory_gb(device):
 
 def progress(iterable=None, **options):
     """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
-    import types
-
     from tqdm import tqdm
-
-    def write(text):
-        sys.stderr.write(text.strip("\r\n") + "\n" if text.strip() else "")
 
     look = {"dynamic_ncols": True}
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        lines = types.SimpleNamespace(write=write, flush=sys.stderr.flush)
-        look = {"file": lines, "mininterval": 30, "maxinterval": 30, "delay": 30}
-        look["bar_format"] = "{l_bar}{r_bar}"
+        layout = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n"
+        look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": layout}
     return tqdm(iterable, **{"disable": not is_main(), **look, **options})
 
 

@@ -202,13 +202,17 @@ def cell(values, digits=1):
     spread = (max(values) - min(values)) / 2
     if spread:
         digits = max(0, min(digits, -math.floor(math.log10(spread))))
-    range_ = f" ± {spread:.{digits}f}" if len(values) > 1 else ""
+    # a half is rounded up; what can only be whole and is the same in all runs has no range; the
+    # spaces do not break, so that a narrow screen shows a figure in one line
+    range_ = (
+        f"\xa0±\xa0{spread + 1e-9:.{digits}f}" if len(values) > 1 and (spread or digits) else ""
+    )
     return f"{np.mean(values):,.{digits}f}{range_}"
 
 
 def table(header, rows):
-    rows = [header, ["---"] * len(header), *rows] if rows else []
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]) if rows else ""
 
 
 def scores_table(runs, rows, columns=METRICS, splits=("test",), beams=("5",), first="", above=""):
@@ -256,12 +260,10 @@ def faults_table(runs):
 
 
 def gaze_table(runs):
-    """Every run that has a gaze, under its label or, where it has none, under its name."""
-    known = {name: label for rows in reversed(ALL) for label, name in rows.items()}
-    rows = {known.get(name, name): name for name in sorted(set(map(without_seed, runs)))}
-    columns = (*GAZE, "function places", *SHORT)
-    above = "Every run whose gaze `eval.py` measured:"
-    return scores_table(runs, rows, columns, BOTH, ONE_TO_FIVE, above=above)
+    """Every run that has a gaze, by its name."""
+    rows = {name: name for name in sorted(set(map(without_seed, runs)))}
+    above = "Every run whose gaze `eval.py` measured, by its name in [commands](#commands):"
+    return scores_table(runs, rows, (*GAZE, "function places", *SHORT), BOTH, above=above)
 
 
 def others_table(runs):

@@ -242,7 +242,9 @@ def train_epochs(options, device, data, features):
     decoder = models.build_decoder(vars(options) | {"encoder_dim": 2048}, VOCABULARY).to(device)
     updates = options.epochs * math.ceil(len(data) / options.batch_size)
     config = vars(options) | {"image_size": 256, "total_updates": updates}
-    captioner = models.Captioner(nn.Identity(), decoder, WORD_MAP, config)
+    encoder = nn.Identity()
+    encoder.encoder_dim = 2048
+    captioner = models.Captioner(encoder, decoder, WORD_MAP, config)
     with utils.StopSignals() as stop, contextlib.ExitStack() as stack:
         trainer = train.Trainer(options, captioner, data, None, stop)
         trainer.features = features

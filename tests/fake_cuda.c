@@ -1,71 +1,61 @@
 /* A CUDA runtime without a card, for tests of code that uses one.
 
-   Loaded before the real libraries (LD_PRELOAD), it answers for libcudart, libcuda, cuBLAS and NCCL. Device memory is main memory
-   and kernels do nothing, but devices, streams, events, stream capture and graphs follow the rules that CUDA documents, so that
-   torch's own host code runs on it; what a card would refuse is refused, with a line on standard error. fake_cuda.py computes
-   what the kernels leave out, records that too in the graphs, and writes a function that does nothing for every other name.
+   Loaded before the real libraries (LD_PRELOAD), it answers for libcudart, libcuda, cuBLAS and NCCL. Device memory is
+   main memory and kernels do nothing, but devices, streams, events, stream capture and graphs follow the rules that
+   CUDA documents, so that torch's own host code runs on it; what a card would refuse is refused, with a line on
+   standard error. fake_cuda.py computes what kernels leave out, again at each replay of a graph, and adds a function
+   that does nothing for every other name that torch asks for.
 
-   FAKE_CUDA_EXCLUSIVE=FOLDER     a card belongs to the first process that opens it (exclusive-process mode): lock files there
+   FAKE_CUDA_EXCLUSIVE=FOLDER     a card belongs to the first process that opens it: lock files there
    FAKE_CUDA_FULL=capture|graph   memory runs out while a graph is captured, or when a graph is made ready to run */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
-enum { CARDS = 2, HOST = -1, BLAS_FAILED = 14, NCCL_FAILED = 1 };
+#define ROOM (80ull << 30) /* bytes of a card's memory, and of main memory that can be pinned */
+enum { CARDS = 2, HOST = CARDS, BLAS_FAILED = 14, NCCL_FAILED = 1, FORBIDDEN = cudaErrorStreamCaptureUnsupported };
 
-typedef struct Node { struct Node *next; void *to; const void *from; size_t size; int value; long call; } Node;
-typedef struct { Node *first, *last; long length; } Graph;
-typedef struct Capture { struct Capture *next; struct Stream *stream; enum cudaStreamCaptureMode mode;
-                         pthread_t thread; unsigned long long id; int spoilt; Graph *graph; } Capture;
-typedef struct Stream { int card, priority; Capture *capture; } Stream;
-typedef struct { int card, recorded; Capture *capture; } Event;
-typedef struct Block { struct Block *next; char *start; size_t size; int card; } Block;
-typedef struct { int card; cudaStream_t stream; } Blas;
-typedef struct { int card, size, rank; } Communicator;
+typedef struct { int card; } Stream;
+typedef struct { int card, recorded; long capture; } Event; /* the number of the capture that recorded it, or 0 */
+typedef struct { long number; Stream *stream; enum cudaStreamCaptureMode mode; pthread_t thread; int spoilt; } Capture;
+typedef struct { int card, size; cudaStream_t stream; } Handle; /* of cuBLAS or NCCL */
 
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static Stream default_streams[CARDS] = {{0}, {1}};
-static Capture *captures; /* those that go on */
-static Block *blocks;
+static Capture capture; /* the only one: it goes on if it has a stream, and its number is the graph's, too */
+static char *rooms;
+static size_t used[CARDS + 1];
 static int opened[CARDS];
-static long refusals, replays, graphs;
-static void (*run_call)(long);
 static __thread int current;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 static __thread cudaError_t last_error;
-#define LOCK pthread_mutex_lock(&mutex)
-#define UNLOCK pthread_mutex_unlock(&mutex)
+long fake_cuda_refusals, fake_cuda_replays, fake_cuda_graphs; /* read by the tests */
+void (*fake_cuda_compute)(long);                              /* what the graph of this number holds */
 
-long fake_cuda_refusals(void) { return refusals; }
-long fake_cuda_replays(void) { return replays; }
-long fake_cuda_graphs(void) { return graphs; }
 static int full(const char *when) { return getenv("FAKE_CUDA_FULL") && !strcmp(getenv("FAKE_CUDA_FULL"), when); }
 static cudaError_t error(cudaError_t code) { return last_error = code; }
-cudaError_t cudaPeekAtLastError(void) { return last_error; }
 cudaError_t cudaGetLastError(void) { cudaError_t code = last_error; return last_error = cudaSuccess, code; }
 const char *cudaGetErrorString(cudaError_t code) {
-  return code == cudaErrorMemoryAllocation ? "out of memory" : code == cudaErrorDevicesUnavailable ? "device is busy"
-    : code == cudaErrorInvalidDevice ? "invalid device ordinal" : code == cudaErrorInvalidResourceHandle ? "wrong card"
-    : code >= cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing" : "error";
+  return code == cudaErrorMemoryAllocation ? "out of memory" : code == cudaErrorInvalidResourceHandle ? "wrong card"
+    : code >= FORBIDDEN ? "operation not permitted when stream is capturing" : "no such card, or it is busy";
 }
 const char *cudaGetErrorName(cudaError_t code) { return cudaGetErrorString(code); }
 
 /* An error that only a fault in the program under test can cause. */
 static cudaError_t refuse(cudaError_t code, const char *what) {
-  refusals++;
+  fake_cuda_refusals++;
   fprintf(stderr, "made-up card: %s: %s\n", what, cudaGetErrorString(code));
   return error(code);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- cards */
+/* ---------------------------------------------------------------------------------------------------- cards */
 
 static cudaError_t open_card(int card) {
   const char *folder = getenv("FAKE_CUDA_EXCLUSIVE");
@@ -75,341 +65,204 @@ static cudaError_t open_card(int card) {
     int file = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0600); /* held until the process ends */
     if (flock(file, LOCK_EX | LOCK_NB)) return close(file), refuse(cudaErrorDevicesUnavailable, path);
   }
-  opened[card] = 1;
-  return cudaSuccess;
+  return opened[card] = 1, cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int *count) { return *count = CARDS, cudaSuccess; }
 cudaError_t cudaGetDevice(int *card) { return *card = current, cudaSuccess; }
-cudaError_t cudaSetDevice(int card) {
-  if (card < 0 || card >= CARDS) return error(cudaErrorInvalidDevice);
-  return current = card, open_card(card);
-}
+cudaError_t cudaSetDevice(int card) { return (unsigned)card < CARDS ? open_card(current = card) : error(cudaErrorInvalidDevice); }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int card) {
-  *p = (struct cudaDeviceProp){.name = "made-up card", .major = 9, .multiProcessorCount = 132, .warpSize = 32,
-    .totalGlobalMem = 80ull << 30, .sharedMemPerBlock = 48 << 10, .sharedMemPerBlockOptin = 227 << 10,
-    .sharedMemPerMultiprocessor = 228 << 10, .regsPerBlock = 65536, .regsPerMultiprocessor = 65536, .maxThreadsPerBlock = 1024,
-    .maxThreadsDim = {1024, 1024, 64}, .maxGridSize = {2147483647, 65535, 65535}, .maxThreadsPerMultiProcessor = 2048,
-    .maxBlocksPerMultiProcessor = 32, .textureAlignment = 512, .l2CacheSize = 50 << 20, .unifiedAddressing = 1,
-    .canMapHostMemory = 1, .cooperativeLaunch = 1, .concurrentKernels = 1, .pciBusID = card + 1, .uuid.bytes = {card + 1}};
-  return cudaSuccess;
+  return *p = (struct cudaDeviceProp){.name = "made-up card", .major = 9, .multiProcessorCount = 132, .warpSize = 32,
+    .totalGlobalMem = ROOM, .sharedMemPerBlock = 48 << 10, .maxThreadsPerBlock = 1024, .maxThreadsPerMultiProcessor = 2048,
+    .maxThreadsDim = {1024, 1024, 64}, .maxGridSize = {2147483647, 65535, 65535}, .maxBlocksPerMultiProcessor = 32}, 0;
 }
-cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int card) {
-  static const int known[][2] = {{cudaDevAttrComputeCapabilityMajor, 9}, {cudaDevAttrMaxGridDimX, 2147483647},
-    {cudaDevAttrMaxGridDimY, 65535}, {cudaDevAttrMultiProcessorCount, 132}, {cudaDevAttrMaxThreadsPerBlock, 1024},
-    {cudaDevAttrMaxThreadsPerMultiProcessor, 2048}, {cudaDevAttrWarpSize, 32}, {cudaDevAttrMaxBlocksPerMultiprocessor, 32},
-    {cudaDevAttrMaxSharedMemoryPerBlock, 48 << 10}, {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10}};
-  *value = 0;
-  for (size_t i = 0; i < sizeof known / sizeof *known; i++) if (known[i][0] == attribute) *value = known[i][1];
-  return cudaSuccess;
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr of, int card) {
+  return *value = of == cudaDevAttrComputeCapabilityMajor ? 9 : of == cudaDevAttrWarpSize ? 32 : 1024, cudaSuccess;
 }
-cudaError_t cudaDeviceGetPCIBusId(char *s, int n, int card) { return snprintf(s, n, "0000:%02x:00.0", card + 1), cudaSuccess; }
-cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = 0, *greatest = -5, cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaDeviceCanAccessPeer(int *can, int card, int peer) { return *can = 1, cudaSuccess; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) { return *least = 0, *most = -5, cudaSuccess; }
 
-/* ----------------------------------------------------------------------------------------- what a capture forbids */
+/* ------------------------------------------------------------------ capture, of which one goes on at a time */
 
-static Stream *stream_of(cudaStream_t stream) {
-  return (uintptr_t)stream < 16 ? &default_streams[current] : (Stream *)stream; /* small numbers name default streams */
+static Stream *stream_of(cudaStream_t stream) { /* small numbers name default streams */
+  return (size_t)stream < 16 ? &default_streams[current] : (Stream *)stream;
 }
+long fake_cuda_captured(cudaStream_t stream) { return stream_of(stream) == capture.stream ? capture.number : 0; }
+static cudaError_t spoil(cudaError_t code, const char *what) { return capture.spoilt = 1, refuse(code, what); }
 
-/* Calls that may wait for the card, or change it, are forbidden by captures of this thread and, in global mode, of others. */
+/* Calls that may wait for a card, or change it: a capture of this thread or, in global mode, of any forbids them. */
 static cudaError_t unsafe(const char *what) {
-  int forbidden = 0;
-  LOCK;
-  for (Capture *c = captures; c; c = c->next) {
-    if (thread_mode == cudaStreamCaptureModeRelaxed || c->mode == cudaStreamCaptureModeRelaxed) continue;
-    int both_global = thread_mode == cudaStreamCaptureModeGlobal && c->mode == cudaStreamCaptureModeGlobal;
-    if (both_global || pthread_equal(c->thread, pthread_self())) c->spoilt = forbidden = 1;
-  }
-  UNLOCK;
-  return forbidden ? refuse(cudaErrorStreamCaptureUnsupported, what) : open_card(current);
+  int is_own = capture.stream && pthread_equal(capture.thread, pthread_self());
+  int is_strict = thread_mode == cudaStreamCaptureModeGlobal && capture.mode == cudaStreamCaptureModeGlobal;
+  int is_relaxed = thread_mode == cudaStreamCaptureModeRelaxed || capture.mode == cudaStreamCaptureModeRelaxed;
+  return (capture.stream && is_strict) || (is_own && !is_relaxed) ? spoil(FORBIDDEN, what) : open_card(current);
 }
+static cudaError_t wait_for(long captured, const char *what) { return captured ? spoil(FORBIDDEN, what) : unsafe(what); }
 
 /* Put work on a stream: 1 if a graph records it, 0 if it is to be done now, -1 if it is refused. */
-static int put(Stream *s, const char *what, int same_card) {
-  if (open_card(s->card)) return -1;
-  if (same_card && s->card != current) return refuse(cudaErrorInvalidResourceHandle, what), -1;
-  if (s->capture && s->capture->spoilt) return error(cudaErrorStreamCaptureInvalidated), -1;
-  if (s->capture) return s->capture->graph->length++, 1;
-  int escapes = 0; /* a card allows this, but a replay would not repeat it */
-  LOCK;
-  for (Capture *c = captures; c; c = c->next) escapes |= pthread_equal(c->thread, pthread_self());
-  UNLOCK;
+static int put(cudaStream_t stream, const char *what, int on_current_card) {
+  int card = stream_of(stream)->card;
+  if (open_card(card)) return -1;
+  if (on_current_card && card != current) return refuse(cudaErrorInvalidResourceHandle, what), -1;
+  if (fake_cuda_captured(stream)) return capture.spoilt ? error(cudaErrorStreamCaptureInvalidated), -1 : 1;
+  /* a card allows work beside a capture, but a replay would not repeat it */
+  int escapes = capture.stream && pthread_equal(capture.thread, pthread_self());
   return escapes ? refuse(cudaErrorStreamCaptureImplicit, what), -1 : 0;
 }
-
-static cudaError_t record(Stream *s, Node node) {
-  Graph *g = s->capture->graph;
-  Node *copy = malloc(sizeof *copy);
-  *copy = node;
-  *(g->last ? &g->last->next : &g->first) = copy;
-  g->last = copy;
-  return cudaSuccess;
-}
-
-/* For fake_cuda.py: 1 if the call of this number is recorded on the stream, 0 if it is to be made now. */
-int fake_cuda_record(cudaStream_t stream, long call) {
-  return stream_of(stream)->capture ? record(stream_of(stream), (Node){.call = call}), 1 : 0;
-}
-void fake_cuda_set_run_call(void (*function)(long)) { run_call = function; }
-
-/* --------------------------------------------------------------------------------------------------------- memory */
-
-static Block *block_of(const void *address) {
-  LOCK;
-  Block *b = blocks;
-  while (b && !((char *)address >= b->start && (char *)address < b->start + b->size)) b = b->next;
-  UNLOCK;
-  return b;
-}
-static cudaError_t take(void **address, size_t size, int card, const char *what) {
-  if (unsafe(what)) return last_error;
-  char *start = calloc(1, size + 512); /* not touched: a large block costs nothing until it is used */
-  if (!start || (card != HOST && captures && full("capture"))) return free(start), error(cudaErrorMemoryAllocation);
-  *address = (void *)(((uintptr_t)start + 511) & ~(uintptr_t)511);
-  Block *b = malloc(sizeof *b);
-  LOCK;
-  *b = (Block){blocks, start, size + 512, card};
-  blocks = b;
-  UNLOCK;
-  return cudaSuccess;
-}
-cudaError_t cudaMalloc(void **address, size_t size) { return take(address, size, current, "cudaMalloc"); }
-cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) { return take(address, size, HOST, "cudaHostAlloc"); }
-cudaError_t cudaFree(void *address) {
-  if (unsafe("cudaFree")) return last_error;
-  Block *b = block_of(address), **link = &blocks;
-  if (!b) return cudaSuccess;
-  LOCK;
-  while (*link != b) link = &(*link)->next;
-  *link = b->next;
-  UNLOCK;
-  return free(b->start), free(b), cudaSuccess;
-}
-cudaError_t cudaFreeHost(void *address) { return cudaFree(address); }
-cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { return *free = *total = 80ull << 30, open_card(current); }
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *address) {
-  Block *b = block_of(address);
-  *a = (struct cudaPointerAttributes){.type = cudaMemoryTypeUnregistered, .device = -2};
-  if (b) *a = (struct cudaPointerAttributes){b->card == HOST ? cudaMemoryTypeHost : cudaMemoryTypeDevice,
-                                             b->card == HOST ? 0 : b->card, (void *)address, (void *)address};
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
-  Stream *s = stream_of(stream);
-  int recorded = put(s, "cudaMemcpyAsync", 0);
-  if (recorded < 0) return last_error;
-  if (!recorded) return memmove(to, from, size), cudaSuccess;
-  if (!block_of(to) || !block_of(from)) return refuse(cudaErrorStreamCaptureUnsupported, "copy of pageable memory");
-  return record(s, (Node){.to = to, .from = from, .size = size});
-}
-cudaError_t cudaMemcpyPeerAsync(void *to, int a, const void *from, int b, size_t size, cudaStream_t stream) {
-  return cudaMemcpyAsync(to, from, size, cudaMemcpyDefault, stream);
-}
-cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-  return unsafe("cudaMemcpy") ? last_error : (memmove(to, from, size), cudaSuccess);
-}
-cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
-  int recorded = put(stream_of(stream), "cudaMemsetAsync", 0);
-  if (recorded > 0) return record(stream_of(stream), (Node){.to = to, .size = size, .value = value});
-  return recorded < 0 ? last_error : (memset(to, value, size), cudaSuccess);
-}
-
-/* ---------------------------------------------------------------------------------------------- streams and events */
-
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
-  Stream *s = calloc(1, sizeof *s);
-  *s = (Stream){current, priority};
-  return *stream = (cudaStream_t)s, open_card(current);
-}
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { return cudaStreamCreateWithPriority(s, flags, 0); }
-cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) { return *p = stream_of(s)->priority, cudaSuccess; }
-static cudaError_t spoil(Capture *c, cudaError_t code, const char *what) { return c->spoilt = 1, refuse(code, what); }
-static cudaError_t wait_for(Capture *c, const char *what) {
-  return c ? spoil(c, cudaErrorStreamCaptureUnsupported, what) : unsafe(what);
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t s) { return wait_for(stream_of(s)->capture, "cudaStreamSynchronize"); }
-cudaError_t cudaStreamQuery(cudaStream_t s) { return wait_for(stream_of(s)->capture, "cudaStreamQuery"); }
-cudaError_t cudaDeviceSynchronize(void) { /* forbidden by a capture of any mode and thread on this card */
-  LOCK;
-  Capture *c = captures;
-  while (c && c->stream->card != current) c = c->next;
-  UNLOCK;
-  return wait_for(c, "cudaDeviceSynchronize");
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-  Event *e = calloc(1, sizeof *e);
-  e->card = current;
-  return *event = (cudaEvent_t)e, open_card(current);
-}
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
-  Event *e = (Event *)event;
-  if (e->card != stream_of(stream)->card) return refuse(cudaErrorInvalidResourceHandle, "cudaEventRecord");
-  *e = (Event){e->card, 1, stream_of(stream)->capture};
-  return open_card(e->card);
-}
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s) { return cudaEventRecordWithFlags(event, s, 0); }
-cudaError_t cudaEventQuery(cudaEvent_t event) { return wait_for(((Event *)event)->capture, "cudaEventQuery"); }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait_for(((Event *)event)->capture, "cudaEventSynchronize"); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-  Capture *own = stream_of(stream)->capture, *other = ((Event *)event)->capture;
-  if (!((Event *)event)->recorded || own == other) return cudaSuccess;
-  if (own) return spoil(own, cudaErrorStreamCaptureIsolation, "a capturing stream waits for work outside");
-  LOCK;
-  Capture *c = captures;
-  while (c && c != other) c = c->next;
-  UNLOCK; /* a card lets other streams join a capture; the suite has no use for that */
-  return c ? spoil(c, cudaErrorStreamCaptureImplicit, "another stream waits for a capturing one") : cudaSuccess;
-}
-
-/* ---------------------------------------------------------------------------------------------- capture and graphs */
-
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
   enum cudaStreamCaptureMode before = thread_mode;
   return thread_mode = *mode, *mode = before, cudaSuccess;
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
-  static unsigned long long ids;
   Stream *s = stream_of(stream);
-  if (s == &default_streams[s->card] || s->capture) return refuse(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture");
-  s->capture = calloc(1, sizeof(Capture));
-  LOCK;
-  *s->capture = (Capture){captures, s, mode, pthread_self(), ++ids, 0, calloc(1, sizeof(Graph))};
-  captures = s->capture;
-  UNLOCK;
+  if (capture.stream || s == &default_streams[s->card]) return refuse(FORBIDDEN, "a capture");
+  capture = (Capture){capture.number + 1, s, mode, pthread_self()};
   return open_card(s->card);
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
-  Stream *s = stream_of(stream);
-  Capture *c = s->capture, **link = &captures;
-  *graph = 0;
-  if (!c) return error(cudaErrorInvalidValue);
-  LOCK;
-  while (*link != c) link = &(*link)->next;
-  *link = c->next;
-  UNLOCK;
-  s->capture = 0;
-  if (c->spoilt) return error(cudaErrorStreamCaptureInvalidated);
-  if (!pthread_equal(c->thread, pthread_self())) return refuse(cudaErrorStreamCaptureWrongThread, "cudaStreamEndCapture");
-  return *graph = (cudaGraph_t)c->graph, cudaSuccess;
+  if (!fake_cuda_captured(stream)) return *graph = 0, error(cudaErrorInvalidValue);
+  *graph = capture.spoilt ? 0 : (cudaGraph_t)capture.number;
+  return capture.stream = 0, capture.spoilt ? error(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  Capture *c = stream_of(stream)->capture;
-  *status = !c ? cudaStreamCaptureStatusNone : c->spoilt ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
-  return cudaSuccess;
+  return *status = !fake_cuda_captured(stream) ? cudaStreamCaptureStatusNone
+    : capture.spoilt ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive, cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-                                     cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *n) {
-  Capture *c = stream_of(stream)->capture;
-  if (c && id) *id = c->id;
-  if (c && graph) *graph = (cudaGraph_t)c->graph;
-  if (n) *n = 0;
+    cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *count) {
+  if (id) *id = fake_cuda_captured(stream);
+  if (graph) *graph = (cudaGraph_t)capture.number;
+  if (count) *count = 0;
   return cudaStreamIsCapturing(stream, status);
 }
-cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t *nodes, size_t *n) { return *n = ((Graph *)g)->length, cudaSuccess; }
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n) { return *n = 1, cudaSuccess; }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long flags) {
   if (full("graph")) return error(cudaErrorMemoryAllocation);
-  return *ready = (cudaGraphExec_t)graph, graphs++, unsafe("cudaGraphInstantiate");
+  return *ready = (cudaGraphExec_t)graph, fake_cuda_graphs++, unsafe("cudaGraphInstantiate");
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t stream) {
-  if (put(stream_of(stream), "cudaGraphLaunch", 1)) return last_error;
-  replays++;
-  for (Node *n = ((Graph *)ready)->first; n; n = n->next)
-    if (n->call) run_call(n->call);
-    else if (n->from) memmove(n->to, n->from, n->size);
-    else memset(n->to, n->value, n->size);
-  return cudaSuccess;
+  return put(stream, "cudaGraphLaunch", 1) ? last_error : (fake_cuda_replays++, fake_cuda_compute((long)ready), cudaSuccess);
 }
 
-/* ------------------------------------------------------------------------------------- kernels, driver and cuBLAS */
+/* --------------------------------------------------------------------------------------------------- memory */
+
+__attribute__((constructor)) static void make_rooms(void) { /* of addresses, which cost nothing until they are used */
+  rooms = mmap(0, (CARDS + 1) * ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+static size_t room_of(const void *address) { return (size_t)((char *)address - rooms) / ROOM; } /* over HOST: not ours */
+static cudaError_t take(void **address, size_t size, int room, const char *what) {
+  if (unsafe(what)) return last_error;
+  int is_full = size > ROOM - used[room] || (room != HOST && capture.stream && full("capture"));
+  if (is_full) return error(cudaErrorMemoryAllocation);
+  size_t start = __atomic_fetch_add(&used[room], (size + 511) / 512 * 512, __ATOMIC_RELAXED); /* never given out again */
+  return *address = rooms + room * ROOM + start, cudaSuccess;
+}
+cudaError_t cudaMalloc(void **address, size_t size) { return take(address, size, current, "cudaMalloc"); }
+cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) { return take(address, size, HOST, "pinning"); }
+cudaError_t cudaFree(void *address) { return unsafe("cudaFree"); }
+cudaError_t cudaFreeHost(void *address) { return unsafe("cudaFreeHost"); }
+cudaError_t cudaMemGetInfo(size_t *free, size_t *all) { return *all = ROOM, *free = ROOM - used[current], open_card(current); }
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *address) {
+  size_t room = room_of(address);
+  int type = room > HOST ? cudaMemoryTypeUnregistered : room == HOST ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+  return *a = (struct cudaPointerAttributes){type, room < HOST ? room : 0, (void *)address, (void *)address}, cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+  int is_recorded = put(stream, "cudaMemcpyAsync", 0), is_pageable = room_of(to) > HOST || room_of(from) > HOST;
+  if (is_recorded > 0 && is_pageable) return refuse(FORBIDDEN, "copy of pageable memory");
+  return is_recorded < 0 ? last_error : is_recorded ? cudaSuccess : (memmove(to, from, size), cudaSuccess);
+}
+cudaError_t cudaMemsetAsync(void *to, int value, size_t n, cudaStream_t s) { return put(s, "memset", 0) < 0 ? last_error : 0; }
+
+/* --------------------------------------------------------------------------------------- streams and events */
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+  *stream = malloc(sizeof(Stream));
+  return ((Stream *)*stream)->card = current, open_card(current);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return wait_for(fake_cuda_captured(s), "cudaStreamSynchronize"); }
+cudaError_t cudaStreamQuery(cudaStream_t s) { return wait_for(fake_cuda_captured(s), "cudaStreamQuery"); }
+cudaError_t cudaDeviceSynchronize(void) { /* forbidden by a capture of any mode and thread on this card */
+  return wait_for(capture.stream && capture.stream->card == current, "cudaDeviceSynchronize");
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+  *event = calloc(1, sizeof(Event));
+  return ((Event *)*event)->card = current, open_card(current);
+}
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+  int card = ((Event *)event)->card;
+  if (card != stream_of(stream)->card) return refuse(cudaErrorInvalidResourceHandle, "cudaEventRecord");
+  *(Event *)event = (Event){card, 1, fake_cuda_captured(stream)};
+  return open_card(card);
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s) { return cudaEventRecordWithFlags(event, s, 0); }
+cudaError_t cudaEventQuery(cudaEvent_t e) { return wait_for(((Event *)e)->capture, "cudaEventQuery"); }
+cudaError_t cudaEventSynchronize(cudaEvent_t e) { return wait_for(((Event *)e)->capture, "cudaEventSynchronize"); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  long own = fake_cuda_captured(stream), other = ((Event *)event)->capture;
+  if (!((Event *)event)->recorded || own == other) return cudaSuccess;
+  if (own) return spoil(cudaErrorStreamCaptureIsolation, "a capturing stream waits for work outside");
+  if (!capture.stream || other != capture.number) return cudaSuccess;
+  /* a card lets other streams join a capture; the suite has no use for that */
+  return spoil(cudaErrorStreamCaptureImplicit, "another stream waits for a capturing one");
+}
+
+/* ------------------------------------------------------------------------------ kernels, driver and cuBLAS */
 
 void **__cudaRegisterFatBinary(void *binary) { static void *handle[2]; return handle; }
-static __thread struct { dim3 grid, block; size_t shared; cudaStream_t stream; } pushed[16];
-static __thread int depth;
+static __thread cudaLaunchConfig_t pushed;
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-  pushed[depth].grid = grid, pushed[depth].block = block, pushed[depth].shared = shared, pushed[depth].stream = stream;
-  return depth++, 0;
+  return pushed = (cudaLaunchConfig_t){grid, block, shared, stream}, 0;
 }
-cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
-  depth--;
-  *grid = pushed[depth].grid, *block = pushed[depth].block, *shared = pushed[depth].shared;
-  return *(cudaStream_t *)stream = pushed[depth].stream, cudaSuccess;
+cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, cudaStream_t *stream) {
+  return *grid = pushed.gridDim, *block = pushed.blockDim, *shared = pushed.dynamicSmemBytes, *stream = pushed.stream, 0;
 }
-cudaError_t cudaLaunchKernel(const void *function, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t stream) {
+cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t stream) {
   if (!g.x || !g.y || !g.z || !b.x || (size_t)b.x * b.y * b.z > 1024 || g.y > 65535 || g.z > 65535)
     return refuse(cudaErrorInvalidConfiguration, "size of a launch");
-  return put(stream_of(stream), "a kernel", 1) < 0 ? last_error : cudaSuccess;
+  return put(stream, "a kernel", 1) < 0 ? last_error : cudaSuccess;
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *function, void **arguments) {
-  return cudaLaunchKernel(function, c->gridDim, c->blockDim, arguments, c->dynamicSmemBytes, c->stream);
-}
-cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) { return *kernel = (cudaKernel_t)function, cudaSuccess; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t stream) {
-  return cudaLaunchKernel(kernel, g, b, arguments, shared, stream);
+cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *f) { return *kernel = (cudaKernel_t)f, cudaSuccess; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t k, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t stream) {
+  return cudaLaunchKernel(k, g, b, arguments, shared, stream);
 }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *function) {
-  *a = (struct cudaFuncAttributes){.maxThreadsPerBlock = 1024, .numRegs = 32, .ptxVersion = 90, .binaryVersion = 90,
-                                   .maxDynamicSharedSizeBytes = 48 << 10};
-  return cudaSuccess;
+  return *a = (struct cudaFuncAttributes){.maxThreadsPerBlock = 1024, .numRegs = 32, .ptxVersion = 90, .binaryVersion = 90}, 0;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int block, size_t s, unsigned x) {
-  return *n = block > 0 && block <= 1024 ? 2048 / block : 1, cudaSuccess;
-}
-cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
-                                             enum cudaDriverEntryPointQueryResult *result) {
-  *function = dlsym(RTLD_DEFAULT, name);
-  if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int block, size_t shared,
+    unsigned flags) { return *n = 2, cudaSuccess; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+    unsigned long long flags, enum cudaDriverEntryPointQueryResult *result) {
+  if (*function = dlsym(RTLD_DEFAULT, name)) return *result = cudaDriverEntryPointSuccess, cudaSuccess;
+  return *result = cudaDriverEntryPointSymbolNotFound, cudaSuccess;
 }
 int cuCtxGetCurrent(void **context) { return *context = (void *)8, 0; }
 int cuDevicePrimaryCtxGetState(int card, unsigned *flags, int *active) { return *flags = 0, *active = opened[card], 0; }
-int cublasCreate_v2(Blas **handle) {
-  if (unsafe("cublasCreate")) return BLAS_FAILED;
-  *handle = calloc(1, sizeof(Blas));
-  return (*handle)->card = current, 0;
+int cublasCreate_v2(Handle **handle) {
+  return *(*handle = malloc(sizeof **handle)) = (Handle){current}, unsafe("cublasCreate") ? BLAS_FAILED : 0;
 }
-int cublasSetStream_v2(Blas *handle, cudaStream_t stream) { return handle->stream = stream, 0; }
-int fake_cublas(Blas *handle, const char *what) { /* every product of cuBLAS, by a function that fake_cuda.py writes */
+int cublasSetStream_v2(Handle *handle, cudaStream_t stream) { return handle->stream = stream, 0; }
+int fake_cublas(Handle *handle, const char *what) { /* every product of cuBLAS, by a function of fake_cuda.py's */
   if (handle->card != current) return refuse(cudaErrorInvalidResourceHandle, what), BLAS_FAILED;
-  return put(stream_of(handle->stream), what, 1) < 0 ? BLAS_FAILED : 0;
+  return put(handle->stream, what, 1) < 0 ? BLAS_FAILED : 0;
 }
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference,
-                                   int wanted, void *results, int *found) { return memset(results, 0, 96), *found = 1, 0; }
+    int wanted, void *results, int *found) { return memset(results, 0, 96), *found = 1, 0; }
 
-/* ------------------------------------------------- NCCL: nothing is exchanged, but memory must lie on the own card */
+/* --------------------------------------------- NCCL: nothing is exchanged, but memory must lie on the own card */
 
-typedef struct { char bytes[128]; } Id;
 int ncclGetVersion(int *version) { return *version = 22800, 0; }
-int ncclGetUniqueId(Id *id) { return memset(id, 3, sizeof *id), 0; }
-int ncclCommInitRankConfig(Communicator **c, int size, Id id, int rank, void *config) {
-  *c = malloc(sizeof **c);
-  return **c = (Communicator){current, size, rank}, open_card(current);
+int ncclCommInitRankConfig(Handle **c, int size, struct { char bytes[128]; } id, int rank, void *config) {
+  return *(*c = malloc(sizeof **c)) = (Handle){current, size}, open_card(current);
 }
-int ncclCommGetAsyncError(Communicator *c, int *code) { return *code = 0; }
-int ncclCommCount(Communicator *c, int *size) { return *size = c->size, 0; }
-int ncclCommUserRank(Communicator *c, int *rank) { return *rank = c->rank, 0; }
-const char *ncclGetErrorString(int code) { return "the made-up NCCL refuses"; }
-const char *ncclGetLastError(Communicator *c) { return ""; }
-static int give(const void *from, void *to, size_t count, int type, int times, Communicator *c, cudaStream_t stream) {
+static int give(void *from, void *to, size_t count, int type, int times, Handle *c, cudaStream_t stream) {
   static const int width[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1}; /* of ncclDataType_t, in bytes */
   size_t size = count * width[type];
-  Block *a = block_of(from), *b = block_of(to);
-  if (size && (!a || !b || a->card != c->card || b->card != c->card))
+  if (size && (room_of(from) != c->card || room_of(to) != c->card))
     return refuse(cudaErrorInvalidValue, "NCCL gets memory that is not on its card"), NCCL_FAILED;
-  if (put(stream_of(stream), "NCCL", 1) < 0) return NCCL_FAILED;
+  if (put(stream, "NCCL", 1) < 0) return NCCL_FAILED;
   for (int i = 0; i < times; i++) memmove((char *)to + i * size, from, size);
   return 0;
 }
-int ncclAllReduce(const void *a, void *b, size_t n, int type, int operation, Communicator *c, cudaStream_t s) {
-  return give(a, b, n, type, 1, c, s);
-}
-int ncclBroadcast(const void *a, void *b, size_t n, int type, int root, Communicator *c, cudaStream_t s) {
-  return give(a ? a : b, b, n, type, 1, c, s);
-}
-int ncclBcast(void *b, size_t n, int type, int root, Communicator *c, cudaStream_t s) { return give(b, b, n, type, 1, c, s); }
-int ncclAllGather(const void *a, void *b, size_t n, int type, Communicator *c, cudaStream_t s) {
-  return give(a, b, n, type, c->size, c, s);
-}
+int ncclAllReduce(void *a, void *b, size_t n, int t, int op, Handle *c, cudaStream_t s) { return give(a, b, n, t, 1, c, s); }
+int ncclBcast(void *a, size_t n, int t, int root, Handle *c, cudaStream_t s) { return give(a, a, n, t, 1, c, s); }
+int ncclAllGather(void *a, void *b, size_t n, int t, Handle *c, cudaStream_t s) { return give(a, b, n, t, c->size, c, s); }

@@ -469,13 +469,6 @@ def test_bad_flags_end_in_one_line(flags, message, describe, capsys):
     assert ending.value.code == 2 and err.count("\n") == 1 and message in err
 
 
-def test_without_a_model_one_line_says_so(capsys):
-    with pytest.raises(SystemExit) as ending:
-        caption.get_args_parser().parse_args(["--img", "photo.png"])
-    err = capsys.readouterr().err
-    assert ending.value.code == 2 and err.count("\n") == 1 and "--model" in err
-
-
 def test_a_wrong_word_map_is_refused(describe, word_map, fails, tmp_path_factory):
     path = tmp_path_factory.mktemp("words") / "wrong.json"
     utils.write_json(path, word_map)

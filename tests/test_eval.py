@@ -465,7 +465,8 @@ def test_the_table_has_groups_units_and_a_dash_for_what_cannot_be_had(capsys):
         "pointing": None,
         "by chance": 9.52,
     }
-    evaluation.print_table({3: row, "people": {"words used": 7, "numbers agreed": None}})
+    columns = {3: row, "people": {"words used": 7, "numbers agreed": None}}
+    evaluation.print_table("beam size", *evaluation.make_table(columns))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     rows = [re.split(r"\s{2,}", line) for line in lines if line]
     assert rows == [
