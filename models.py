@@ -384,17 +384,6 @@ def scheduled_sampling_epsilon(name, update, schedule):
     return min(1.0, max(schedule.minimum, epsilon))
 
 
-class Hypothesis(NamedTuple):
-    """A caption found by beam search."""
-
-    words: list  # of word ids, without <start> and <end>
-    log_prob: float  # of the words and of <end>, if it ended
-    score: float  # what it is ranked by: log_prob / length^length_penalty, plus the consensus
-    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
-    ended: bool  # False: cut off at max_decode_steps
-    word_log_probs: list  # of each word
-
-
 @torch.no_grad()
 def beam_search(
     decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50,
@@ -507,13 +496,7 @@ def load_captioner(path, device="cpu", word_map=None):
     :return: ``Captioner``
     :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
     """
-    try:
-        checkpoint = load_checkpoint(path, word_map)
-    except UserError as error:
-        if path != DEFAULT_CAPTIONER:
-            raise
-        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
-        raise UserError(f"{error}; {how}") from error
+    checkpoint = load_checkpoint(path, word_map)
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])
@@ -1057,6 +1040,17 @@ SCHEDULES |= {"exponential": exponential, "inverse_sigmoid": inverse_sigmoid}
 # --------------------------------------------------------------------------- parts of beam search
 
 
+class Hypothesis(NamedTuple):
+    """A caption found by beam search."""
+
+    words: list  # of word ids, without <start> and <end>
+    log_prob: float  # of the words and of <end>, if it ended
+    score: float  # what it is ranked by: log_prob / length^length_penalty, plus the consensus
+    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
+    ended: bool  # False: cut off at max_decode_steps
+    word_log_probs: list  # of each word
+
+
 class Beams(NamedTuple):
     """K hypotheses of each of B images, all t words long."""
 
@@ -1424,17 +1418,24 @@ def load_checkpoint(path, word_map=None):
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, something else, or of another word map
     """
-    with reading_tensors(path):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
-            checkpoint = tutorial_checkpoint(path, word_map)
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
-    ):
-        raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
-    checkpoint["config"].setdefault("attend_word", False)  # which earlier revisions did not know
-    check_checkpoint(checkpoint, path)
+    try:
+        with reading_tensors(path):
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
+                checkpoint = tutorial_checkpoint(path, word_map)
+        if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
+        ):
+            raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
+        # earlier revisions did not know it
+        checkpoint["config"].setdefault("attend_word", False)
+        check_checkpoint(checkpoint, path)
+    except UserError as error:
+        if path != DEFAULT_CAPTIONER:
+            raise
+        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
+        raise UserError(f"{error}; {how}") from error
     own = checkpoint["word_map"]
     if word_map not in (None, own):
         raise UserError(
