@@ -16,6 +16,7 @@ import math
 import pickle
 import re
 import socket
+import types
 import warnings
 import zipfile
 from functools import lru_cache
@@ -309,16 +310,7 @@ class DecoderWithAttention(nn.Module):
                 step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
                 scores.append(step_scores.squeeze(1))  # (n, vocab_size)
                 attentions.append(attention)
-        targets = torch.cat([captions[:n, t + 1] for t, n in enumerate(live)])  # (num_words,)
-        row = torch.arange(len(captions), device=captions.device)  # (B,)
-        rows = torch.cat([row[:n] for n in live])  # (num_words,)
-        real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
-        alphas = pad_sequence([attention.alpha[:, 0] for attention in attentions])
-        alphas = alphas * real.unsqueeze(2)  # (B, max_decode_length, num_pixels)
-        log_probs = None
-        if attentions[0].log_prob is not None:  # (B, max_decode_length)
-            log_probs = pad_sequence([attention.log_prob[:, 0] for attention in attentions]) * real
-        return DecoderOutput(torch.cat(scores), targets, alphas, log_probs, rows)
+        return collect(captions, live, scores, attentions)
 
 
 def doubly_stochastic_penalty(alphas):
@@ -345,10 +337,10 @@ def caption_loss(
     :param output: ``DecoderOutput``
     :param num_words: divisor, if not this batch's own words (several processes share a batch)
     :param label_smoothing: share of the target spread over all words (Szegedy et al. 2016)
-    :param alpha_c: weight of the doubly stochastic penalty
-    :param alpha_entropy_c: hard attention: weight of the entropy
-    :param grounding: weight of the attention teacher's loss
-    :param decoder: hard attention: the decoder, whose moving average is updated
+    :param alpha_c, grounding: weights of the doubly stochastic penalty and of the attention
+        teacher's loss
+    :param alpha_entropy_c, decoder: of hard attention: weight of the entropy; the decoder, whose
+        moving average is updated
     :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient
     """
     real = output.targets != PAD_ID  # (num_words,)
@@ -390,17 +382,6 @@ def scheduled_sampling_epsilon(name, update, schedule):
     """
     epsilon = look_up(SCHEDULES, name, "schedule")(update / schedule.updates, schedule)
     return min(1.0, max(schedule.minimum, epsilon))
-
-
-class Hypothesis(NamedTuple):
-    """A caption found by beam search."""
-
-    words: list  # of word ids, without <start> and <end>
-    log_prob: float  # of the words and of <end>, if it ended
-    score: float  # what it is ranked by: log_prob / length^length_penalty, plus the consensus
-    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
-    ended: bool  # False: cut off at max_decode_steps
-    word_log_probs: list  # of each word
 
 
 @torch.no_grad()
@@ -515,13 +496,7 @@ def load_captioner(path, device="cpu", word_map=None):
     :return: ``Captioner``
     :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
     """
-    try:
-        checkpoint = load_checkpoint(path, word_map)
-    except UserError as error:
-        if path != DEFAULT_CAPTIONER:
-            raise
-        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
-        raise UserError(f"{error}; {how}") from error
+    checkpoint = load_checkpoint(path, word_map)
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])
@@ -578,27 +553,20 @@ class TimmGrid(nn.Module):
         return grid.permute(0, 3, 1, 2) if channels_last else grid
 
 
-def timm_model(name, pretrained):
-    import timm  # takes more than a second to import, and only its networks need it
-
-    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    model.head = nn.Identity()  # whose layers before the classifier stand behind the grid too
-    return model
-
-
-def timm_network(name):
+def timm_network(name, pretrained=False):
     """Any CNN or vision transformer of timm, with timm's own mean and deviation; all of it learns.
 
     :raises UserError: if timm does not know it
     """
-    import timm
+    import timm  # takes more than a second, and only these networks need it
 
     name = name.removeprefix("timm/")
     try:  # other names would be looked for in the internet
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         raise UserError(f"timm has no network {name!r}, see timm.list_models(): {error}") from error
-    model = timm_model(name, pretrained=False)
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    model.head = nn.Identity()  # its layers stand behind the grid
     return Backbone(model, [TimmGrid(model, name)], 0, config.mean, config.std)
 
 
@@ -664,7 +632,7 @@ def load_classifier_weights(backbone, name, weights):
     with the ``module.`` that ``DataParallel`` puts before them.
     """
     if weights == "imagenet" and name.startswith("timm/"):
-        backbone.classifier.load_state_dict(timm_weights(name.removeprefix("timm/")))
+        backbone.classifier.load_state_dict(timm_weights(name))
         return
     path = imagenet_weights(name) if weights == "imagenet" else Path(weights)
     if not path.is_file():
@@ -708,7 +676,7 @@ def imagenet_weights(name):
 def timm_weights(name):
     """State dict of timm's weights, which it downloads at first use."""
     try:
-        return timm_model(name, pretrained=True).state_dict()
+        return timm_network(name, pretrained=True).classifier.state_dict()
     except Exception as error:  # its downloader has errors of many kinds
         raise UserError(
             f"cannot download timm's weights of {name} ({str(error).strip()[:200]}): start from "
@@ -860,6 +828,20 @@ class DecoderOutput(NamedTuple):
     log_probs: torch.Tensor | None  # hard attention: (B, max_decode_length), of the samples
     rows: torch.Tensor  # int64 (num_words,), packed: the caption of each word
     grounding: torch.Tensor | None = None  # scalar, the loss of an ``AttentionTeacher``
+
+
+def collect(captions, live, scores, attentions):
+    """The ``DecoderOutput`` of a pass, from the lists of what each step gave."""
+    targets = torch.cat([captions[:n, t + 1] for t, n in enumerate(live)])  # (num_words,)
+    row = torch.arange(len(captions), device=captions.device)  # (B,)
+    rows = torch.cat([row[:n] for n in live])  # (num_words,)
+    real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
+    alphas = pad_sequence([attention.alpha[:, 0] for attention in attentions])
+    alphas = alphas * real.unsqueeze(2)  # (B, max_decode_length, num_pixels)
+    log_probs = None
+    if attentions[0].log_prob is not None:  # (B, max_decode_length)
+        log_probs = pad_sequence([attention.log_prob[:, 0] for attention in attentions]) * real
+    return DecoderOutput(torch.cat(scores), targets, alphas, log_probs, rows)
 
 
 def live_rows(decode_lengths, group=8):
@@ -1058,6 +1040,17 @@ SCHEDULES |= {"exponential": exponential, "inverse_sigmoid": inverse_sigmoid}
 # --------------------------------------------------------------------------- parts of beam search
 
 
+class Hypothesis(NamedTuple):
+    """A caption found by beam search."""
+
+    words: list  # of word ids, without <start> and <end>
+    log_prob: float  # of the words and of <end>, if it ended
+    score: float  # what it is ranked by: log_prob / length^length_penalty, plus the consensus
+    alphas: torch.Tensor | None  # float32 (num_words, num_pixels), CPU
+    ended: bool  # False: cut off at max_decode_steps
+    word_log_probs: list  # of each word
+
+
 class Beams(NamedTuple):
     """K hypotheses of each of B images, all t words long."""
 
@@ -1226,15 +1219,14 @@ def average_weights(captioners):
     :raises UserError: if they are not of one architecture
     """
     kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
-    for name in ("encoder", "decoder"):
-        states = [getattr(captioner, name).state_dict() for captioner in captioners]
-        shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
-        if any(kind != kinds[0] for kind in kinds) or any(shape != shapes[0] for shape in shapes):
-            raise UserError("the models are not of one architecture: their weights have no mean")
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError("the models are not of one architecture: their weights have no mean")
+    for part in ("encoder", "decoder"):
+        states = [getattr(captioner, part).state_dict() for captioner in captioners]
         for key, tensor in states[0].items():
             if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
-                mean = torch.stack([state[key].cpu() for state in states]).double().mean(dim=0)
-                tensor.copy_(mean)
+                tensors = torch.stack([state[key].cpu() for state in states])
+                tensor.copy_(tensors.double().mean(dim=0))
     return captioners[0]
 
 
@@ -1292,11 +1284,11 @@ class Consensus:
         ]  # (B, N) each
         nearest = torch.stack(cosines).mean(0).topk(min(10, len(self.spaces[0][2])))
         shares = (nearest.values / 0.1).softmax(1).tolist()
-        ranked = []
-        for hypotheses, *neighbours in zip(found, shares, nearest.indices.tolist()):
-            judged = [self.judge(hypothesis, zip(*neighbours)) for hypothesis in hypotheses]
-            ranked.append(sorted(judged, key=lambda hypothesis: -hypothesis.score))
-        return ranked
+        rank = lambda hypotheses, *neighbours: sorted(
+            (self.judge(hypothesis, zip(*neighbours)) for hypothesis in hypotheses),
+            key=lambda hypothesis: -hypothesis.score,
+        )
+        return list(map(rank, found, shares, nearest.indices.tolist()))
 
     def judge(self, hypothesis, neighbours):
         """The hypothesis with its new score; ``neighbours`` are pairs of share and image."""
@@ -1326,6 +1318,8 @@ ARCHITECTURE = (
     "decoder_dim", "deep_output", "position_encoding", "attend_word",
 )  # fmt: skip
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
+
+
 DEFAULT_CAPTIONER = Path(__file__).parent / "docs" / "captioner" / "flickr8k.pth.tar"
 CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
 CHECKPOINT_KEYS["history"] = list
@@ -1424,17 +1418,24 @@ def load_checkpoint(path, word_map=None):
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, something else, or of another word map
     """
-    with reading_tensors(path):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
-            checkpoint = tutorial_checkpoint(path, word_map)
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
-    ):
-        raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
-    checkpoint["config"].setdefault("attend_word", False)  # which earlier revisions did not know
-    check_checkpoint(checkpoint, path)
+    try:
+        with reading_tensors(path):
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
+                checkpoint = tutorial_checkpoint(path, word_map)
+        if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
+        ):
+            raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
+        # earlier revisions did not know it
+        checkpoint["config"].setdefault("attend_word", False)
+        check_checkpoint(checkpoint, path)
+    except UserError as error:
+        if path != DEFAULT_CAPTIONER:
+            raise
+        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
+        raise UserError(f"{error}; {how}") from error
     own = checkpoint["word_map"]
     if word_map not in (None, own):
         raise UserError(
@@ -1543,23 +1544,15 @@ class InertUnpickler(pickle._Unpickler):
         return self.KNOWN.get(f"{module}.{name}") or type("StandIn", (StandIn,), {})
 
 
-class InertPickle:
-    """What ``torch.load`` asks of a module that reads pickles."""
-
-    Unpickler = InertUnpickler
-
-    @staticmethod
-    def load(file, **_):
-        return InertUnpickler(file).load()
-
-
 def tutorial_checkpoint(path, word_map):
     """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of our own.
 
     :raises UserError: if there is no word map, or another one than the model's, or if the model is
         not the tutorial's
     """
-    options = {"map_location": "cpu", "pickle_module": InertPickle, "weights_only": False}
+    inert = types.ModuleType("inert")  # what torch.load asks of a module that reads pickles
+    inert.Unpickler, inert.load = InertUnpickler, lambda file, **_: InertUnpickler(file).load()
+    options = {"map_location": "cpu", "pickle_module": inert, "weights_only": False}
     with warnings.catch_warnings(action="ignore"):  # that the source of its classes is another one
         pickled = torch.load(path, **options)
     # fails, and is reported by reading_tensors, where these are no whole modules
