@@ -2,7 +2,7 @@
 
 python caption.py --img photo.jpg --model checkpoints
 python caption.py --img photo.jpg --model checkpoints --n_best 3 --gif
-python caption.py --img trip/ --model checkpoints --no_plot --html trip.html --json trip.json
+python caption.py --img trip/ --no_plot --html trip.html --json trip.json
 """
 
 import collections

@@ -564,12 +564,12 @@ def test_a_gif_stays_below_600_kb(words, side, describe, monkeypatch):
     Image.fromarray(pixels).save(path)
     monkeypatch.setattr(models.Captioner, "text", lambda self, hypothesis: ["word"] * words)
     alphas = (2 * torch.randn(words, 64)).softmax(1)
-    caption_all = models.Captioner.caption
+    search = models.beam_search
     monkeypatch.setattr(
-        models.Captioner,
-        "caption",
+        models,
+        "beam_search",
         lambda *args, **options: [
-            [h._replace(alphas=alphas) for h in found] for found in caption_all(*args, **options)
+            [h._replace(alphas=alphas) for h in found] for found in search(*args, **options)
         ],
     )
     describe("--img", path, "--gif")
