@@ -9,6 +9,7 @@ python train.py --resume
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import math
@@ -77,6 +78,7 @@ def train(trainer, args):
                 trainer.save(trainer.best_path)
             trainer.save(trainer.latest_path)
             write_reports(trainer, args)
+            write_tensorboard(trainer, args, record)
             print_epoch(record, args, is_best, trainer.val_data, hypotheses)
 
 
@@ -94,10 +96,8 @@ def validate(trainer, args):
         else:
             features = trainer.val_features[share]
         nll = teacher_forced_nll(captioner.decoder, data, features, share)
-        found = models.caption_split(
-            [captioner], [features], beam_size=args.beam_size, length_penalty=args.length_penalty,
-            max_decode_steps=args.max_decode_steps, with_alphas=False, no_repeat=args.no_repeat,
-        )  # fmt: skip
+        options = {name: getattr(args, name) for name in SEARCH} | {"with_alphas": False}
+        found = models.caption_split([captioner], [features], **options)
     hypotheses = sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
     scores = utils.is_main() and utils.score_captions(data.references, hypotheses)
     return utils.broadcast(scores) | {"val_nll": nll}, hypotheses
@@ -779,6 +779,29 @@ def write_reports(trainer, args):
     draw_curves(path, trainer.history, args.metric)
 
 
+def write_tensorboard(trainer, args, record):
+    """An epoch's record and three validation images, word by word, for TensorBoard."""
+    if not (args.tensorboard and utils.is_main()):
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    data, captioner, step = trainer.val_data, trainer.captioner, record["update"]
+    numbers = np.linspace(0, len(data) - 1, min(3, len(data))).astype(int)
+    images = torch.from_numpy(data.images(numbers))  # (3, 3, S, S)
+    options = {name: getattr(args, name) for name in SEARCH}
+    with SummaryWriter(args.output_folder / "tensorboard") as writer:
+        for name, value in record.items():
+            writer.add_scalar(name, value, step)
+        for number, image, (best, *_) in zip(numbers, images, captioner.caption(images, **options)):
+            side = math.isqrt(best.alphas.shape[1])
+            alphas = best.alphas.view(-1, 1, side, side)  # (num_words, 1, rows, columns)
+            light = torch.nn.functional.interpolate(alphas, image.shape[1:], mode="bilinear")
+            light = 0.2 + 0.8 * light / light.amax(dim=(2, 3), keepdim=True)
+            strip = torch.cat([image / 255, *(image / 255 * light)], dim=2)
+            writer.add_image(data.image_names[number], strip, step)
+            writer.add_text(data.image_names[number], " ".join(captioner.text(best)), step)
+
+
 def draw_curves(path, history, metric):
     """Losses and validation scores over the epochs, the best epoch marked, as a PNG."""
     from matplotlib.figure import Figure
@@ -809,20 +832,21 @@ def draw_curves(path, history, metric):
 # ------------------------------------------------------------------------------------------ flags
 
 MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
+SEARCH = ("beam_size", "length_penalty", "max_decode_steps", "no_repeat")  # flags of beam search
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
-    "encoder_weights", "init_from", "embeddings", "checkpoint_every",
+    "encoder_weights", "init_from", "embeddings", "checkpoint_every", "tensorboard",
 )  # fmt: skip
-FOCUS = {"grounding": 0.2, "alpha_c": 0.0, "deep_output": True, "attend_word": True}
+FOCUS = {"grounding": 0.3, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
+         "feature_dropout": 0.1}  # fmt: skip
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
         "attention_dim": 256, "embed_dim": 128, "epochs": 5, "batch_size": 16,
         "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1, "amp": True,
-        **FOCUS, "grounding": 0.3,
+        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS,
     },
     "focus": FOCUS,
 }  # fmt: skip
@@ -843,11 +867,13 @@ def get_args_parser():
     add("--data_name", default="flickr8k_5_cap_per_img_5_min_word_freq", help="their common name")
     text = "folder for checkpoints, log and learning curves; give each variant its own"
     add("--output_folder", type=Path, default=Path("checkpoints"), help=text)
+    text = "write the epochs' figures and three captioned images for TensorBoard there, too"
+    add("--tensorboard", action="store_true", help=text)
 
     add = parser.add_argument_group("model").add_argument
     text = (
         "CNN that sees the image: resnet18, 34, 50, 101, 152; vgg11, 13, 16, 19, each also as "
-        "vgg11_bn; efficientnet_lite0, efficientnet_lite2"
+        "vgg11_bn; efficientnet_lite0, efficientnet_lite2; timm/NAME for any network of timm"
     )
     add("--encoder", default="resnet101", metavar="NAME", help=text)
     text = "what the CNN starts from: imagenet, none (random weights), or a state dict file"
@@ -934,6 +960,8 @@ def check_args(args):
     models.look_up(models.SCHEDULES, name, "schedule")
     constants = k is not None or slope is not None or args.ss_argmax
     faults = [
+        (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a "
+         "package that is not there: pip install tensorboard"),
         (args.resume and args.init_from, "--resume goes on, --init_from starts: give one of them"),
         (args.embeddings and args.init_from, "--embeddings and --init_from: give one of them"),
         (args.scst and not (args.init_from or args.resume), "--scst needs a model: --init_from"),

@@ -52,7 +52,7 @@ def python(environment, *command, code=0):
     """Run Python in the suite's folder, where nothing may be refused; return its output."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False}
     command, folder = [sys.executable, "-B", *map(str, command)], Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=folder, env=environment, **options)
+    done = subprocess.run(command, cwd=folder, env=environment, timeout=1800, **options)
     assert done.returncode == code and "made-up card: " not in done.stdout, done.stdout[-6000:]
     return done.stdout
 

@@ -157,6 +157,7 @@ def test_what_else_it_could_have_said_stands_below_with_its_own_word_marked(open
 def test_the_keyboard_goes_from_word_to_word_and_from_caption_to_caption(open_page):
     page = open_page(captions_page(picture("1.jpg", DOG), picture("2.jpg", DOG)))
     pressed, second = [], page.locator("article").nth(1)
+    second.locator(".word").first.wait_for()
     for key in ("Tab", "Tab", "ArrowRight", "End", "ArrowLeft", "Home", "ArrowDown", "Escape"):
         page.keyboard.press(key)
         pressed.append((key, lit(page)[0], bool(second.locator(":focus").count())))
@@ -343,9 +344,8 @@ def test_only_a_page_of_ours_is_replaced_unasked(text, tmp_path, fails):
         assert utils.output_path(path, page=True) == path
     path.write_text("")
     assert utils.output_path(path, page=True) == path
-    (tmp_path / "file").touch()
-    with fails("file is a file, expected a folder"):
-        utils.output_path(tmp_path / "file" / "page.html", page=True)
+    with fails("there is no folder"):
+        utils.output_path(tmp_path / "no" / "page.html", page=True)
     with fails("is a folder.*page.html"):
         utils.output_path(tmp_path, page=True)
 

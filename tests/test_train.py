@@ -83,6 +83,27 @@ def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
     assert best_epoch == 1 + int(records[1]["BLEU-4"] > records[0]["BLEU-4"])
 
 
+def test_tensorboard_gets_figures_and_captioned_images(training_data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = run(training_data, tmp_path, "--tensorboard")["history"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {*train.METRICS, "loss", "learning_rate", "epsilon"} <= set(tags["scalars"])
+    written = [(event.step, event.value) for event in events.Scalars("nll")]
+    assert written == [(r["update"], pytest.approx(r["nll"], rel=1e-6)) for r in history]
+    assert len(tags["images"]) == 3 and events.Images(tags["images"][0])[0].width > 64
+
+
+def test_without_tensorboard_a_line_says_what_to_install(
+    training_data, tmp_path, monkeypatch, fails
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with fails("--tensorboard needs .*pip install tensorboard"):
+        run(training_data, tmp_path, "--tensorboard")
+
+
 def test_a_run_says_what_it_is_and_shows_captions(training_data, tmp_path, capsys):
     checkpoint = run(training_data, tmp_path, "--epochs", 1)
     out = capsys.readouterr().out
