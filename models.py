@@ -1382,7 +1382,7 @@ def load_tensors(path):
     flags = torch.serialization.safe_globals([argparse.Namespace])  # kept by many trainings
     with reading_tensors(path), flags:
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file  # comes with timm
+            from safetensors.torch import load_file
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)

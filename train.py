@@ -838,15 +838,15 @@ MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
     "encoder_weights", "init_from", "embeddings", "checkpoint_every", "tensorboard",
 )  # fmt: skip
-FOCUS = {"grounding": 0.2, "alpha_c": 0.0, "deep_output": True, "attend_word": True}
+FOCUS = {"grounding": 0.3, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
+         "feature_dropout": 0.1}  # fmt: skip
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
         "attention_dim": 256, "embed_dim": 128, "epochs": 5, "batch_size": 16,
         "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "feature_dropout": 0.1, "beam_size": 1, "amp": True,
-        **FOCUS, "grounding": 0.3,
+        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS,
     },
     "focus": FOCUS,
 }  # fmt: skip
@@ -873,7 +873,7 @@ def get_args_parser():
     add = parser.add_argument_group("model").add_argument
     text = (
         "CNN that sees the image: resnet18, 34, 50, 101, 152; vgg11, 13, 16, 19, each also as "
-        "vgg11_bn; efficientnet_lite0, efficientnet_lite2"
+        "vgg11_bn; efficientnet_lite0, efficientnet_lite2; timm/NAME for any network of timm"
     )
     add("--encoder", default="resnet101", metavar="NAME", help=text)
     text = "what the CNN starts from: imagenet, none (random weights), or a state dict file"

@@ -120,11 +120,7 @@ TITLES = {
 }  # fmt: skip
 
 # labels, and the names of the runs without their seeds
-FOCUS = {
-    "ResNet-50": "focus-resnet50",
-    "VGG-19": "focus-vgg19",
-    "EfficientNet-Lite0": "focus-lite0",
-}
+FOCUS = {"the default recipe": "xe", "`--preset focus`": "focus"}
 DECODERS = {"LSTM": "lstm", "GRU": "gru"}
 SAMPLED = {
     "LSTM": "lstm",
@@ -290,25 +286,21 @@ def commands_list(runs):
     return "\n".join(f"* `{command}`<br>{'; '.join(where)}" for command, where in lines.items())
 
 
-THREE_EPOCHS = "`--preset focus`, three epochs, the CNN frozen, test split:"
 BOTH, ONE_TO_FIVE = ("val", "test"), ("1", "3", "5")
 TABLES = {
     # of results.md
-    "encoders": lambda runs: scores_table(runs, FOCUS, ("BLEU-1", *SHORT), above=THREE_EPOCHS),
     "decoders": lambda runs: scores_table(runs, DECODERS, ("BLEU-1", *SHORT), beams=("1", "5")),
     "sampling": lambda runs: scores_table(runs, SAMPLED, ("BLEU-4", "CIDEr"), beams=("1", "5")),
-    "gaze": lambda runs: scores_table(runs, FOCUS, GAZE, above=THREE_EPOCHS),
+    "gaze": lambda runs: scores_table(runs, FOCUS, (*SHORT, *GAZE), beams=("5",)),
     "attention": lambda runs: scores_table(runs, ATTENTIONS, SCENES[:4]),
     "recipe": lambda runs: scores_table(runs, BEST, SHORT, beams=("5", "20")),
     "shapes": lambda runs: scores_table(runs, ON_SHAPES, (*SCENES[:4], "CIDEr")),
     "faults": faults_table,
     # of experiments.md
-    "focus": lambda runs: scores_table(
-        runs, FOCUS, METRICS, BOTH, ONE_TO_FIVE, above="`--preset focus`, three epochs:"
-    ),
+    "focus": lambda runs: scores_table(runs, FOCUS, METRICS, BOTH, ONE_TO_FIVE),
     "gazes": gaze_table,
     "decoders in full": lambda runs: scores_table(runs, SAMPLED, METRICS, beams=ONE_TO_FIVE),
-    "costs": lambda runs: costs_table(runs, FOCUS | SAMPLED),
+    "costs": lambda runs: costs_table(runs, SAMPLED),
     "eight epochs": lambda runs: scores_table(runs, EIGHT_EPOCHS, METRICS, BOTH, ONE_TO_FIVE),
     "scenes": lambda runs: scores_table(
         runs, {"the preset now": "shapes"} | ATTENTIONS | FROM_SCRATCH, SCENES
