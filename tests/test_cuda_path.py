@@ -185,8 +185,8 @@ VARIANTS = [
 ]
 AS_ON_A_CPU = [
     "",
-    "--encoded_image_size 3 --position_encoding --grounding 0 --alpha_c 1",
-    "--decoder gru --no_deep_output --no_attend_word --amp",
+    "--decoder gru --encoded_image_size 3 --position_encoding --grounding 0 --alpha_c 1",
+    "--no_deep_output --no_attend_word --amp --learning_rate 2e-3",  # a high one spreads rounding
     "--fine_tune_encoder --mirror --batch_size 12",
 ]
 
