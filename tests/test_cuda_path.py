@@ -175,18 +175,18 @@ ALLOWED = {
     "copy pinned memory": lambda x, i: i.copy_(torch.arange(5).pin_memory(), non_blocking=True),
 }
 VARIANTS = [
-    "--decoder gru --encoded_image_size 3 --device cuda:1",
+    "--decoder gru --encoded_image_size 3 --device cuda:1 --grounding 0.2 --attend_word",
     "--amp --attention hard --position_encoding",
-    "--scheduled_sampling linear --ss_min 0.3 --attention hard --no_deep_output",
-    "--scheduled_sampling inverse_sigmoid --ss_argmax --encoded_image_size 1 --grounding 0",
-    "--fine_tune_encoder --amp --mirror --no_attend_word --alpha_c 1",
+    "--scheduled_sampling linear --ss_min 0.3 --attention hard --grounding 0.2",
+    "--scheduled_sampling inverse_sigmoid --ss_argmax --encoded_image_size 1",
+    "--fine_tune_encoder --amp --mirror --deep_output --alpha_c 1",
     "--attention mean",
     pytest.param("--fine_tune_encoder --amp --encoder efficientnet_lite0", marks=slow),
 ]
 AS_ON_A_CPU = [
-    "",
-    "--decoder gru --encoded_image_size 3 --position_encoding --grounding 0 --alpha_c 1",
-    "--no_deep_output --no_attend_word --amp --learning_rate 2e-3",  # a high one spreads rounding
+    "--grounding 0.2 --alpha_c 0 --deep_output --attend_word",
+    "--decoder gru --encoded_image_size 3 --position_encoding --alpha_c 1",
+    "--amp --learning_rate 2e-3",  # a high one spreads rounding
     "--fine_tune_encoder --mirror --batch_size 12",
 ]
 
