@@ -1365,9 +1365,12 @@ def save_checkpoint(path, checkpoint):
 def export_captioner(captioner, path):
     """Write a captioner to caption with, at half its size and without what only training needs.
 
-    Matrices and kernels become float16; loading makes them float32 again.
+    Matrices and kernels become float16; loading makes them float32 again. Paths of the machine that
+    it was trained on are left out.
     """
     checkpoint = {key: getattr(captioner, key) for key in CHECKPOINT_KEYS}
+    own = ("data_folder", "output_folder", "init_from", "resume", "embeddings", "encoder_weights")
+    checkpoint["config"] = {k: v for k, v in captioner.config.items() if k not in own}
     for part in ("encoder", "decoder"):
         state = checkpoint[part].state_dict()
         checkpoint[part] = {key: t.half() if t.dim() > 1 else t for key, t in state.items()}

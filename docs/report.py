@@ -133,7 +133,7 @@ SAMPLED = {
     "GRU, inverse sigmoid": "gru-inverse_sigmoid",
 }
 EIGHT_EPOCHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
-ON_SHAPES = {"the preset now": "shapes", "the preset before": "shapes-soft"}
+ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
 FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}
 RECIPE = {
