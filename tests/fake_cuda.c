@@ -73,7 +73,8 @@ cudaError_t cudaSetDevice(int card) { return (unsigned)card < CARDS ? open_card(
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int card) {
   return *p = (struct cudaDeviceProp){.name = "made-up card", .major = 9, .multiProcessorCount = 132, .warpSize = 32,
     .totalGlobalMem = ROOM, .sharedMemPerBlock = 48 << 10, .maxThreadsPerBlock = 1024, .maxThreadsPerMultiProcessor = 2048,
-    .maxThreadsDim = {1024, 1024, 64}, .maxGridSize = {2147483647, 65535, 65535}, .maxBlocksPerMultiProcessor = 32}, 0;
+    .maxThreadsDim = {1024, 1024, 64}, .maxGridSize = {2147483647, 65535, 65535}, .maxBlocksPerMultiProcessor = 32,
+    .regsPerBlock = 65536, .regsPerMultiprocessor = 65536, .sharedMemPerMultiprocessor = 228 << 10, .l2CacheSize = 50 << 20}, 0;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr of, int card) {
   return *value = of == cudaDevAttrComputeCapabilityMajor ? 9 : of == cudaDevAttrWarpSize ? 32 : 1024, cudaSuccess;
@@ -179,9 +180,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { return wait_for(fake_cuda_captured(s), "cudaStreamSynchronize"); }
 cudaError_t cudaStreamQuery(cudaStream_t s) { return wait_for(fake_cuda_captured(s), "cudaStreamQuery"); }
-cudaError_t cudaDeviceSynchronize(void) { /* forbidden by a capture of any mode and thread on this card */
-  return wait_for(capture.stream && capture.stream->card == current, "cudaDeviceSynchronize");
-}
+cudaError_t cudaDeviceSynchronize(void) { return wait_for(capture.stream && capture.stream->card == current, "waiting"); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   *event = calloc(1, sizeof(Event));
   return ((Event *)*event)->card = current, open_card(current);
