@@ -107,7 +107,9 @@ def train_caption_and_draw(data, folder, monkeypatch, capsys, *flags):
     return checkpoint
 
 
-@pytest.mark.parametrize("amp", [[], ["--amp"]], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "amp", [[], pytest.param(["--amp"], marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_model_trains_captions_and_draws(
     what, amp, change, training_data, tmp_path, monkeypatch, capsys
