@@ -571,6 +571,7 @@ def test_any_flags_end_in_one_line_and_nothing_is_written(
     )
     argv = list(itertools.chain(*(data.draw(values_of(action)) for action in chosen), IDLE[script]))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    monkeypatch.setattr(utils, "busy_cores", lambda: 0.0)  # which takes a tenth of a second
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         utils.run(module.main, module.get_args_parser())
