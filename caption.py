@@ -135,8 +135,7 @@ def load(args):
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioner = models.load_captioner(models.run_checkpoint(args.model), device, word_map)
     captioner.decoder.sample_location = args.sample_location
-    names = ("beam_size", "n_best", "length_penalty", "max_decode_steps", "no_repeat")
-    options = {name: getattr(args, name) for name in names}
+    options = utils.search_options(args) | {"beam_size": args.beam_size, "n_best": args.n_best}
     options["with_alphas"] = bool(args.html) or not args.no_plot
     if args.consensus:
         name, known = captioner.config["data_name"], (args.consensus, args.workers)

@@ -37,16 +37,10 @@ def main(args):
             gazed = gaze_features(captioners, outs[0], mine.start)
             utils.set_seed(0)  # of sampled locations
             began = time.time()
-            found = models.caption_split(
-                captioners,
-                outs,
-                beam_size=beam_size,
-                length_penalty=args.length_penalty,
-                max_decode_steps=args.max_decode_steps,
-                with_alphas=data.scenes is not None or args.html is not None,
-                consensus=consensus,
-                no_repeat=args.no_repeat,
-            )
+            options = {"beam_size": beam_size, "consensus": consensus}
+            options["with_alphas"] = data.scenes is not None or args.html is not None
+            options |= utils.search_options(args)
+            found = models.caption_split(captioners, outs, **options)
             best = [hypotheses[0] for hypotheses in sum(utils.all_gather(found), [])]
             seconds = time.time() - began
             if utils.is_main():

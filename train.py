@@ -96,8 +96,8 @@ def validate(trainer, args):
         else:
             features = trainer.val_features[share]
         nll = teacher_forced_nll(captioner.decoder, data, features, share)
-        options = {name: getattr(args, name) for name in SEARCH} | {"with_alphas": False}
-        found = models.caption_split([captioner], [features], **options)
+        options = utils.search_options(args) | {"beam_size": args.beam_size}
+        found = models.caption_split([captioner], [features], with_alphas=False, **options)
     hypotheses = sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
     scores = utils.is_main() and utils.score_captions(data.references, hypotheses)
     return utils.broadcast(scores) | {"val_nll": nll}, hypotheses
@@ -788,7 +788,7 @@ def write_tensorboard(trainer, args, record):
     data, captioner, step = trainer.val_data, trainer.captioner, record["update"]
     numbers = np.linspace(0, len(data) - 1, min(3, len(data))).astype(int)
     images = torch.from_numpy(data.images(numbers))  # (3, 3, S, S)
-    options = {name: getattr(args, name) for name in SEARCH}
+    options = utils.search_options(args) | {"beam_size": args.beam_size}
     with SummaryWriter(args.output_folder / "tensorboard") as writer:
         for name, value in record.items():
             writer.add_scalar(name, value, step)
@@ -832,7 +832,6 @@ def draw_curves(path, history, metric):
 # ------------------------------------------------------------------------------------------ flags
 
 MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
-SEARCH = ("beam_size", "length_penalty", "max_decode_steps", "no_repeat")  # flags of beam search
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",

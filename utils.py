@@ -208,6 +208,15 @@ def add_search_flags(parser, several=False, consensus=True):
         add("--consensus", type=bounded(float, 0, 1000), default=0.0, metavar="WEIGHT", help=text)
 
 
+def search_options(args):
+    """The flags of beam search that all scripts hand on to ``models.beam_search``, as a dict."""
+    return {
+        "length_penalty": args.length_penalty,
+        "max_decode_steps": args.max_decode_steps,
+        "no_repeat": args.no_repeat,
+    }
+
+
 class Stopped(KeyboardInterrupt):
     """The process was asked to stop, by Ctrl-C or a scheduler; the text says how to go on."""
 
