@@ -57,8 +57,7 @@ class Encoder(nn.Module):
             value = 255 * torch.tensor(getattr(backbone, key)).view(3, 1, 1)
             self.register_buffer(key, value, persistent=False)
         self.cnn = nn.Sequential(*backbone.blocks).to(memory_format=torch.channels_last)
-        self.fine_tune(False)
-        self.train(False)
+        self.requires_grad_(False).train(False)
         with torch.no_grad():  # a dry run tells the number of channels of any CNN
             self.encoder_dim = self.cnn(torch.zeros(1, 3, 96, 96)).shape[1]
 
@@ -149,8 +148,6 @@ def soft(energies, decoder):
 
 # To add an attention, add an entry: the network that scores the places, and what its energies do.
 ATTENTIONS = {"soft": (Attention, soft)}
-
-
 # To add a recurrent cell, add an entry: cell(input_size, hidden_size), called as torch's own.
 DECODERS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 
@@ -292,7 +289,6 @@ class DecoderWithAttention(nn.Module):
         :param epsilon: float, or a tensor that a CUDA graph reads
         :param argmax: feed the model's likeliest word and not a draw
         :return: ``DecoderOutput``
-        :raises ValueError: if the lengths are not in decreasing order
         """
         context, state = self.init_hidden_state(encoder_out, image_index)
         teacher_forcing = not torch.is_tensor(epsilon) and epsilon >= 1
@@ -343,33 +339,18 @@ def caption_loss(
         moving average is updated
     :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient
     """
-    real = output.targets != PAD_ID  # (num_words,)
-    num_words = real.sum() if num_words is None else num_words
-    log_probs = output.scores.log_softmax(dim=1)  # (num_words, vocab_size)
-    word_nll = F.nll_loss(log_probs, output.targets, reduction="none", ignore_index=PAD_ID)
-    loss = word_nll.sum()
-    if label_smoothing:
-        even = -(log_probs.mean(dim=1) * real).sum()
-        loss = (1 - label_smoothing) * loss + label_smoothing * even
+    num_words = (output.targets != PAD_ID).sum() if num_words is None else num_words
+    words = {"target": output.targets, "ignore_index": PAD_ID}
+    loss = F.cross_entropy(output.scores, label_smoothing=label_smoothing, reduction="sum", **words)
+    word_nll = F.cross_entropy(output.scores.detach(), reduction="none", **words)  # (num_words,)
     if alpha_c:
         num_captions = (output.alphas.sum(dim=(1, 2)) > 0).sum()
         loss = loss + alpha_c * num_captions * doubly_stochastic_penalty(output.alphas)
     if output.grounding is not None:
         loss = loss + grounding * output.grounding
     if output.log_probs is not None:
-        loss = loss + hard_attention_loss(output, word_nll.detach(), alpha_entropy_c, decoder)
-    return loss / num_words, word_nll.detach().sum() / num_words
-
-
-def linear(progress, schedule):
-    """k - slope * i at update i."""
-    k = 1.0 if schedule.k is None else schedule.k
-    slope = (k - schedule.minimum) / schedule.updates if schedule.slope is None else schedule.slope
-    return k - slope * progress * schedule.updates
-
-
-# To add a schedule, add an entry: a function of the training's progress, from 0 to 1.
-SCHEDULES = {"none": lambda progress, schedule: 1.0, "linear": linear}
+        loss = loss + hard_attention_loss(output, word_nll, alpha_entropy_c, decoder)
+    return loss / num_words, word_nll.sum() / num_words
 
 
 def scheduled_sampling_epsilon(name, update, schedule):
@@ -488,14 +469,7 @@ class Captioner:
 
 
 def load_captioner(path, device="cpu", word_map=None):
-    """Build the model that a checkpoint describes; nothing in the file is executed.
-
-    :param path: checkpoint written by ``train.py``, or one of the PyTorch captioning tutorial
-    :param device: where to put the model
-    :param word_map: checked against the checkpoint's own; the tutorial's have none and need it
-    :return: ``Captioner``
-    :raises UserError: if the file is missing, damaged, no checkpoint, or of another word map
-    """
+    """The ``Captioner`` of a file that :func:`load_checkpoint` reads, on a device."""
     checkpoint = load_checkpoint(path, word_map)
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = Encoder(config["encoder"], "none"), build_decoder(config, len(own))
@@ -1016,6 +990,13 @@ class Schedule(NamedTuple):
     slope: float | None = None  # linear only: fall per update
 
 
+def linear(progress, schedule):
+    """k - slope * i at update i."""
+    k = 1.0 if schedule.k is None else schedule.k
+    slope = (k - schedule.minimum) / schedule.updates if schedule.slope is None else schedule.slope
+    return k - slope * progress * schedule.updates
+
+
 def exponential(progress, schedule):
     """k^i at update i, with k < 1."""
     k = max(schedule.minimum, 1e-3) ** (1 / schedule.updates) if schedule.k is None else schedule.k
@@ -1034,7 +1015,13 @@ def inverse_sigmoid(progress, schedule):
     return value(k, progress * updates)
 
 
-SCHEDULES |= {"exponential": exponential, "inverse_sigmoid": inverse_sigmoid}
+# To add a schedule, add an entry: a function of the training's progress, from 0 to 1.
+SCHEDULES = {
+    "none": lambda progress, schedule: 1.0,
+    "linear": linear,
+    "exponential": exponential,
+    "inverse_sigmoid": inverse_sigmoid,
+}
 
 
 # --------------------------------------------------------------------------- parts of beam search
