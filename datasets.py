@@ -1276,6 +1276,8 @@ def _is_scene(scene):
 
 
 def read_ahead(function, items, workers, ahead=0):
+    import torch
+
     """``map(function, items)`` in order; threads prepare ``ahead`` results, or two a worker."""
     with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
         pending = collections.deque()
@@ -1321,22 +1323,16 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
         with utils.locked(lock_path(path), path, wait=True):
             if not utils.broadcast(path.exists()):
                 _write_features(path, dataset, encode, batch_size, workers)
-    return _open_features(path, len(dataset))
-
-
-def _open_features(path, count):
-    """Map a feature store of ``count`` pictures: float16 (count, n, encoder_dim)."""
     try:
         features = np.load(path, mmap_mode="c")  # copy on write: torch wants to be able to write
         size = features.offset + features.nbytes if features.flags.c_contiguous else 0
-        if size != os.path.getsize(path) or features.ndim != 3 or len(features) != count:
-            raise ValueError(f"it has not the features of {count:,} pictures")
-        if features.dtype != np.float16:
-            raise ValueError("it is not float16")
+        is_whole = size == os.path.getsize(path) and features.dtype == np.float16
+        if not is_whole or features.ndim != 3 or len(features) != len(dataset):
+            raise ValueError(f"it has not the features of {len(dataset):,} pictures in float16")
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
         what = f"the feature store {path} is damaged ({_why(error)})"
         raise UserError(f"{what}; delete it and run again") from error
-    return features
+    return features  # (N, n, encoder_dim)
 
 
 def _encoded(dataset, encode, numbers, batch_size, workers):
@@ -1358,23 +1354,22 @@ def _write_features(path, dataset, encode, batch_size, workers):
     are there, so that a run that was stopped can be continued.
     """
     growing = path.with_name(f".{path.name}.growing")
-    numbers = np.arange(len(dataset))[utils.share(len(dataset))]
-    is_new = utils.broadcast(not growing.exists())
-    numbers = numbers if is_new else numbers[~_map_growing(growing, len(dataset))[1][numbers]]
-    parts = _encoded(dataset, encode, numbers, batch_size, workers)
-    first = list(itertools.islice(parts, 1))
-    shapes = utils.all_gather([part[1].shape[1:] for part in first])
-    if utils.is_main() and is_new:
-        shape = (len(dataset), *next(filter(None, shapes))[0])
+    if utils.is_main() and not growing.exists():
+        one = encode(torch.from_numpy(dataset.images([0])))  # (1, n, encoder_dim)
+        shape = (len(dataset), *one.shape[1:])
         utils.check_disk(path.parent, 2 * math.prod(shape))
         with utils.atomic_path(growing) as temporary:
             np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
             reserve(temporary, temporary.stat().st_size + len(dataset))
     utils.barrier()
-    features, done = _map_growing(growing, len(dataset))
+    features = np.load(growing, mmap_mode="r+")
+    done = np.memmap(growing, bool, "r+", features.offset + features.nbytes, len(dataset))
+    numbers = np.arange(len(dataset))[utils.share(len(dataset))]
+    numbers = numbers[~done[numbers]]
+    parts = _encoded(dataset, encode, numbers, batch_size, workers)
     fresh = []
 
-    def count_as_done():
+    def count_as_done():  # once they are on the disk
         features.flush()
         done[fresh] = True
         fresh.clear()
@@ -1386,7 +1381,7 @@ def _write_features(path, dataset, encode, batch_size, workers):
             count_as_done()
 
     try:  # in a thread, so that the CNN need not wait for the disk
-        collections.deque(read_ahead(store, itertools.chain(first, parts), 1), maxlen=0)
+        collections.deque(read_ahead(store, parts, 1), maxlen=0)
     finally:
         count_as_done()
         if not done[numbers].all():
@@ -1396,12 +1391,6 @@ def _write_features(path, dataset, encode, batch_size, workers):
         os.truncate(growing, features.offset + features.nbytes)
         os.replace(growing, path)
     utils.barrier()  # and the file has its name
-
-
-def _map_growing(path, count):
-    """The features of a store that grows, and which of them are there: bool (count,)."""
-    features = np.load(path, mmap_mode="r+")
-    return features, np.memmap(path, bool, "r+", features.offset + features.nbytes, count)
 
 
 def image_index(dataset):
