@@ -66,8 +66,9 @@ def find_records(args):
         return *datasets.custom_records(args.images, captions, args.seed), name_of(captions)
     folders = args.source or [args.data_folder]
     if not args.source:
-        download(args.data_folder, datasets.missing_flickr8k_archives(folders))
-    split = "official split" if datasets.flickr8k_split_lists(folders) else "split by seed"
+        found = zip(ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
+        download(args.data_folder, [archive for archive, path in found if not path])
+    split = "official split" if datasets.flickr8k_files(folders)[2] else "split by seed"
     return *datasets.flickr8k_records(folders, args.seed), f"Flickr8k, {split}"
 
 
