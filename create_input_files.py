@@ -66,8 +66,9 @@ def find_records(args):
         return *datasets.custom_records(args.images, captions, args.seed), name_of(captions)
     folders = args.source or [args.data_folder]
     if not args.source:
-        download(args.data_folder, datasets.missing_flickr8k_archives(folders))
-    split = "official split" if datasets.flickr8k_split_lists(folders) else "split by seed"
+        found = zip(ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
+        download(args.data_folder, [archive for archive, path in found if not path])
+    split = "official split" if datasets.flickr8k_files(folders)[2] else "split by seed"
     return *datasets.flickr8k_records(folders, args.seed), f"Flickr8k, {split}"
 
 
@@ -88,31 +89,21 @@ def get_args_parser():
     description, _, examples = __doc__.strip().partition("\n\n")
     parser = utils.ArgumentParser(description=description, examples=examples)
     group = parser.add_argument_group("where the pictures and captions come from")
-    group.add_argument(
-        "--dataset",
-        type=lambda name: name.lower() if name.lower() in KNOWN else name,
-        default="flickr8k",
-        help=f"{', '.join(KNOWN)} (generated), or a name for your own data",
+    known = lambda name: name.lower() if name.lower() in KNOWN else name
+    text = f"{', '.join(KNOWN)} (generated), or a name for your own data"
+    group.add_argument("--dataset", type=known, default="flickr8k", help=text)
+    paths = {"action": "extend", "type": Path, "nargs": "+"}
+    text = "Flickr8k: its archives, what they unpack to, or Kaggle's folder"
+    group.add_argument("--source", **paths, metavar="FOLDER", help=text)
+    text = (
+        "CSV with the header image,caption[,split], JSON with the same keys, name.jpg#0<TAB>"
+        "caption, COCO's or Karpathy's JSON files, Kaggle's Flickr30k"
     )
-    for flags, metavar, text in (
-        (["--source"], "FOLDER", "Flickr8k: its archives, what they unpack to, or Kaggle's folder"),
-        (
-            ["--captions", "--karpathy_json"],
-            "FILE",
-            "CSV with the header image,caption[,split], JSON with the same keys, name.jpg#0<TAB>"
-            "caption, COCO's or Karpathy's JSON files, Kaggle's Flickr30k",
-        ),
-        (
-            ["--images"],
-            "FOLDER",
-            "folder or zip archive of pictures; without --captions it holds metadata.csv or .jsonl",
-        ),
-    ):
-        options = {"action": "extend", "type": Path, "nargs": "+", "metavar": metavar}
-        group.add_argument(*flags, **options, help=text)
+    group.add_argument("--captions", "--karpathy_json", **paths, metavar="FILE", help=text)
+    text = "folder or zip archive of pictures; without --captions it holds metadata.csv or .jsonl"
+    group.add_argument("--images", **paths, metavar="FOLDER", help=text)
     group = parser.add_argument_group("what is made of them")
-    folder = Path("data")
-    group.add_argument("--data_folder", type=Path, default=folder, help="where the files go")
+    group.add_argument("--data_folder", type=Path, default=Path("data"), help="where the files go")
     for flag, (low, high, default, text) in NUMBERS.items():
         bounds = utils.bounded(int, low, high)
         group.add_argument(f"--{flag}", type=bounds, default=default, help=text)
@@ -129,13 +120,9 @@ def check_flags(args):
     for is_wrong, message in (
         (args.dataset == "shapes" and (listed or args.source), f"{name} takes no other data"),
         (args.source and args.dataset != "flickr8k", f"--source is for Flickr8k, not for {name}"),
-        (args.source and listed, "--source is for Flickr8k; leave out --images and --captions"),
         (args.captions and not args.images, "--captions needs --images, the folder of pictures"),
         (listed and args.dataset == "flickr8k", f"{name} is for --source; give another name"),
-        (
-            args.images and not captions_of(args),
-            "--images needs --captions, or metadata in a folder",
-        ),
+        (not captions_of(args) and args.images, "--images needs --captions, or metadata in it"),
         (
             not listed and args.dataset in ("flickr30k", "coco"),
             f"{name} needs --captions and --images, such as dataset_{args.dataset}.json and FOLDER",
@@ -151,7 +138,7 @@ def check_flags(args):
 
 def captions_of(args):
     """The files of captions, or the folders of pictures that hold some."""
-    return args.captions or [path for path in args.images if path.is_dir()]
+    return args.captions or [path for path in args.images or () if path.is_dir()]
 
 
 def is_prepared(args, name):

@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import errno
 import functools
 import glob
 import hashlib
@@ -102,20 +101,19 @@ def decode_caption(ids, words):
 MAX_PIXELS = 89_478_485  # of a decoded picture: 268 MB as RGB; Pillow warns beyond it
 
 
-def open_image(source, size=None, name=None):
+def open_image(path, size=None):
     """Read a picture as a person would see it: of every mode as RGB, rotated as its EXIF says.
 
     Transparent pixels lie over white, 16-bit and float values are scaled, films give one picture.
 
-    :param source: path (``zipfile.Path`` too) or bytes
+    :param path: of a file; a ``zipfile.Path`` too
     :param size: side in pixels that the picture will be resized to, if known: a large JPEG is then
         decoded at 1/2, 1/4 or 1/8 of its size, with at least ``2 * size`` pixels along each side
-    :param name: what error messages call the picture; default: its path
     :return: ``PIL.Image.Image`` of mode RGB
     :raises UserError: if it is missing, empty, truncated, no picture, or of too many pixels
     """
     try:
-        data = _read_bytes(source)
+        data = _read_bytes(path)
         # Image.open refuses 179 million pixels before it is known how many of a JPEG are decoded
         opened = JpegImageFile if data.startswith(b"\xff\xd8\xff") else Image.open
         with opened(io.BytesIO(data)) as image:
@@ -123,15 +121,14 @@ def open_image(source, size=None, name=None):
             if size is not None:
                 image.draft(None, (2 * size, 2 * size))
             if image.width * image.height > MAX_PIXELS or pixels > 4 * MAX_PIXELS:
-                raise Image.DecompressionBombError
+                raise UserError(f"it has {pixels:,} pixels, too many")
             image.load()
             with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
                 ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
-        name = name or ("the picture" if isinstance(source, bytes) else source)
         raise UserError(
-            f"cannot read {name} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, WebP"
+            f"cannot read {path} as a picture: {_why(error)}; expected a whole JPEG, PNG, GIF, WebP"
             f" or TIFF file of at most {MAX_PIXELS:,} pixels"
         ) from error
 
@@ -152,12 +149,12 @@ def resize_image(image, size):
 
 
 class Record(NamedTuple):
-    """One captioned picture of a source."""
+    """One captioned picture of a source; while the source is read, what a line says of it."""
 
-    name: str
-    split: str
+    name: str  # or path
+    split: str | None  # None: not yet dealt to one
     captions: list
-    image: object  # function of open_image's size: uint8 (height, width, 3) or an RGB Image
+    image: object = None  # function of open_image's size: uint8 (height, width, 3) or an RGB Image
     scene: dict | None = None  # what a generated picture shows, see shapes_records
     image_id: int | None = None  # the source's own number of the picture, such as COCO's
 
@@ -188,7 +185,9 @@ def write_dataset(folder, records, *, dataset, source, min_word_freq=5, workers=
     parts = {split: [record for record in records if record.split == split] for split in SPLITS}
     texts = (text for record in parts["train"] for text in record.captions)
     word_map = build_word_map(map(tokenize, texts), min_word_freq)
-    _check_parts(parts, word_map, dataset, min_word_freq)
+    if len(word_map) == len((PAD, UNK, START, END)):
+        what = f"no word of the training captions occurs {min_word_freq} times"
+        raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")
     about = {"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source}
     map_path, summaries = word_map_path(folder, name), {}
     with contextlib.ExitStack() as finished:  # at its end the files get their names
@@ -216,7 +215,7 @@ def write_split(path, records, word_map, settings, about, workers=None):
     :raises UserError: if more than 3 % of the pictures cannot be read (a single one may always be)
     """
     kept, summary = _choose_captions(records, settings)
-    with _new_file(path, _bytes_needed(kept, settings)) as file:
+    with _new_file(path, kept, settings) as file:
         readable, unreadable, digest = _write_images(file, kept, settings.image_size, workers)
         kept = [kept[i] for i in readable]
         encoded = [words for _, _, usable in kept for words in usable]
@@ -237,7 +236,7 @@ def write_split(path, records, word_map, settings, about, workers=None):
             "format_version": FORMAT[1],
             "split": records[0].split,
             **settings._asdict(),
-            "tokenizer": TOKENIZER,
+            "tokenizer": "NFC, lower case, runs of letters, marks and digits",
             "word_map_digest": word_map_digest(word_map),
             "images_digest": digest,
             **about,
@@ -275,16 +274,14 @@ class CaptionDataset:
         self.path = Path(path)
         with _opened(self.path) as file:
             self.attributes = _attributes(file)
-            self.split, self.dataset, self.name, self.images_digest, self.word_map_digest = (
-                str(self.attributes[key])
-                for key in ("split", "dataset", "name", "images_digest", "word_map_digest")
-            )
+            for key in ("split", "dataset", "name", "images_digest", "word_map_digest"):
+                setattr(self, key, str(self.attributes[key]))
             self.image_size = int(self.attributes["image_size"])
             self.captions = file["captions"][:]  # (num_captions, max_len + 2)
             self.caption_lengths = file["caption_lengths"][:]  # (num_captions,)
             self.caption_offsets = file["caption_offsets"][:]  # (num_images + 1,)
             self.image_names = _unpack(file["image_names"])
-            _check_layout(self, file)
+            _check_layout(self, file["images"])
 
     def __len__(self):
         return len(self.image_names)
@@ -328,11 +325,11 @@ class CaptionDataset:
 
     def check_word_map(self, word_map):
         """:raises UserError: if the captions were encoded with another word map"""
-        if word_map_digest(word_map) != self.word_map_digest:
+        is_its_own = word_map_digest(word_map) == self.word_map_digest
+        if not is_its_own or self.captions.max(initial=0) >= len(word_map):
             right = word_map_path(self.path.parent, self.name)
-            raise UserError(f"{self.path} was encoded with another word map; use its own, {right}")
-        if self.captions.size and self.captions.max() >= len(word_map):
-            raise _damaged(self.path, "its captions are damaged")
+            advice = f"use its own, {right}, or make both with create_input_files.py --force"
+            raise UserError(f"{self.path} was encoded with another word map; {advice}")
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -410,9 +407,6 @@ def check_name(name, what="the data's name", longest=120):
         raise UserError(f"{what} {name!r}: expected {known}, since files are called by it")
 
 
-TOKENIZER = "NFC, lower case, runs of letters, marks and digits"
-
-
 def clean_caption(text):
     """Put a caption on one line: control characters, broken Unicode, white space become spaces."""
     return regex.sub(r"[\p{Cc}\p{Cs}\s]+", " ", text).strip()
@@ -454,10 +448,10 @@ def load_embeddings(path, word_map, embed_dim):
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                word, *values = line.rstrip().split(" ")
-                # word2vec's files begin with two counts; a few of GloVe's words have spaces in them
-                if len(values) == 1 if number == 1 else len(values) > embed_dim:
-                    continue
+                # a few of GloVe's words have spaces in them
+                word, *values = line.rstrip().rsplit(" ", embed_dim)
+                if number == 1 and len(values) == 1:
+                    continue  # word2vec's files begin with two counts
                 if len(values) != embed_dim:
                     raise ValueError(f"{len(values)} values, expected --embed_dim {embed_dim}")
                 if word in word_map:
@@ -477,25 +471,20 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".
 PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def _read_bytes(source):
-    """The content of a path, of a ``zipfile.Path``, or of bytes themselves."""
-    if isinstance(source, bytes):
-        return source
-    packed = isinstance(source, zipfile.Path)
-    source = source if packed else Path(source)
-    size = source.root.getinfo(source.at).file_size if packed else source.stat().st_size
-    if size > MAX_BYTES or not source.is_file():  # a named pipe would be waited for, for ever
+def _read_bytes(path):
+    """The content of a file, or of a member of a zip archive."""
+    packed = isinstance(path, zipfile.Path)
+    path = path if packed else Path(path)
+    size = path.root.getinfo(path.at).file_size if packed else path.stat().st_size
+    if size > MAX_BYTES or not path.is_file():  # a named pipe would be waited for, for ever
         raise UserError(f"it is no regular file of at most {MAX_BYTES:,} bytes")
-    with source.open("rb") as file:
-        return file.read()
+    return path.read_bytes()
 
 
 def _why(error):
     """What an exception of reading a file means to the user."""
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):  # its own text holds an address in memory
         return "not in a known format"
-    if isinstance(error, Image.DecompressionBombError):
-        return "it has too many pixels"
     text = clean_caption(getattr(error, "strerror", None) or str(error))
     return text[:160] or type(error).__name__
 
@@ -545,12 +534,21 @@ class _Pictures:
         self.places, self.count = ", ".join(map(str, _as_list(places))), 0  # for messages
         self._files = collections.defaultdict(list)  # by normalised name without suffix
         for place in _as_list(places):
-            root = _parts(os.path.abspath(place.with_suffix("") if place.is_file() else place))
-            for name, path in _list_files(place):
+            if place.is_file():
+                archive, root = _open_zip(place).root, place.with_suffix("")
+                files = {name: zipfile.Path(archive, name) for name in archive.namelist()}
+            elif place.is_dir():
+                names = glob.iglob("**", root_dir=place, recursive=True, include_hidden=True)
+                files, root = {name: place / name for name in names}, place
+            else:
+                raise UserError(f"there is no folder and no zip archive {place.absolute()}")
+            for name, path in files.items():
                 parts = _parts(name)
-                if "__MACOSX" not in parts and not parts[-1].startswith("._"):  # macOS adds these
-                    self._files[_normal(parts)[-1]].append((root + parts, len(parts), path))
-                    self.count += _suffix(parts[-1]) != ""
+                if not parts or path.is_dir() or "__MACOSX" in parts or parts[-1].startswith("._"):
+                    continue  # macOS adds the last two
+                whole = _parts(os.path.abspath(root)) + parts
+                self._files[_normal(parts)[-1]].append((whole, len(parts), path))
+                self.count += _suffix(parts[-1]) != ""
 
     def find(self, name):
         """The path of a picture by its name or the end of its path; None if it is not there.
@@ -559,7 +557,7 @@ class _Pictures:
 
         :raises UserError: if several match equally well
         """
-        common_end = lambda a, b: sum(itertools.takewhile(bool, map(str.__eq__, a[::-1], b[::-1])))
+        common_end = lambda a, b: len(os.path.commonprefix([a[::-1], b[::-1]]))
         wanted, found = _parts(name) or ("",), []
         for parts, depth, path in self._files.get(_normal(wanted)[-1], ()):
             common = common_end(_normal(parts), _normal(wanted))
@@ -574,9 +572,8 @@ class _Pictures:
         return found[0][1] if found else None
 
 
+_as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
 _parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
-
-
 _suffix = lambda name: s if (s := os.path.splitext(name)[1].lower()) in PICTURE_SUFFIXES else ""
 
 
@@ -584,19 +581,6 @@ def _normal(parts):
     """Parts of a path as they are compared: in one case and composition, without suffix."""
     stem = parts[-1][: len(parts[-1]) - len(_suffix(parts[-1]))]
     return [unicodedata.normalize("NFC", part).casefold() for part in (*parts[:-1], stem)]
-
-
-def _list_files(place):
-    """Yield (path with slashes, path to open) of all files of a folder or zip archive."""
-    if place.is_file():
-        root = _open_zip(place).root
-        names = [name for name in root.namelist() if _parts(name) and not name.endswith("/")]
-        yield from ((name, zipfile.Path(root, name)) for name in names)
-    elif not place.is_dir():
-        raise UserError(f"there is no folder and no zip archive {place.absolute()}")
-    for name in glob.iglob("**", root_dir=place, recursive=True, include_hidden=True):
-        if not (path := place / name).is_dir():
-            yield name, path
 
 
 # ----------------------------------------------------------------------------- formats of captions
@@ -607,18 +591,10 @@ IMAGE_KEYS = ("image", "file_name", "image_name", "filename")
 CAPTION_KEYS = ("caption", "captions", "text", "comment")
 
 
-class Row(NamedTuple):
-    """What one line or entry of a source says of a picture."""
-
-    image: str  # its name or path
-    captions: list
-    split: str | None = None
-    image_id: int | None = None
-    where: str = ""  # file and line, for messages
-
-
 def read_rows(path, notes):
     """Yield the rows of a file of captions; its content tells its format, see ``READERS``.
+
+    A row is a :class:`Record` without its picture, after the file and line where it stands.
 
     :param path: the file; or a Hugging Face image folder, with ``metadata.csv`` or
         ``metadata.jsonl`` beside the pictures, and with folders for the splits, if any
@@ -634,10 +610,11 @@ def read_rows(path, notes):
     if not files:
         raise UserError(f"{path.absolute()} holds no metadata.csv or .jsonl; give --captions FILE")
     for file in files:
-        for row in read_rows(file, notes):
-            image = file.relative_to(path).parent / row.image
-            splits = [row.split, *(SPLIT_NAMES.get(part.lower()) for part in image.parts[:-1])]
-            yield row._replace(image=image.as_posix(), split=next(filter(None, splits), None))
+        for where, row in read_rows(file, notes):
+            name = file.relative_to(path).parent / row.name
+            splits = [row.split, *(SPLIT_NAMES.get(part.lower()) for part in name.parts[:-1])]
+            split = next(filter(None, splits), None)
+            yield where, row._replace(name=name.as_posix(), split=split)
 
 
 def _row(fields, where):
@@ -647,17 +624,14 @@ def _row(fields, where):
     captions = next((fields[key] for key in CAPTION_KEYS if key in fields), None)
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(name, str) or not name.strip() or not _is_list_of(captions, str):
-        raise UserError(
-            f"{where}: expected a picture's name and its caption, in CSV below the header "
-            "image,caption or image,caption,split, in JSON as "
-            f'{{"image": "name.jpg", "caption": "a dog"}}; found {str(fields)[:80]}'
-        )
-    split, number = fields.get("split") or "", str(fields.get("image_id", ""))
-    split = split.strip().lower() if isinstance(split, str) else repr(split)
+        forms = 'below the header image,caption[,split], or {"image": "a.jpg", "caption": "a dog"}'
+        what = f"expected a picture's name and its caption, {forms}; found {str(fields)[:80]}"
+        raise UserError(f"{where}: {what}")
+    split, number = str(fields.get("split") or "").strip().lower(), str(fields.get("image_id", ""))
     if split and split not in SPLIT_NAMES:
         raise UserError(f"{where}: unknown split {split!r}; expected one of train, val, test")
     image_id = int(number) if number.isdecimal() and len(number) < 19 else None
-    return Row(name.strip(), captions, SPLIT_NAMES.get(split), image_id, where)
+    return where, Record(name.strip(), SPLIT_NAMES.get(split), captions, image_id=image_id)
 
 
 def _json_rows(text, path, notes):
@@ -715,7 +689,7 @@ def _token_rows(text, path, notes):
     for number, line in enumerate(text.split("\n"), 1):
         found, where = _TOKEN.fullmatch(line.rstrip("\r")), f"{path}, line {number}"
         if found:
-            yield Row(found[1], [found[2]], where=where)
+            yield where, Record(found[1], None, [found[2]])
         elif line.strip():
             raise UserError(f"{where}: expected name.jpg#0<TAB>caption, found {line[:80]!r}")
 
@@ -724,14 +698,15 @@ def _csv_rows(text, path, notes):
     """CSV with a header, as Kaggle's Flickr8k; with bars for commas, as Kaggle's Flickr30k."""
     bars = "|" in text.lstrip().split("\n")[0]
     form = {"delimiter": "|", "quoting": csv.QUOTE_NONE} if bars else {"strict": True}
-    reader, header, unlike = csv.reader(io.StringIO(text, newline=""), **form), None, 0
+    reader, unlike = csv.reader(io.StringIO(text, newline=""), **form), 0
+    lines = filter(any, reader)
     try:
-        for fields in filter(any, reader):
+        header = [field.strip().lower() for field in next(lines, [])]
+        _row(
+            dict.fromkeys(header, "train"), f"{path}, line {reader.line_num}"
+        )  # are the columns there?
+        for fields in lines:
             where = f"{path}, line {reader.line_num}"
-            if header is None:
-                header = [field.strip().lower() for field in fields]
-                _row(dict.fromkeys(header, "train"), where)  # are the columns there?
-                continue
             if len(fields) != len(header):
                 unlike += 1
                 has_picture = header[0] in IMAGE_KEYS and _suffix(fields[0].strip())
@@ -750,8 +725,6 @@ def _csv_rows(text, path, notes):
         notes.append(f"{what}: all that follows the picture's name was read as the caption")
 
 
-# CSV with the header image,caption[,split]; JSON lines or an array with the same keys; COCO's and
-# Karpathy's JSON files; name.jpg#0<TAB>caption; Kaggle's Flickr30k
 _TOKEN = regex.compile(r"\s*(\S[^\t\n]*?)\s*#\s*\d+\s*\t(.*)")
 READERS = ((r"[\[{]", _json_rows), (_TOKEN.pattern, _token_rows), ("", _csv_rows))  # by beginnings
 
@@ -777,12 +750,6 @@ def custom_records(images, captions, seed):
     return records, notes
 
 
-FLICKR8K = {  # each archive, and what may stand for it: what it unpacks to, Kaggle's form
-    "Flickr8k_Dataset.zip": ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"],
-    "Flickr8k_text.zip": ["Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.txt"],
-}
-
-
 def flickr8k_records(folder, seed=0):
     """Flickr8k, with its official split if the lists of it are there.
 
@@ -792,45 +759,41 @@ def flickr8k_records(folder, seed=0):
     :return: list of :class:`Record`, list of notes for the user
     :raises UserError: if something is missing or damaged
     """
-    places, notes, captions = _as_list(folder), [], collections.defaultdict(list)
-    where = ", ".join(str(place.absolute()) for place in places)
-    images = _first(places, [*FLICKR8K["Flickr8k_Dataset.zip"], "Flickr8k_Dataset.zip"])
-    token, lists = _flickr8k_text(places, "Flickr8k.token.txt"), flickr8k_split_lists(places)
-    source = token or _first(places, ["captions.txt"])
-    if not images or not source or (token and not lists):
+    notes, captions = [], collections.defaultdict(list)
+    where = ", ".join(str(place.absolute()) for place in _as_list(folder))
+    images, source, lists = flickr8k_files(folder)
+    if not images or not source:
         raise UserError(
-            f"{where} is not the whole of Flickr8k: expected {' and '.join(FLICKR8K)}, packed or "
-            "unpacked, or Kaggle's Images and captions.txt"
+            f"{where} is not the whole of Flickr8k: expected Flickr8k_Dataset.zip and "
+            "Flickr8k_text.zip, packed or unpacked, or Kaggle's Images and captions.txt"
         )
-    for row in read_rows(source, notes):
-        captions[row.image] += row.captions
-    rows = [Row(name, texts) for name, texts in captions.items()]
-    if lists:
-        names = [(name.strip(), s) for s in lists for name in _read_text(lists[s]).split("\n")]
-        rows = [Row(name, captions[name], split) for name, split in names if name]
-        notes += _check_missing([row.image for row in rows if not row.captions], len(rows), source)
-    else:
+    for _, row in read_rows(source, notes):
+        captions[row.name] += row.captions
+    names = [(name.strip(), s) for s in lists for name in _read_text(lists[s]).split("\n")]
+    names = names or [(name, None) for name in captions]
+    rows = [(where, Record(name, split, captions[name])) for name, split in names if name]
+    notes += _check_missing([row.name for _, row in rows if not row.captions], len(rows), source)
+    if not lists:
         notes.append("for the official split put Flickr8k_text.zip beside captions.txt")
     return _records(rows, _Pictures(images), where, seed, notes)
 
 
-def missing_flickr8k_archives(places):
-    """Names of the archives that folders lack, and lack in any other form, too."""
-    places = _as_list(places)
-    return [name for name, forms in FLICKR8K.items() if not _first(places, [*forms, name])]
+def flickr8k_files(folder):
+    """What there is of Flickr8k in a folder or a list of folders; texts may lie one folder above.
 
-
-def flickr8k_split_lists(places):
-    """Lists of the official split, in the folders or above: dict split -> path, or empty."""
-    places = [*_as_list(places), *(place.absolute().parent for place in _as_list(places))]
-    lists = [_flickr8k_text(places, f"Flickr_8k.{p}Images.txt") for p in ("train", "dev", "test")]
-    return dict(zip(SPLITS, lists)) if all(lists) else {}
-
-
-def _flickr8k_text(places, name):
-    archive = _first(places, ["Flickr8k_text.zip"])
-    places = [*places, _open_zip(archive)] if archive else places
-    return _first(places, [name, f"Flickr8k_text/{name}"])
+    :return: path of the pictures, path of the captions (None for what is missing), and dict of
+        the official split's names to the paths of its lists (empty unless all are there)
+    """
+    places = _as_list(folder)
+    texts = [*places, *(place.absolute().parent for place in places)]
+    archive = _first(texts, ["Flickr8k_text.zip"])
+    texts += [_open_zip(archive)] if archive else []
+    text = lambda name: _first(texts, [name, f"Flickr8k_text/{name}"])
+    folders = ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"]
+    images = _first(places, [*folders, "Flickr8k_Dataset.zip"])
+    captions = text("Flickr8k.token.txt") or _first(places, ["captions.txt"])
+    lists = [text(f"Flickr_8k.{part}Images.txt") for part in ("train", "dev", "test")]
+    return images, captions, dict(zip(SPLITS, lists)) if all(lists) else {}
 
 
 def _first(places, names):
@@ -839,25 +802,23 @@ def _first(places, names):
     return next((path for path in paths if path.exists()), None)
 
 
-_as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
-
-
 def _records(rows, pictures, where, seed, notes):
     """Gather rows by picture, find the pictures, and deal out those without a split.
 
+    :param rows: iterable of (file and line, or another place; :class:`Record`)
     :return: list of :class:`Record`, list of all notes
     """
     gathered, repeated = {}, 0
-    for row in rows:
-        known = gathered.setdefault(row.image, row)
+    for line, row in rows:
+        known = gathered.setdefault(row.name, row)
         if row.split and known.split and row.split != known.split:
-            message = f"{row.image} is in {row.split} here, but in {known.split} above"
-            raise UserError(f"{row.where or where}: {message}")
+            message = f"{row.name} is in {row.split} here, but in {known.split} above"
+            raise UserError(f"{line}: {message}")
         if known is not row:
             new = [text for text in row.captions if text not in known.captions]
             repeated += len(row.captions) - len(new)
             captions, split = known.captions + new, known.split or row.split
-            gathered[row.image] = known._replace(captions=captions, split=split)
+            gathered[row.name] = known._replace(captions=captions, split=split)
     described = {name: row for name, row in gathered.items() if row.captions}
     if not described:
         raise UserError(f"{where} holds no caption; expected a row for each")
@@ -871,13 +832,12 @@ def _records(rows, pictures, where, seed, notes):
             raise UserError(f"{where} calls {path} both {used[path]!r} and {name!r}; use one name")
         else:
             image = functools.partial(open_image, path)
-            records.append(Record(name, splits[name], row.captions, image, None, row.image_id))
+            records.append(row._replace(split=splits[name], image=image))
     notes = [*notes, *dealt, *_check_missing(missing, len(described), pictures.places)]
-    for count, what in (
-        (len(gathered) - len(described), f"pictures have no caption in {where}"),
-        (repeated, f"rows of {where} repeat a caption of the same picture"),
-    ):
-        notes += [f"{count:,} {what}; they are left out"] * (count > 0)
+    if mute := len(gathered) - len(described):
+        notes.append(f"{mute:,} pictures have no caption in {where}; they are left out")
+    if repeated:
+        notes.append(f"{repeated:,} rows of {where} repeat a caption of the same picture; left out")
     return records, notes
 
 
@@ -905,20 +865,17 @@ def _deal_splits(splits, seed):
     :return: the same without None, list of notes
     """
     lacking = [split for split in ("test", "val") if split not in splits.values()]
-    pool, parts = [name for name, split in splits.items() if not split], lacking or ["test", "val"]
-    train = [name for name, split in splits.items() if split == "train"]
-    size = max(1, round(len(pool or train) / 10))
+    train, pool = ([n for n, split in splits.items() if split == s] for s in ("train", None))
+    size = max(1, round(len(pool or train) / 10))  # of each part but the last, in pictures
     if pool and lacking and train:
         size = math.ceil(len(pool) / len(lacking))
-    pool = pool or (train if lacking else [])
-    if not pool:
-        return splits, []
+    pool, parts = pool or (train if lacking else []), lacking or ["test", "val"]
     pool.sort(key=lambda n: hashlib.sha256(f"{seed}/{n}".encode("utf-8", "replace")).digest())
     dealt = {name: [*parts, "train"][min(i // size, len(parts))] for i, name in enumerate(pool)}
     counts = collections.Counter(dealt.values())
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
     note = f"no split is named for {len(pool):,} pictures: dealt out by --seed {seed} as {said}"
-    return {**splits, **dealt}, [note]
+    return {**splits, **dealt}, [note] * bool(pool)
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -1021,10 +978,9 @@ def _outline(shape, angle):
     turns = [start + 2 * math.pi * i / corners for i in range(corners)]
     radii = [0.45 if shape == "star" and i % 2 else 1 for i in range(corners)]
     points = [(r * math.cos(turn), r * math.sin(turn)) for r, turn in zip(radii, turns)]
-    xs, ys = zip(*points)
-    side = max(max(xs) - min(xs), max(ys) - min(ys))
-    middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    return [((x - middle[0]) / side, (y - middle[1]) / side) for x, y in points]
+    (left, right), (top, bottom) = ((min(values), max(values)) for values in zip(*points))
+    side = max(right - left, bottom - top)
+    return [((x - (left + right) / 2) / side, (y - (top + bottom) / 2) / side) for x, y in points]
 
 
 def _describe_one(rng, scene, place):
@@ -1104,15 +1060,6 @@ def _draw_background(rng, kind, size):
 FORMAT = ("show-attend-and-tell captions", 1)  # with its version
 
 
-def _check_parts(parts, word_map, dataset, min_word_freq):
-    lacking = [split for split in SPLITS if not parts[split]]
-    if lacking:
-        raise UserError(f"{dataset} has no pictures in its {lacking[0]} split; each needs some")
-    if len(word_map) == len((PAD, UNK, START, END)):
-        what = f"no word of the training captions occurs {min_word_freq} times"
-        raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")
-
-
 def _choose_captions(records, settings):
     """List of (record, texts with words, token lists to encode), counts of what was left out."""
     kept, summary = [], {"empty": 0, "too_long": 0, "without_captions": 0}
@@ -1132,25 +1079,17 @@ def _choose_captions(records, settings):
     return kept, summary
 
 
-def _bytes_needed(kept, settings):
-    """What a split's HDF5 file takes on disk at most."""
-    rows = sum(len(usable) for _, _, usable in kept)
-    texts = _pack([(texts, _valid_text(record.name), record.scene) for record, texts, _ in kept])
-    pictures = len(kept) * (3 * settings.image_size**2 + 120)
-    return pictures + rows * (4 * (settings.max_len + 2) + 8) + len(texts) + 2**20
-
-
 @contextlib.contextmanager
-def _new_file(path, size):
-    """Create an HDF5 file for which ``size`` bytes are reserved, and give back what it leaves."""
-    try:
-        reserve(path, size)
-        with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
-            reserve(path, size)  # again, since the file was emptied
-            yield file
-        h5py.File(path, "r+", locking=False).close()  # cuts off the rest
-    except OSError as error:  # h5py's text runs over many lines
-        raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from error
+def _new_file(path, kept, settings):
+    """Create an HDF5 file with room on the disk for a whole split, and give back what it leaves."""
+    texts = _pack([(texts, _valid_text(record.name), record.scene) for record, texts, _ in kept])
+    rows = sum(len(usable) for _, _, usable in kept) * (4 * (settings.max_len + 2) + 8)
+    size = len(kept) * (3 * settings.image_size**2 + 120) + rows + len(texts) + 2**20  # at most
+    reserve(path, size)
+    with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
+        reserve(path, size)  # again, since the file was emptied
+        yield file
+    h5py.File(path, "r+", locking=False).close()  # cuts off the rest
 
 
 def reserve(path, size):
@@ -1175,8 +1114,7 @@ def _write_images(file, kept, size, workers):
 
     readable, unreadable, digest = [], [], hashlib.sha256()
     squares = read_ahead(load, kept, workers or utils.available_cores())
-    split = kept[0][0].split if kept else "nothing"
-    bar = utils.progress(squares, total=len(kept), desc=f"writing {split}", unit="picture")
+    bar = utils.progress(squares, total=len(kept), desc="writing pictures", unit="picture")
     for i, image in enumerate(bar):
         if isinstance(image, UserError):
             unreadable.append(str(image))
@@ -1196,6 +1134,7 @@ def _write_images(file, kept, size, workers):
 _valid_text = lambda name: name.encode("utf-8", "replace").decode()  # Linux allows any bytes
 _pack = lambda value: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
 _unpack = lambda data: json.loads(data[:].tobytes())
+_is_list_of = lambda x, kind: isinstance(x, list) and all(isinstance(item, kind) for item in x)
 
 
 @contextlib.contextmanager
@@ -1208,13 +1147,8 @@ def _opened(path):
         with h5py.File(path, "r", locking=False) as file:
             yield file
     except Exception as error:
-        raise _damaged(path, _why(error)) from error
-
-
-def _damaged(path, reason):
-    return UserError(
-        f"{path} cannot be used ({reason}); make it with create_input_files.py --force"
-    )
+        advice = "make it with create_input_files.py --force"
+        raise UserError(f"{path} cannot be used ({_why(error)}); {advice}") from error
 
 
 def _attributes(file):
@@ -1228,24 +1162,23 @@ def _attributes(file):
     return attributes
 
 
-def _check_layout(dataset, file):
+def _check_layout(dataset, images):
     """:raises ValueError: if the parts of a file do not fit each other"""
-    pictures, width = len(dataset.image_names), int(dataset.attributes["max_len"]) + 2
-    offsets, lengths = dataset.caption_offsets, dataset.caption_lengths
-    for name, dtype, shape in (
-        ("images", np.uint8, (pictures, 3, dataset.image_size, dataset.image_size)),
-        ("captions", np.int32, (len(lengths), width)),
-        ("caption_lengths", np.int64, (len(dataset.captions),)),
-        ("caption_offsets", np.int64, (pictures + 1,)),
-    ):
-        if file[name].dtype != dtype or file[name].shape != shape:
-            raise ValueError(f"{name} is not {np.dtype(dtype)} {shape}")
-    if not _is_list_of(dataset.image_names, str):
-        raise ValueError("its pictures' names are damaged")
-    if offsets[0] != 0 or offsets[-1] != len(lengths) or (np.diff(offsets) < 0).any():
-        raise ValueError("its captions do not fit its pictures")
-    if len(lengths) and (dataset.captions.min() < 0 or lengths.min() < 3 or lengths.max() > width):
-        raise ValueError("its captions are damaged")
+    captions, lengths, offsets = dataset.captions, dataset.caption_lengths, dataset.caption_offsets
+    is_sound = (
+        images.shape == (len(dataset), 3, dataset.image_size, dataset.image_size)
+        and (images.dtype, captions.dtype) == (np.uint8, np.int32)
+        and _is_list_of(dataset.image_names, str)
+        and offsets.shape == (len(dataset) + 1,)
+        and (np.diff(offsets) >= 0).all()
+        and (offsets[0], offsets[-1]) == (0, len(lengths))
+        and captions.shape == (len(lengths), int(dataset.attributes["max_len"]) + 2)
+        and captions.min(initial=0) >= 0
+        and lengths.min(initial=3) >= 3
+        and lengths.max(initial=3) <= captions.shape[1]
+    )
+    if not is_sound:
+        raise ValueError("its parts do not fit each other")
 
 
 def _stored_list(dataset, key, is_valid):
@@ -1257,19 +1190,11 @@ def _stored_list(dataset, key, is_valid):
     return values
 
 
-_is_list_of = lambda value, kind: (
-    isinstance(value, list) and all(isinstance(v, kind) for v in value)
-)
-
-
 def _is_scene(scene):
     """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
-    return all(
-        _is_list_of(thing["box"], (int, float))
-        and len(thing["box"]) == 4
-        and _is_list_of([thing["color"], thing["shape"]], str)
-        for thing in scene["objects"]
-    )
+    things = scene["objects"]
+    are_known = all(t["color"] in SHAPE_COLORS and t["shape"] in SHAPES for t in things)
+    return are_known and all(len(t["box"]) == 4 and sum(t["box"]) >= 0 for t in things)
 
 
 # --------------------------------------------------------------------------------------- features
@@ -1321,22 +1246,16 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
         with utils.locked(lock_path(path), path, wait=True):
             if not utils.broadcast(path.exists()):
                 _write_features(path, dataset, encode, batch_size, workers)
-    return _open_features(path, len(dataset))
-
-
-def _open_features(path, count):
-    """Map a feature store of ``count`` pictures: float16 (count, n, encoder_dim)."""
     try:
         features = np.load(path, mmap_mode="c")  # copy on write: torch wants to be able to write
         size = features.offset + features.nbytes if features.flags.c_contiguous else 0
-        if size != os.path.getsize(path) or features.ndim != 3 or len(features) != count:
-            raise ValueError(f"it has not the features of {count:,} pictures")
-        if features.dtype != np.float16:
-            raise ValueError("it is not float16")
+        is_whole = size == os.path.getsize(path) and features.dtype == np.float16
+        if not is_whole or features.ndim != 3 or len(features) != len(dataset):
+            raise ValueError(f"it has not the features of {len(dataset):,} pictures in float16")
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
         what = f"the feature store {path} is damaged ({_why(error)})"
         raise UserError(f"{what}; delete it and run again") from error
-    return features
+    return features  # (N, n, encoder_dim)
 
 
 def _encoded(dataset, encode, numbers, batch_size, workers):
@@ -1357,24 +1276,25 @@ def _write_features(path, dataset, encode, batch_size, workers):
     It grows as ``.NAME.growing``, at whose end a byte for each picture says whether its features
     are there, so that a run that was stopped can be continued.
     """
+    import torch
+
     growing = path.with_name(f".{path.name}.growing")
-    numbers = np.arange(len(dataset))[utils.share(len(dataset))]
-    is_new = utils.broadcast(not growing.exists())
-    numbers = numbers if is_new else numbers[~_map_growing(growing, len(dataset))[1][numbers]]
-    parts = _encoded(dataset, encode, numbers, batch_size, workers)
-    first = list(itertools.islice(parts, 1))
-    shapes = utils.all_gather([part[1].shape[1:] for part in first])
-    if utils.is_main() and is_new:
-        shape = (len(dataset), *next(filter(None, shapes))[0])
+    if utils.is_main() and not growing.exists():
+        one = encode(torch.from_numpy(dataset.images([0])))  # (1, n, encoder_dim)
+        shape = (len(dataset), *one.shape[1:])
         utils.check_disk(path.parent, 2 * math.prod(shape))
         with utils.atomic_path(growing) as temporary:
             np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
             reserve(temporary, temporary.stat().st_size + len(dataset))
     utils.barrier()
-    features, done = _map_growing(growing, len(dataset))
+    features = np.load(growing, mmap_mode="r+")
+    done = np.memmap(growing, bool, "r+", features.offset + features.nbytes, len(dataset))
+    numbers = np.arange(len(dataset))[utils.share(len(dataset))]
+    numbers = numbers[~done[numbers]]
+    parts = _encoded(dataset, encode, numbers, batch_size, workers)
     fresh = []
 
-    def count_as_done():
+    def count_as_done():  # once they are on the disk
         features.flush()
         done[fresh] = True
         fresh.clear()
@@ -1386,7 +1306,7 @@ def _write_features(path, dataset, encode, batch_size, workers):
             count_as_done()
 
     try:  # in a thread, so that the CNN need not wait for the disk
-        collections.deque(read_ahead(store, itertools.chain(first, parts), 1), maxlen=0)
+        collections.deque(read_ahead(store, parts, 1), maxlen=0)
     finally:
         count_as_done()
         if not done[numbers].all():
@@ -1396,12 +1316,6 @@ def _write_features(path, dataset, encode, batch_size, workers):
         os.truncate(growing, features.offset + features.nbytes)
         os.replace(growing, path)
     utils.barrier()  # and the file has its name
-
-
-def _map_growing(path, count):
-    """The features of a store that grows, and which of them are there: bool (count,)."""
-    features = np.load(path, mmap_mode="r+")
-    return features, np.memmap(path, bool, "r+", features.offset + features.nbytes, count)
 
 
 def image_index(dataset):
