@@ -26,7 +26,8 @@ import utils
 from utils import UserError
 
 # loaded when first used: --help and a mistake in a flag need not wait for them
-np, torch, datasets, models = map(utils.LazyModule, ("numpy", "torch", "datasets", "models"))
+names = ("numpy", "torch", "PIL.Image", "datasets", "models")
+np, torch, Image, datasets, models = map(utils.LazyModule, names)
 
 
 def main(args):
@@ -34,30 +35,26 @@ def main(args):
     check_flags(args)
     paths = find_pictures(args.img, args.recursive)
     captioner, options = load(args)
-    drawn = options["with_alphas"]
-    read = functools.partial(read_picture, size=captioner.image_size, drawn=drawn)
-    pictures = datasets.read_ahead(read, paths, args.workers, ahead=args.batch_size)
-    results, shown, unreadable = [], [], 0
     bar = utils.progress(total=len(paths), unit="picture", disable=len(paths) <= args.batch_size)
     say = functools.partial(bar.write, file=sys.stderr if str(args.json) == "-" else sys.stdout)
+    read = functools.partial(read_picture, captioner.image_size, options["with_alphas"], bar.write)
+    pictures = datasets.read_ahead(read, paths, args.workers, ahead=args.batch_size)
+    pictures = filter(None, pictures)  # without those that cannot be read
+    results, shown = [], []
     try:
         while batch := list(itertools.islice(pictures, args.batch_size)):
-            for error in (picture[1] for picture in batch if isinstance(picture[1], UserError)):
-                bar.write(f"left out: {error}", file=sys.stderr)
-                unreadable += 1
-            if batch := [picture for picture in batch if not isinstance(picture[1], UserError)]:
-                images = np.stack([square for _, _, square in batch])  # (B, 3, S, S)
-                with utils.autocast(captioner.device, args.amp):
-                    encoder_out = captioner.encode(torch.from_numpy(images))
-                    model = [captioner.decoder], [encoder_out], captioner.word_map
-                    found = models.beam_search(*model, **options)
-                for (path, picture, _), hypotheses, out in zip(batch, found, encoder_out):
-                    results.append(report(path, hypotheses, captioner, say))
-                    if args.html:
-                        shown.append(page_entry(path, picture, captioner, hypotheses, out, args))
-                    if not args.no_plot:
-                        draw(path, picture, captioner, hypotheses[0], args, say)
-            bar.update(len(results) + unreadable - bar.n)
+            images = np.stack([square for _, _, square in batch])  # (B, 3, S, S)
+            with utils.autocast(captioner.device, args.amp):
+                encoder_out = captioner.encode(torch.from_numpy(images))
+                model = [captioner.decoder], [encoder_out], captioner.word_map
+                found = models.beam_search(*model, **options)
+            for (path, picture, _), hypotheses, out in zip(batch, found, encoder_out):
+                results.append(report(path, hypotheses, captioner, say))
+                if args.html:
+                    shown.append(page_entry(path, picture, captioner, hypotheses, out, args))
+                if not args.no_plot:
+                    draw(path, picture, captioner, hypotheses[0], args, say)
+            bar.update(len(batch))
     finally:  # what is done is kept, whatever stops the rest
         bar.close()
         if args.json and results:
@@ -68,7 +65,7 @@ def main(args):
             page = {"title": "Captions", "lead": lead, "alternatives": True, "pictures": shown}
             utils.write_page(args.html, page)
             print(f"written: {utils.printable(args.html)}", file=sys.stderr)
-    if unreadable:
+    if unreadable := len(paths) - len(results):
         print(f"{unreadable:,} of {len(paths):,} pictures could not be read", file=sys.stderr)
         sys.exit(1 if results else 2)
 
@@ -85,28 +82,18 @@ def get_args_parser():
     text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
     flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
     switch("--recursive", help="look into the sub-folders of folders too")
-    text = "checkpoint of train.py, or the folder of a run, for its best (default: the suite's own)"
-    flag("--model", type=Path, help=text)
-    text = "word map, checked against the checkpoint's own; the PyTorch tutorial's need it"
-    flag("--word_map", type=Path, help=text)
-    text = "with --consensus: folder with the data that the model was trained on"
-    flag("--data_folder", type=Path, default=Path("data"), help=text)
+    utils.add_captioning_flags(parser)
     text = "captions printed per picture, best first; at most --beam_size"
     flag("--n_best", type=utils.bounded(int, 1, 100), default=1, help=text)
     text = "pictures captioned together; lower it if memory runs out"
     flag("--batch_size", type=utils.bounded(int, 1, 65536), default=32, help=text)
-    text = "folder for the drawings"
-    flag("--output_folder", type=Path, default=Path("captions"), help=text)
+    flag("--output_folder", type=Path, default=Path("captions"), help="folder for the drawings")
     switch("--no_plot", help="draw no <picture>_attention.png, print only")
     switch("--gif", help="also draw <picture>_attention.gif, word by word")
     switch("--show", help="also open each drawing in a window, where there is a screen")
     text = "also write all captions to this file; - is standard output, with nothing else on it"
     flag("--json", type=Path, help=text)
-    text = "also write a page to look at: point at a word and see what the model looked at"
-    flag("--html", type=Path, help=text)
     switch("--force", help="let --json and --html replace a file of another kind")
-    utils.add_search_flags(parser)
-    utils.add_device_flags(parser)
     return parser
 
 
@@ -129,8 +116,6 @@ def check_flags(args):
 
 def load(args):
     """The captioner that ``--model`` names, and the options of its beam search, as a dict."""
-    if sys.stderr.isatty() and args.model:
-        print(f"loading {utils.printable(args.model)} …", file=sys.stderr)
     device = utils.pick_device(args.device)
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioner = models.load_captioner(models.run_checkpoint(args.model), device, word_map)
@@ -179,8 +164,6 @@ def find_pictures(patterns, recursive=False):
 
 def _pictures_of(folder, recursive):
     """The pictures of a folder, and what else lies in it, by kind and number."""
-    from PIL import Image
-
     Image.init()
     readable = {name for name in Image.OPEN if Image.MIME.get(name, "").startswith("image/")}
     files, skipped = [], collections.Counter()
@@ -203,26 +186,23 @@ def _is_drawing(path):
 
 
 def _matches(pattern):
-    """Files that a pattern matches; what exists by that name is no pattern, brackets and all."""
+    """Files that a pattern matches; a folder that exists is no pattern, brackets and all."""
     folder = next(parent for parent in Path(pattern).parents if parent.exists())
-    rest = str(Path(pattern).relative_to(folder))
-    for text in (rest.replace("[", "[[]"), rest):
-        names = sorted(glob.glob(text, root_dir=folder, recursive=True))
-        files = [folder / name for name in names if (folder / name).is_file()]
-        if files := [path for path in files if not _is_drawing(path)]:
-            return files
-    return []
+    names = glob.glob(str(Path(pattern).relative_to(folder)), root_dir=folder, recursive=True)
+    files = [folder / name for name in sorted(names)]
+    return [path for path in files if path.is_file() and not _is_drawing(path)]
 
 
-def read_picture(path, size, drawn=True):
-    """A picture as it is drawn, if it is, and as the model sees it, or why it cannot be read.
+def read_picture(size, drawn, say, path):
+    """A picture as it is drawn, if it is, and as the model sees it; None if it cannot be read.
 
-    :return: (path, PIL image or None, uint8 (3, size, size)) or (path, UserError)
+    :return: (path, PIL image or None, uint8 (3, size, size))
     """
     try:
         picture = datasets.open_image(path, size=size)
     except UserError as error:
-        return path, error
+        say(f"left out: {error}", file=sys.stderr)
+        return None
     square = datasets.resize_image(picture, size)
     picture.thumbnail((1024, 1024))  # many pictures wait in memory, and none is drawn larger
     return path, picture if drawn else None, square
@@ -233,17 +213,14 @@ def report(path, hypotheses, captioner, say):
 
     It has an ``image_id`` if the file is called as COCO's are: by twelve digits.
     """
-    captions = [
-        {"caption": " ".join(captioner.text(h))}
-        | {"log_prob": h.log_prob, "score": h.score, "ended": h.ended}
-        for h in hypotheses
-    ]
-    lines = [
-        "{caption}  (log-probability {log_prob:.2f}, score {score:.3f})".format(**caption)
-        for caption in captions
-    ]
-    numbered = (f"\n{i:>4}. {line}" for i, line in enumerate(lines, 1))
-    say(f"{utils.printable(path)}:{''.join(numbered) if len(lines) > 1 else f' {lines[0]}'}")
+    captions, lines = [], []
+    for h in hypotheses:
+        said = " ".join(captioner.text(h))
+        scores = {"log_prob": h.log_prob, "score": h.score, "ended": h.ended}
+        captions.append({"caption": said} | scores)
+        lines.append(f"{said}  (log-probability {h.log_prob:.2f}, score {h.score:.3f})")
+    numbered = "".join(f"\n{i:>4}. {line}" for i, line in enumerate(lines, 1))
+    say(f"{utils.printable(path)}:{numbered if len(lines) > 1 else f' {lines[0]}'}")
     number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", path.stem)
     # Linux allows names that are no text
     result = {"image": str(path).encode("utf-8", "replace").decode(), "captions": captions}
@@ -255,42 +232,35 @@ def report(path, hypotheses, captioner, say):
 
 def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
     """A picture and its captions, as ``utils.write_page`` wants them."""
-    with utils.autocast(captioner.device, args.amp):
-        likeliest = alternatives(captioner, encoder_out, hypotheses)
     captions = []
-    for hypothesis, others in zip(hypotheses, likeliest):
+    for hypothesis in hypotheses:
+        with utils.autocast(captioner.device, args.amp):
+            likely = alternatives(captioner, encoder_out, hypothesis)
         score, log_prob = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
-        scores = {"score": score, "log-probability": log_prob}
-        words = captioner.text(hypothesis)
-        captions.append(utils.page_caption(words, hypothesis, scores, others))
+        scores, words = {"score": score, "log-probability": log_prob}, captioner.text(hypothesis)
+        captions.append(utils.page_caption(words, hypothesis, scores, likely))
     return {"name": str(path), "captions": captions} | utils.page_picture(picture, 480)
 
 
-def alternatives(captioner, encoder_out, hypotheses, count=5):
-    """What a model could have said at each word of captions, after the words before it.
+def alternatives(captioner, encoder_out, hypothesis, count=5):
+    """What a model could have said at each word of a caption, after the words before it.
 
     :param encoder_out: float (n, encoder_dim), of the picture
-    :param hypotheses: list of R ``Hypothesis``
-    :return: list (captions) of lists (words) of lists of (word, probability), likeliest first
+    :return: list (words) of lists of (word, probability), likeliest first
     """
-    decoder, word_map, steps = captioner.decoder, captioner.word_map, []
-    words = [torch.tensor([word_map[datasets.START], *h.words]) for h in hypotheses]
-    words = torch.nn.utils.rnn.pad_sequence(words).to(encoder_out.device)  # (T + 1, R)
+    word_map, device = captioner.word_map, encoder_out.device
+    said = [word_map[datasets.START], *hypothesis.words, word_map[datasets.END]]
+    caption = torch.tensor([said], device=device), [len(said) - 1]
+    picture = torch.zeros(
+        1, dtype=torch.long, device=device
+    )  # that the caption is of: the only one
     with torch.no_grad():
-        context, state = decoder.init_hidden_state(encoder_out.unsqueeze(0))
-        state = tuple(s.expand(-1, len(hypotheses), -1) for s in state)  # (1, R, decoder_dim)
-        for previous in words[:-1]:
-            scores, _, state = decoder.step(previous.unsqueeze(0), state, context)
-            probabilities = scores[0].softmax(dim=1)  # (R, vocab_size)
-            probabilities[:, datasets.special_tokens(word_map)] = 0  # which are never said
-            steps.append(probabilities.topk(min(count, len(word_map))))
-    return [
-        [
-            [(captioner.words[i], round(p, 4)) for p, i in zip(*(x[row].tolist() for x in step))]
-            for step in steps[: len(hypothesis.words)]
-        ]
-        for row, hypothesis in enumerate(hypotheses)
-    ]
+        scores = captioner.decoder(encoder_out.unsqueeze(0), *caption, picture).scores
+    probabilities = scores.softmax(dim=1)  # (num_words + 1, vocab_size), the last of the end
+    probabilities[:, datasets.special_tokens(word_map)] = 0  # which are never said
+    best = probabilities[:-1].topk(min(count, len(word_map)))  # (num_words, count)
+    pairs = zip(best.values.tolist(), best.indices.tolist())
+    return [[(captioner.words[i], round(p, 4)) for p, i in zip(*pair)] for pair in pairs]
 
 
 # ---------------------------------------------------------------- draw
@@ -326,8 +296,6 @@ def sheet_path(path, folder):
 
     :return: (path of the PNG file, digest of the picture's path, which the file keeps)
     """
-    from PIL import Image
-
     source = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
     stem = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in path.stem)
     stem = stem.encode()[:200].decode(errors="ignore")  # names of files end at 255 bytes
@@ -462,7 +430,7 @@ def _page(panels, columns, caption, note, fonts):
 
 def show(png):
     """Open a window with the sheet, or say why there is none."""
-    from PIL import Image, ImageShow
+    from PIL import ImageShow
 
     screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     with Image.open(png) as sheet:

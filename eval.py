@@ -11,7 +11,6 @@ import difflib
 import functools
 import itertools
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -82,31 +81,19 @@ def get_args_parser():
         description="Caption the pictures of a split and score the captions.",
         examples=__doc__.partition("\n\n")[2].strip(),
     )
+    utils.add_captioning_flags(parser, several=True)
     flag = parser.add_argument
-    text = (
-        "checkpoint of train.py, or the folder of a run, for its best; several vote as an ensemble "
-        "(default: the suite's own)"
-    )
-    flag("--model", type=Path, nargs="+", help=text)
-    text = "several models do not vote: each is scored by itself, side by side"
+    text = "several models do not vote as an ensemble: each is scored by itself, side by side"
     flag("--compare", action="store_true", help=text)
     text = "score, and save as this, the mean of models of which one was trained from another"
     flag("--average", type=Path, help=text)
     text = "score, and save as this, the model (or the mean) as a small file to give to others"
     flag("--export", type=Path, help=text)
-    text = "the model's own word map: for checkpoints of the PyTorch tutorial, or data of others"
-    flag("--word_map", type=Path, help=text)
-    text = "folder with the files that create_input_files.py wrote"
-    flag("--data_folder", type=Path, default=Path("data"), help=text)
-    flag("--data_name", help="their common name (default: what the checkpoint was trained on)")
+    flag("--data_name", help="the data's name (default: what the checkpoint was trained on)")
     text = "which pictures; choose models on val, report on test"
     flag("--split", choices=("train", "val", "test"), default="test", help=text)
     text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
     flag("--output_folder", type=Path, help=text)
-    text = "also write a page to look at: figures, and each picture with its captions and scores"
-    flag("--html", type=Path, help=text)
-    utils.add_search_flags(parser, several=True)
-    utils.add_device_flags(parser)
     return parser
 
 
@@ -158,9 +145,9 @@ def load(args, device):
 
     if args.average and utils.is_main():
         first.config["init_from"] = " ".join(map(str, paths))
-        parts = {"encoder": first.encoder.state_dict(), "decoder": first.decoder.state_dict()}
-        kept = {"config": first.config, "word_map": first.word_map, "history": []} | parts
-        models.save_checkpoint(args.average, kept)
+        mean = {"config": first.config, "word_map": first.word_map, "history": []}
+        mean |= {part: getattr(first, part).state_dict() for part in ("encoder", "decoder")}
+        models.save_checkpoint(args.average, mean)
     if args.export:
         if utils.is_main():
             models.export_captioner(first, args.export)
@@ -198,13 +185,11 @@ def name_files(args, name, paths):
     known = utils.broadcast(not metrics.exists() or utils.read_json(metrics).get("models"))
     if known not in (True, made_by["models"]):
         raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
-    captions = {k: datasets.captions_path(folder, name, args.split, k) for k in args.beam_size}
+    columns = [(k, name, k) for k in args.beam_size]
     if args.compare:  # the models by number, as their names may be paths
-        (k,), numbered = args.beam_size, enumerate(map(str, args.model), 1)
-        captions = {
-            model: datasets.captions_path(folder, f"{name}_{number}", args.split, k)
-            for number, model in numbered
-        }
+        numbered = enumerate(map(str, args.model), 1)
+        columns = [(model, f"{name}_{i}", args.beam_size[0]) for i, model in numbered]
+    captions = {c: datasets.captions_path(folder, n, args.split, k) for c, n, k in columns}
     return {"captions": captions, "metrics": metrics, "made by": made_by}
 
 
@@ -250,8 +235,7 @@ def report(args, data, files, rows, said):
     print(f"\n{lead}, {len(data):,} pictures")
     print_table(heading, *table)
     if next(iter(rows.values()))["METEOR"] is None:
-        java = "a Java that works" if shutil.which("java") else "Java, which is not installed here"
-        print(f"METEOR left out: it needs {java}")
+        print("METEOR left out: it needs a Java that works (see java -version)")
     if len(data) == 1:
         print("CIDEr left out: of a single picture it is always 0")
     if None in data.image_ids:
@@ -298,18 +282,19 @@ GROUPS = {  # by the first figure of each
     "BLEU-1": "metrics, 0-100",
     "words per caption": "variety",
     "count": "scenes, %",
-    "places": "gaze of content words",
+    "num_pixels": "gaze of content words",
     "ms per picture": "search",
 }
 PERCENT = ("distinct captions", "commonest caption", "repeats itself", "colours agreed",
            "numbers agreed")  # fmt: skip
 LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JSON file's
     "words used": "different words",
-    "pointing": "pointing (chance {by chance})",
-    "places": "places of {num_pixels}",
+    "by chance": "pointing by chance",
+    "num_pixels": "places of the grid",
     "function places": "of function words",
     "peak": "largest weight, mean",
     "fall": "fall by deletion, nats",
+    "random fall": "by random deletion, nats",
     "deletion ratio": "against random deletion",
 }
 
@@ -320,16 +305,13 @@ def make_table(columns):
     :param columns: dict of dicts: label to name to figure
     :return: (labels, groups): list; dict of lists: title to rows, which are a label and the cells
     """
-    first, groups = next(iter(columns.values())), {}
-    facts = {key: f"{v:.1f}" if isinstance(v, float) else v or "-" for key, v in first.items()}
-    for name in first:
-        if name in ("by chance", "num_pixels", "random fall"):
-            continue
+    groups = {}
+    for name in next(iter(columns.values())):
         if name in GROUPS:
             rows = groups.setdefault(GROUPS[name], [])
         values = (column.get(name) for column in columns.values())
         cells = ["-" if v is None else format(v, "," if type(v) is int else ".2f") for v in values]
-        rows.append([LABELS.get(name, name).format_map(facts), *cells])
+        rows.append([LABELS.get(name, name), *cells])
     return list(map(str, columns)), groups
 
 
@@ -535,10 +517,9 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         with torch.no_grad():
             for name, values in _gaze_of(captioner, images, spoken, generator).items():
                 found[name].append(values.cpu())
-    means = {name: torch.cat(values).mean().item() for name, values in found.items()}
+    means = {"num_pixels": captioner.decoder.encoded_image_size**2 or features.shape[1]}
+    means |= {name: torch.cat(values).mean().item() for name, values in found.items()}
     means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
-    if rows:
-        means["num_pixels"] = int(means["num_pixels"])
     if means.get("random fall", 0) > 0:
         means["deletion ratio"] = means["fall"] / means["random fall"]
     return means
@@ -549,8 +530,7 @@ def _gaze_of(captioner, images, spoken, generator):
     functional, decoder = torch.nn.functional, captioner.decoder
     row = torch.repeat_interleave(torch.tensor([len(words) for words in spoken]))
     step = torch.cat([torch.arange(len(words)) for words in spoken])
-    content = [captioner.words[word] not in FUNCTION_WORDS for word in torch.cat(spoken)]
-    content = torch.tensor(content)
+    content = torch.tensor([captioner.words[i] not in FUNCTION_WORDS for i in torch.cat(spoken)])
     spoken = torch.nn.utils.rnn.pad_sequence(spoken, batch_first=True).to(images.device)  # (B, T)
     inputs = functional.pad(spoken, (1, 0), value=captioner.word_map[datasets.START])
     context, state = decoder.init_hidden_state(images)
@@ -563,7 +543,6 @@ def _gaze_of(captioner, images, spoken, generator):
     alphas = torch.stack(alphas, dim=1).float()  # (B, T, num_pixels)
     places = torch.special.entr(alphas).sum(dim=2).exp()[row, step]
     found = {"places": places[content], "function places": places[~content]}
-    found["num_pixels"] = torch.tensor([float(alphas.shape[2])])
     row, step = row[content], step[content]
     if not len(row):
         return found

@@ -948,7 +948,7 @@ def get_args_parser():
     add("--init_from", type=Path, metavar="CHECKPOINT", help=text)
     text = "save every so many updates too, for long epochs; 0: after epochs, and when stopped"
     add("--checkpoint_every", type=whole, default=0, help=text)
-    utils.add_search_flags(parser, consensus=False)
+    utils.add_search_flags(parser)
     utils.add_device_flags(parser)
     return parser
 

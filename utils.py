@@ -55,6 +55,12 @@ class LazyModule:
         return getattr(importlib.import_module(self._name), name)
 
 
+names = ("torch", "tqdm", "psutil", "numpy", "PIL.Image")
+torch, tqdm, psutil, np, Image = map(LazyModule, names)
+names = ("difflib", "fcntl", "resource", "shlex", "subprocess")
+difflib, fcntl, resource, shlex, subprocess = map(LazyModule, names)
+
+
 def printable(text):
     """A text as one line that any terminal can show: names of files may hold line breaks."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
@@ -126,22 +132,30 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
 
     def _as_declared(self, arg):
-        import difflib
-
         name, equals, value = arg.partition("=")
         if re.match("--.", name):
             name, known = "--" + name[2:].replace("-", "_"), self._option_string_actions
             if not any(flag.startswith(name) for flag in known):
-                near = difflib.get_close_matches(name.lower(), known, 1)
-                hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
-                self.error(f"unknown flag {name}; {hint}")
+                hint = did_you_mean(name, known) or "; --help lists all flags"
+                self.error(f"unknown flag {name}{hint}")
         elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):
             self.error(f"{arg}: flags begin with two hyphens; write a file of that name ./{arg}")
         return name + equals + value
 
+    def _check_value(self, action, value):
+        if action.choices and value not in action.choices:
+            expected = f"expected {', '.join(action.choices)}{did_you_mean(value, action.choices)}"
+            raise argparse.ArgumentError(action, f"{value}: {expected}")
+
     def error(self, message):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def did_you_mean(name, known):
+    """A hint for the end of an error, if one of the known names is near."""
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -182,16 +196,16 @@ def add_device_flags(parser):
     add("--workers", type=bounded(int, 1, 256), default=min(8, available_cores()), help=text)
 
 
-def add_search_flags(parser, several=False, consensus=True):
-    """Flags of every script that utters captions; ``several``: --beam_size takes several values."""
+def add_search_flags(parser, several=False):
+    """Flags of every script that utters captions; ``several``: --beam_size takes several values.
+
+    :return: function that adds flags to the same group
+    """
     add = parser.add_argument_group("beam search").add_argument
     text = "hypotheses kept per picture; 1 is greedy (default: 5)"
-    size, options = bounded(int, 1, 100), {"nargs": "+", "default": [5]} if several else {}
-    add("--beam_size", **{"type": size, "default": 5, "help": text, **options})
-    text = (
-        "captions are ranked by log-probability / length^this; raise it if they are too short; "
-        "0 is plain beam search"
-    )
+    size, several = bounded(int, 1, 100), {"nargs": "+", "default": [5]} if several else {}
+    add("--beam_size", **{"type": size, "default": 5, "help": text, **several})
+    text = "rank by log-probability / length^this: raise it if captions are too short; 0 is plain"
     add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
     text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
     add("--sample_location", action="store_true", help=text)
@@ -199,13 +213,28 @@ def add_search_flags(parser, several=False, consensus=True):
     add("--no_repeat", action="store_true", help=text)
     text = "longest caption, in words"
     add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
-    if consensus:
-        text = (
-            "among the captions of the beam prefer what people said of similar training pictures: "
-            "add this x their CIDEr-D to the score (Mao et al. 2015); 0 is off, 0.8 with "
-            "--beam_size 20 --length_penalty 1 does well; needs the training data in --data_folder"
-        )
-        add("--consensus", type=bounded(float, 0, 1000), default=0.0, metavar="WEIGHT", help=text)
+    return add
+
+
+def add_captioning_flags(parser, several=False):
+    """Flags of the scripts that caption with a trained model; ``several``: or with more of them."""
+    add = parser.add_argument
+    text = "checkpoint of train.py, or the folder of a run, for its best (default: the suite's own)"
+    add("--model", type=Path, nargs="+" if several else None, help=text)
+    text = "the model's own word map; checkpoints of the PyTorch tutorial need it"
+    add("--word_map", type=Path, help=text)
+    text = "folder with the files that create_input_files.py wrote"
+    add("--data_folder", type=Path, default=Path("data"), help=text)
+    text = "also write a page to look at: point at a word and see where the model looked"
+    add("--html", type=Path, help=text)
+    text = (
+        "among the captions of the beam prefer what people said of similar training pictures: add "
+        "this x their CIDEr-D to the score (Mao et al. 2015); 0 is off, 0.8 with --beam_size 20 "
+        "--length_penalty 1 does well; needs the training data in --data_folder"
+    )
+    add = add_search_flags(parser, several)
+    add("--consensus", type=bounded(float, 0, 1000), default=0.0, metavar="WEIGHT", help=text)
+    add_device_flags(parser)
 
 
 def search_options(args):
@@ -279,9 +308,7 @@ def processes(device_name):
     :return: context manager that yields this process's torch device
     :raises UserError: if there are fewer GPUs than processes
     """
-    import torch
-    from torch import distributed
-
+    distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield pick_device(device_name)
         return
@@ -294,10 +321,7 @@ def processes(device_name):
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=number, world_size=size)
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(sys.stdout if is_main() else nowhere),
-    ):
+    with contextlib.redirect_stdout(sys.stdout if is_main() else io.StringIO()):
         yield device
     distributed.destroy_process_group()
 
@@ -375,8 +399,6 @@ def locked(path, what, wait=False):
     :param what: what is locked, for messages
     :param wait: wait for another process that holds it, instead of raising UserError
     """
-    from fcntl import LOCK_EX, LOCK_NB, flock
-
     if not is_main():  # the first process of a run holds it for all
         yield
         return
@@ -386,13 +408,13 @@ def locked(path, what, wait=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             try:
-                precaution("locks", flock, file, LOCK_EX | LOCK_NB)
+                precaution("locks", fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if not wait:
                     message = f"{what} is being written by another run"
                     raise UserError(f"{message}; wait for it, or choose another folder") from error
                 print(f"waiting for another run, which is writing {what}", file=sys.stderr)
-                flock(file, LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX)
             if not (path.exists() and os.path.samefile(path, file.fileno())):
                 continue  # who held it has removed it
             try:
@@ -510,9 +532,6 @@ def page_picture(image, side):
     :param image: PIL image or uint8 (height, width, 3)
     :param side: its longer side in pixels; a smaller picture keeps its size
     """
-    import numpy as np
-    from PIL import Image
-
     small, file = Image.fromarray(np.asarray(image)), io.BytesIO()
     small.thumbnail((side, side))
     small.save(file, "JPEG", quality=80)
@@ -555,8 +574,6 @@ def read_json(path):
 
 def check_disk(folder, size):
     """:raises UserError: if ``size`` bytes cannot be written to a folder, which need not exist"""
-    from tqdm import tqdm
-
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
@@ -565,7 +582,7 @@ def check_disk(folder, size):
         raise UserError(f"cannot write {folder}: you may not; choose another folder")
     disk = shutil.disk_usage(there)
     if disk.total and disk.free < size:  # some file systems say that they have 0 bytes in all
-        free, needed = (tqdm.format_sizeof(value, "B") for value in (disk.free, size))
+        free, needed = (tqdm.tqdm.format_sizeof(value, "B") for value in (disk.free, size))
         raise UserError(
             f"{folder} needs {needed}, but its disk has {free} free; make room or choose another"
         )
@@ -583,8 +600,6 @@ def _own_cores():
 
 def busy_cores(seconds=0.1):
     """How many of its cores others keep busy (float), measured while this process sleeps."""
-    import psutil
-
     try:
         percent = psutil.cpu_percent(interval=seconds, percpu=True)
         return sum(percent[core] for core in _own_cores()) / 100
@@ -614,8 +629,6 @@ def _device_name(name):
 
 def pick_device(name):
     """The torch device of a name, made the current one; raises UserError if it is not here."""
-    import torch
-
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -634,29 +647,19 @@ def pick_device(name):
 
 def autocast(device, enabled):
     """Context in which matrix products are done in bfloat16 (--amp), if it is enabled."""
-    import torch
-
     return torch.autocast(device.type, torch.bfloat16, enabled)
 
 
 def set_seed(*numbers):
     """Seed torch's generators from several non-negative ints, such as seed and update."""
-    import torch
-
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big"))
 
 
 def describe_machine(device):
     """Revision, versions and device in one line, so that a log says what it ran on."""
-    import subprocess
-
-    import torch
-
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    revision, name = "unknown", f"threads: {torch.get_num_threads()}"
-    with contextlib.suppress(OSError):  # git is not installed
-        git = subprocess.run(command, capture_output=True, text=True, check=False)
-        revision = git.stdout.strip() or revision
+    folder, name = shlex.quote(str(Path(__file__).parent)), f"threads: {torch.get_num_threads()}"
+    status, output = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    revision = "unknown" if status else output  # of a copy without git, too
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif policy := os.environ.get("OMP_WAIT_POLICY"):
@@ -669,10 +672,6 @@ def describe_machine(device):
 
 def peak_memory_gb(device):
     """Most memory held so far, in GB: a GPU's tensors, or this process with the files it maps."""
-    import resource
-
-    import torch
-
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -681,13 +680,11 @@ def peak_memory_gb(device):
 
 def progress(iterable=None, **options):
     """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
-    from tqdm import tqdm
-
     look = {"dynamic_ncols": True}
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         layout = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n"
         look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": layout}
-    return tqdm(iterable, **{"disable": not is_main(), **look, **options})
+    return tqdm.tqdm(iterable, **{"disable": not is_main(), **look, **options})
 
 
 def score_captions(references, hypotheses, meteor=False, each=False):
@@ -772,7 +769,8 @@ class CiderD:
         for captions in references:
             frequency.update(set().union(*(self._ngrams(words, end) for words in captions)))
         self.log_frequency = {ngram: math.log(n) for ngram, n in frequency.items()}
-        self.weighed = {}  # by picture, when it is first asked for: a consensus asks for few
+        # when a picture is first asked for: a consensus asks for few
+        self.weighed = functools.cache(lambda i: [self._weigh(said, end) for said in references[i]])
 
     def _ngrams(self, words, end):
         words = [*words, end] if end else words
@@ -781,13 +779,11 @@ class CiderD:
 
     def _weigh(self, words, end):
         """Dict n-gram -> (tf-idf, the same over the norm of all n-grams of its length); length."""
-        vector, squares = {}, [0.0] * 4
+        weights, squares = {}, [0.0] * 4
         for ngram, count in self._ngrams(words, end).items():
-            weight = count * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
-            if weight:
-                vector[ngram] = weight
-                squares[len(ngram) - 1] += weight**2
-        vector = {g: (weight, weight / squares[len(g) - 1] ** 0.5) for g, weight in vector.items()}
+            weights[ngram] = count * (self.log_pictures - self.log_frequency.get(ngram, 0.0))
+            squares[len(ngram) - 1] += weights[ngram] ** 2
+        vector = {g: (w, w / squares[len(g) - 1] ** 0.5) for g, w in weights.items() if w}
         return vector, len(words) + bool(end)
 
     def __call__(self, picture, words, ended=True):
@@ -796,16 +792,13 @@ class CiderD:
         :param picture: its number in the references
         :param ended: whether the caption ended by itself, and was not cut off
         """
-        captions = self.references[picture]
-        if picture not in self.weighed:
-            self.weighed[picture] = [self._weigh(said, self.end) for said in captions]
         vector, length = self._weigh(words, self.end if ended else None)
         total = 0.0
-        for other, other_length in self.weighed[picture]:
+        for other, other_length in self.weighed(picture):
             cosine = sum(
                 unit * other[ngram][1] * min(1.0, other[ngram][0] / weight)
                 for ngram, (weight, unit) in vector.items()
                 if ngram in other
             )
             total += cosine * math.exp(-((length - other_length) ** 2) / 72)  # sigma = 6
-        return 10 * total / 4 / len(captions)
+        return 10 * total / 4 / len(self.references[picture])

@@ -316,7 +316,8 @@ def parser():
         ("--dropout 7", "--dropout 7: expected a value from -1 to 1"),
         ("--dropout=-1.5e0", "--dropout -1.5e0: expected a value from -1 to 1"),
         ("--dropout", "--dropout expected one argument"),
-        ("--split tests", "--split invalid choice: 'tests' (choose from 'val', 'test')"),
+        ("--split tset", "--split tset: expected val, test; did you mean test?"),
+        ("--split 7", "--split 7: expected val, test"),
         (
             "--img -a.jpg",
             "-a.jpg: flags begin with two hyphens; write a file of that name ./-a.jpg",
