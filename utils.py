@@ -4,6 +4,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -614,6 +615,11 @@ def prepare_process():
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
+    # what an update frees serves the next one; glibc would give it back and get it anew by pages
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     # threads that spin while they wait take the cores that their own partners are waiting for

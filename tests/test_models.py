@@ -948,6 +948,33 @@ def test_self_critical_loss_favours_what_beat_the_baseline():
     torch.testing.assert_close(nll, -log_probs[real].mean())
 
 
+@pytest.mark.parametrize("side", [3, 2])
+def test_attention_teacher_is_a_plain_loop_over_words_and_places(side):
+    teacher, encoder_out = models.AttentionTeacher(6, 10), features(side=side)
+    alphas = torch.randn(4, 6, 9).softmax(2)  # of a grid of 3 x 3
+    pool = models.pooling_matrix(side, 3) if side != 3 else torch.eye(9)
+    expected = 0
+    for row, length in enumerate(LENGTHS):
+        guesses = []
+        for previous, target in itertools.pairwise(CAPTIONS[row, : length + 1]):
+            seen = teacher.place_words(encoder_out[PICTURES[row]]).softmax(1)  # (n, words)
+            both = seen * teacher.next_words(previous).softmax(0)
+            guesses.append(both[:, target] / both.sum(1))
+        guesses.append(torch.ones(side**2))  # after <end>
+        for step in range(length):
+            likelihood = alphas[row, step] @ pool * guesses[step] * guesses[step + 1].sqrt()
+            expected = expected - likelihood.sum().log()
+    torch.testing.assert_close(teacher(encoder_out, alphas, CAPTIONS, PICTURES), expected)
+
+
+def test_words_that_follow_from_language_alone_draw_attention_nowhere():
+    teacher, alphas = models.AttentionTeacher(6, 10), torch.randn(4, 6, 9).softmax(2)
+    nothing_seen = features()[:, :1].expand(-1, 9, -1)  # the same at every place
+    moved = alphas.roll(1, dims=2)
+    loss, after = (teacher(nothing_seen, a, CAPTIONS, PICTURES) for a in (alphas, moved))
+    torch.testing.assert_close(loss, after)
+
+
 # ------------------------------------------------------------------------------- scheduled sampling
 
 

@@ -1,0 +1,121 @@
+"""What models know of the pictures, for the comparison of encoders in docs/results.md.
+
+    python docs/knowledge.py --runs runs/resnet50-seed0 runs/vgg19-seed0
+
+For each run (an output folder of train.py in which eval.py has captioned the test split) two things
+are measured. The captions: of the people, animals, colours, numbers and actions that they name, the
+share that at least one of the picture's references names, too, and how often they name any. The
+features: a linear probe, ridge regression from the picture's mean feature to each of the twenty
+commonest nouns (named by at least two of its captions), fitted on the training split; its average
+precision on the test split shows how plainly the frozen CNN's features tell what is there.
+"""
+
+import argparse
+import collections
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import datasets
+import eval as evaluation
+import models
+import utils
+
+PEOPLE = """man men woman women boy boys girl girls child children baby lady guy person people
+    player players kid kids toddler crowd"""
+ANIMALS = "dog dogs puppy horse horses bird birds cat animal animals cow"
+KINDS = {
+    "people": PEOPLE.split(),
+    "animals": ANIMALS.split(),
+    "colours": evaluation.COLOR_WORDS,
+    "numbers": evaluation.NUMERALS,
+}
+NOT_ACTIONS = """building ceiling clothing evening king morning painting railing ring sling
+    something spring string swing thing wedding wing"""
+NOUNS = """man dog boy woman girl people water shirt grass child snow beach ball street field
+    mountain bike pool rock tree wall horse car"""
+
+
+def is_kind(kind, word):
+    if kind == "actions":  # in these captions nearly all verbs are participles: "is running"
+        return bool(re.fullmatch(r"\w{2,}ing", word)) and word not in NOT_ACTIONS.split()
+    return word in KINDS[kind]
+
+
+def score_captions(references, captions):
+    """Dict: for each kind of word (share of those named that are right, named per 100 captions)."""
+    known = [set().union(*described) for described in references]
+    found = {}
+    for kind in (*KINDS, "actions"):
+        hits = [
+            w in said for said, words in zip(known, captions) for w in words if is_kind(kind, w)
+        ]
+        found[kind] = 100 * np.mean(hits), 100 * len(hits) / len(captions)
+    return found
+
+
+def labels(data, nouns):
+    """Which nouns at least two of a picture's captions name: bool (N, nouns)."""
+    counts = (collections.Counter(w for c in said for w in set(c)) for said in data.references)
+    return np.array([[count[noun] >= 2 for noun in nouns] for count in counts])
+
+
+def average_precision(scores, truth):
+    """Mean of the precision at each true item, the highest score first."""
+    truth = truth[np.argsort(-scores, kind="stable")]
+    return (truth.cumsum() / np.arange(1, len(truth) + 1))[truth].mean()
+
+
+def probe(features, truth, strength=1e-2):
+    """Average precision, in percent, of ridge regression from features to nouns.
+
+    :param features: float32 arrays (N, encoder_dim) of the training and of the test split
+    :param truth: bool arrays (N, nouns) of the same
+    :param strength: of the penalty, as a share of the features' variance
+    """
+    center, spread = features[0].mean(axis=0), features[0].std(axis=0) + 1e-6
+    x, x_test = ((f - center) / spread for f in features)
+    gram = x.T @ x + strength * len(x) * np.eye(x.shape[1], dtype=np.float32)
+    weights = np.linalg.solve(gram, x.T @ (truth[0] - truth[0].mean(axis=0)))
+    scores = x_test @ weights
+    return 100 * np.array([average_precision(s, t) for s, t in zip(scores.T, truth[1].T)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data_folder", type=Path, default=Path("data"))
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    args = parser.parse_args()
+    probes = {}
+    print("| run | probe | " + " | ".join((*KINDS, "actions")) + " |")
+    for run in args.runs:
+        captioner = models.load_captioner(models.run_checkpoint(run))
+        name = captioner.config["data_name"]
+        train, test = (
+            datasets.CaptionDataset(datasets.split_path(args.data_folder, split, name))
+            for split in ("train", "test")
+        )
+        if captioner.config["encoder"] not in probes:
+            counts = labels(train, NOUNS.split()).sum(axis=0)
+            nouns = [NOUNS.split()[i] for i in np.argsort(-counts, kind="stable")[:20]]
+            with utils.autocast(captioner.device, captioner.config["amp"]):  # its feature stores
+                means = [
+                    models.mean_features(data, captioner, args.data_folder, workers=2)
+                    for data in (train, test)
+                ]
+            truth = [labels(data, nouns) for data in (train, test)]
+            probes[captioner.config["encoder"]] = probe(means, truth).mean()
+        path = datasets.captions_path(run, name, "test", 5)
+        captions = [row["caption"].split() for row in json.loads(path.read_text("utf-8"))]
+        found = score_captions(test.references, captions)
+        cells = [f"{right:.1f} ({often:.0f})" for right, often in found.values()]
+        print(f"| {run.name} | {probes[captioner.config['encoder']]:.1f} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
