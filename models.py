@@ -865,8 +865,8 @@ class AttentionTeacher(nn.Module):
 
     A place's guess is the product of two distributions, made one again (Hinton 2002): of the words
     that its own feature shows, and of those that follow the word before, in any picture. So words
-    that follow from language alone draw attention nowhere. The guess at the word after the next
-    counts half: "red" and "circle" are then read at the same place, which is on the circle.
+    that follow from language alone draw attention nowhere. The guesses at the words before and
+    after count half: "red" and "circle" are then read at one place, which is on the circle.
     """
 
     def __init__(self, encoder_dim, vocab_size):
@@ -896,7 +896,8 @@ class AttentionTeacher(nn.Module):
         of_word = of_word * usual.gather(2, targets.unsqueeze(2))  # (B, steps, n)
         guesses = of_word.clamp_min(1e-20).log() - total.float().clamp_min(1e-20).log()
         guesses = guesses.masked_fill((targets == PAD_ID).unsqueeze(2), 0)  # (B, steps, n)
-        guesses = guesses + 0.5 * F.pad(guesses[:, 1:], (0, 0, 0, 1))
+        around = F.pad(guesses, (0, 0, 1, 1))  # (B, steps + 2, n)
+        guesses = guesses + 0.5 * (around[:, :-2] + around[:, 2:])  # (B, steps, n)
         log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)  # (B, steps)
         return -(log_likelihood * (targets != PAD_ID)).sum()
 

@@ -288,7 +288,7 @@ def section_encoders(device, args):
     """What each encoder costs at 256 x 256: of the part that is used."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    count = 256 if device.type == "cuda" else 8
+    count = 16 * args.images if device.type == "cuda" else 8
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
     print("encoder: M parameters, grid, channels, GFLOP; images/s in float32, bfloat16, fine-tuned")
     for name in ("resnet18", "resnet50", "resnet101", "vgg16", *models.EFFICIENTNETS):

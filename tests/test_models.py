@@ -955,14 +955,15 @@ def test_attention_teacher_is_a_plain_loop_over_words_and_places(side):
     pool = models.pooling_matrix(side, 3) if side != 3 else torch.eye(9)
     expected = 0
     for row, length in enumerate(LENGTHS):
-        guesses = []
+        guesses = [torch.ones(side**2)]  # before the first word, and after <end>
         for previous, target in itertools.pairwise(CAPTIONS[row, : length + 1]):
             seen = teacher.place_words(encoder_out[PICTURES[row]]).softmax(1)  # (n, words)
             both = seen * teacher.next_words(previous).softmax(0)
             guesses.append(both[:, target] / both.sum(1))
-        guesses.append(torch.ones(side**2))  # after <end>
+        guesses.append(guesses[0])
         for step in range(length):
-            likelihood = alphas[row, step] @ pool * guesses[step] * guesses[step + 1].sqrt()
+            before, now, after = guesses[step : step + 3]
+            likelihood = alphas[row, step] @ pool * now * (before * after).sqrt()
             expected = expected - likelihood.sum().log()
     torch.testing.assert_close(teacher(encoder_out, alphas, CAPTIONS, PICTURES), expected)
 
