@@ -251,11 +251,9 @@ def alternatives(captioner, encoder_out, hypothesis, count=5):
     word_map, device = captioner.word_map, encoder_out.device
     said = [word_map[datasets.START], *hypothesis.words, word_map[datasets.END]]
     caption = torch.tensor([said], device=device), [len(said) - 1]
-    picture = torch.zeros(
-        1, dtype=torch.long, device=device
-    )  # that the caption is of: the only one
+    only = torch.zeros(1, dtype=torch.long, device=device)  # the one picture of the caption
     with torch.no_grad():
-        scores = captioner.decoder(encoder_out.unsqueeze(0), *caption, picture).scores
+        scores = captioner.decoder(encoder_out.unsqueeze(0), *caption, only).scores
     probabilities = scores.softmax(dim=1)  # (num_words + 1, vocab_size), the last of the end
     probabilities[:, datasets.special_tokens(word_map)] = 0  # which are never said
     best = probabilities[:-1].topk(min(count, len(word_map)))  # (num_words, count)

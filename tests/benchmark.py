@@ -312,6 +312,9 @@ def section_encoders(device, args):
             + "".join(f"{rate:>10.1f}" for rate in rates),
             flush=True,
         )
+        del encoder, encode
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def section_caption(device, args):

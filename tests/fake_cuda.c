@@ -152,12 +152,15 @@ static size_t room_of(const void *address) { return (size_t)((char *)address - r
 static cudaError_t take(void **address, size_t size, int room, const char *what) {
   if (unsafe(what)) return last_error;
   if (size > ROOM - used[room] || (room != HOST && capture.stream && full("capture"))) return error(cudaErrorMemoryAllocation);
-  size_t start = __atomic_fetch_add(&used[room], (size + 511) / 512 * 512, __ATOMIC_RELAXED); /* never given out again */
-  return *address = rooms + room * ROOM + start, cudaSuccess;
+  size_t start = __atomic_fetch_add(&used[room], (size + 1023) / 512 * 512, __ATOMIC_RELAXED); /* never given out again */
+  return *address = rooms + room * ROOM + start + 512, ((size_t *)*address)[-1] = size, cudaSuccess;
 }
 cudaError_t cudaMalloc(void **address, size_t size) { return take(address, size, current, "cudaMalloc"); }
 cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) { return take(address, size, HOST, "pinning"); }
-cudaError_t cudaFree(void *address) { return unsafe("cudaFree"); }
+cudaError_t cudaFree(void *address) { /* gives back the pages, not the addresses */
+  size_t size = address ? ((size_t *)address)[-1] & -4096 : 0;
+  return size > 4096 && madvise((void *)(((size_t)address + 4095) & -4096), size - 4096, MADV_DONTNEED), unsafe("cudaFree");
+}
 cudaError_t cudaFreeHost(void *address) { return unsafe("cudaFreeHost"); }
 cudaError_t cudaMemGetInfo(size_t *free, size_t *all) { return *all = ROOM, *free = ROOM - used[current], open_card(current); }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *address) {

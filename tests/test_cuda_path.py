@@ -108,9 +108,6 @@ def test_the_benchmark_runs_to_its_end(sections, made_up):
     python(made_up | {"FAKE_CUDA_LARGEST": largest}, "tests/benchmark.py", *flags)
 
 
-# ------------------------------------------------------------------------------ on the made-up card
-
-
 def learn(data, folder, *flags):
     """Train; return the records of the epochs. Nothing may be refused."""
     refusals = fake_cuda.counter("refusals")
