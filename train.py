@@ -837,7 +837,7 @@ MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
     "encoder_weights", "init_from", "embeddings", "checkpoint_every", "tensorboard",
 )  # fmt: skip
-FOCUS = {"grounding": 0.3, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
+FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {
@@ -845,7 +845,7 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
         "attention_dim": 256, "embed_dim": 128, "epochs": 5, "batch_size": 16,
         "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS,
+        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS, "grounding": 0.3,
     },
     "focus": FOCUS,
 }  # fmt: skip
