@@ -845,7 +845,8 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
         "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
         "attention_dim": 256, "embed_dim": 128, "epochs": 5, "batch_size": 16,
         "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS, "grounding": 0.3,
+        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS,
+        "grounding": 0.3,
     },
     "focus": FOCUS,
 }  # fmt: skip
