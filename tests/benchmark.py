@@ -455,6 +455,7 @@ def main():
     text = "images of five captions per training step (default: 16)"
     parser.add_argument("--images", type=int, default=16, help=text)
     args = parser.parse_args()
+    utils.prepare_process()
     device = utils.pick_device(args.device)
     allow_tf32(True)
     print(utils.describe_machine(device))
