@@ -55,7 +55,7 @@ def score_captions(references, captions):
         hits = [
             w in said for said, words in zip(known, captions) for w in words if is_kind(kind, w)
         ]
-        found[kind] = 100 * np.mean(hits), 100 * len(hits) / len(captions)
+        found[kind] = 100 * sum(hits) / max(1, len(hits)), 100 * len(hits) / len(captions)
     return found
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import datasets
@@ -14,9 +15,17 @@ import models
 import utils
 
 ROOT = Path(utils.__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("report", ROOT / "docs" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+
+
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, knowledge = map(script, ("report", "knowledge"))
 TEXTS = ["docs/runs.json", *report.PAGES]
 
 
@@ -120,3 +129,23 @@ def test_a_figure_has_no_digit_that_its_spread_makes_worthless():
         report.cell([0.20, 0.22], 3) == "0.21\xa0±\xa00.01"
         and report.cell([1, 2, 4]) == "2\xa0±\xa02"
     )
+
+
+def test_words_of_a_kind_are_right_where_a_reference_has_them():
+    references = [[["two", "dogs", "running"], ["a", "brown", "dog"]], [["a", "man", "sits"]]]
+    captions = [["two", "brown", "dogs", "sitting"], ["a", "dog", "runs"]]
+    found = knowledge.score_captions(references, captions)
+    assert found["animals"] == (50, 100) and found["numbers"] == (100, 50)
+    assert found["actions"] == (0, 50)
+
+
+def test_a_linear_probe_finds_what_features_show():
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(200, 5)).astype(np.float32) for _ in range(2)]
+    truth = [np.stack([f[:, 2] > 1, rng.random(200) < 0.2], axis=1) for f in features]
+    shown, not_shown = knowledge.probe(features, truth)
+    assert shown > 90 and not_shown < 50
+    precision = knowledge.average_precision(
+        np.array([0.9, 0.8, 0.1]), np.array([True, False, True])
+    )
+    assert precision == pytest.approx((1 + 2 / 3) / 2)
