@@ -887,9 +887,7 @@ class AttentionTeacher(nn.Module):
         targets = captions[:, 1 : steps + 1]  # (B, steps)
         seen = self.place_words(encoder_out.to(dtype)).float().softmax(dim=2)
         seen = seen.transpose(1, 2)  # (num_images, vocab_size, n)
-        usual = (
-            self.next_words(captions[:, :steps]).float().softmax(dim=2)
-        )  # (B, steps, vocab_size)
+        usual = self.next_words(captions[:, :steps]).float().softmax(2)  # (B, steps, vocab_size)
         total = usual.to(dtype) @ seen.to(dtype).index_select(0, image_index)  # (B, steps, n)
         rows = image_index.unsqueeze(1) * seen.shape[1] + targets  # (B, steps)
         of_word = seen.flatten(0, 1).index_select(0, rows.flatten()).view(alphas.shape)
