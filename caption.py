@@ -412,7 +412,7 @@ def _page(panels, columns, caption, note, fonts):
     def write(text, x, y, size, room, color=INK):
         label = figure.text(x / width, 1 - y / height, text, color=color, family=fonts)
         label.set(size=0.72 * size, parse_math=False)  # points of 1/72 inch from pixels of 1/100
-        while label.get_window_extent().width > room and label.get_size() > 2:
+        while label.get_window_extent().width > room and label.get_size() > 1:
             label.set_size(0.9 * label.get_size())
 
     for row, line in enumerate(lines):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -501,6 +501,7 @@ def pixels_of(figure):
 
 @settings(max_examples=25, deadline=None)
 @given(SIZES, WORDS, st.sampled_from([1, 2, 7, 14]))
+@example((8, 400), ["m" * 40], 1)  # a word that is wider than its panel in the smallest letters
 def test_the_sheet_has_a_panel_for_every_word_and_the_whole_caption_above(size, words, side):
     sheet = sheet_of(size, words, side * side)
     pixels, texts = pixels_of(sheet), [text.get_text() for text in sheet.texts]
