@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     args = parser.parse_args()
     probes = {}
-    print("| run | probe | " + " | ".join((*KINDS, "actions")) + " |")
+    print("| run | probe | " + " | ".join((*KINDS, "actions")) + " |\n" + "|---" * 7 + "|")
     for run in args.runs:
         captioner = models.load_captioner(models.run_checkpoint(run))
         name = captioner.config["data_name"]

@@ -883,7 +883,7 @@ except utils.UserError as error:
 
 
 def test_data_set_that_cannot_be_trained_on_is_refused(tmp_path, fails):
-    with fails("a split has no picture with a caption"):
+    with fails("mine has no pictures in its test split"):
         write(tmp_path, everywhere()[:2])
     with fails("lower --min_word_freq"):
         write(tmp_path, everywhere(), min_word_freq=4)
