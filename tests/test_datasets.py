@@ -1116,7 +1116,7 @@ def test_features_that_were_interrupted_are_continued(shapes_train, tmp_path, ca
         datasets.encode_split(shapes_train, encode, path, batch_size=5)
     assert not path.exists() and "the next run goes on from there" in capsys.readouterr().err
     features = datasets.encode_split(shapes_train, lambda x: encode(x, 9), path, batch_size=5)
-    assert sum(seen[3:]) < 24 and [p.name for p in tmp_path.iterdir()] == ["f.npy"]
+    assert seen == [1, 5, 5, 5, 5, 4] and [p.name for p in tmp_path.iterdir()] == ["f.npy"]
     assert (features == shapes_train.images(range(24))[:, :, :2, 0].transpose(0, 2, 1)).all()
 
 
