@@ -293,19 +293,18 @@ class DecoderWithAttention(nn.Module):
         context, state = self.init_hidden_state(encoder_out, image_index)
         teacher_forcing = not torch.is_tensor(epsilon) and epsilon >= 1
         live, scores, attentions = live_rows(decode_lengths), [], []
-        with deferred_weight_gradients():
-            for t, n in enumerate(live):
-                words = captions[:n, t]  # (n,)
-                if t and not teacher_forcing:
-                    own = scores[-1][:n].detach()  # (n, vocab_size)
-                    own = own.argmax(1) if argmax else sample(own.softmax(1))  # (n,)
-                    words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
-                if n < len(state[0]):  # captions that have ended leave the batch
-                    context = ImageContext(*(x[:n] for x in context[:2]), context.pool)
-                    state = tuple(s[:n] for s in state)
-                step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
-                scores.append(step_scores.squeeze(1))  # (n, vocab_size)
-                attentions.append(attention)
+        for t, n in enumerate(live):
+            words = captions[:n, t]  # (n,)
+            if t and not teacher_forcing:
+                own = scores[-1][:n].detach()  # (n, vocab_size)
+                own = own.argmax(1) if argmax else sample(own.softmax(1))  # (n,)
+                words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
+            if n < len(state[0]):  # captions that have ended leave the batch
+                context = ImageContext(*(x[:n] for x in context[:2]), context.pool)
+                state = tuple(s[:n] for s in state)
+            step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
+            scores.append(step_scores.squeeze(1))  # (n, vocab_size)
+            attentions.append(attention)
         return collect(captions, live, scores, attentions)
 
 
@@ -898,83 +897,6 @@ class AttentionTeacher(nn.Module):
         guesses = guesses + 0.5 * (around[:, :-2] + around[:, 2:])  # (B, steps, n)
         log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)  # (B, steps)
         return -(log_likelihood * (targets != PAD_ID)).sum()
-
-
-class deferred_weight_gradients(torch.overrides.TorchFunctionMode):
-    """Inside ``with deferred_weight_gradients():`` each weight's gradient is formed only once.
-
-    Autograd alone forms a product of the weight's size at every step and adds them up; here one
-    product over all steps' rows does it, which makes a training epoch about a quarter faster on a
-    CPU. Layers are called as ever: this mode sees the calls of ``F.linear``, ``lstm_cell`` and
-    ``gru_cell`` that they end in. Any other operation is left to autograd, so a layer or cell of
-    your own needs no change here.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.stores = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        own = {F.linear: "linear", torch.lstm_cell: "lstm_cell", torch.gru_cell: "gru_cell"}
-        call = getattr(self, own[func]) if func in own else func
-        return call(*args, **(kwargs or {}))
-
-    def linear(self, x, weight, bias=None):
-        is_worth_it = weight.requires_grad and weight.numel() > x[..., 0].numel()
-        if not (is_worth_it and torch.is_grad_enabled()):
-            return F.linear(x, weight, bias)
-        if id(weight) not in self.stores:
-            cast = lambda t: None if t is None else t.detach().to(compute_dtype(t.device))
-            stored = [], []  # of all calls: inputs, and gradients of the outputs
-            anchor = _FormGradients.apply(stored, weight, bias)
-            self.stores[id(weight)] = (cast(weight), cast(bias), stored, anchor)
-        return _DeferredLinear.apply(x, *self.stores[id(weight)])
-
-    def lstm_cell(self, x, state, weight_ih, weight_hh, bias_ih, bias_hh):
-        gates = self.linear(x, weight_ih, bias_ih) + self.linear(state[0], weight_hh, bias_hh)
-        i, f, g, o = gates.chunk(4, dim=1)
-        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
-
-    def gru_cell(self, x, h, weight_ih, weight_hh, bias_ih, bias_hh):
-        r, z, n = self.linear(x, weight_ih, bias_ih).chunk(3, dim=1)
-        r_h, z_h, n_h = self.linear(h, weight_hh, bias_hh).chunk(3, dim=1)
-        z = torch.sigmoid(z + z_h)
-        return (1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h
-
-
-class _DeferredLinear(torch.autograd.Function):
-    """``F.linear`` whose backward pass stores what the weight's gradient is made of."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stored, anchor):
-        x = x.to(weight.dtype)
-        ctx.stored = stored
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        inputs, gradients = ctx.stored
-        inputs.append(x.detach().flatten(0, -2))  # or it leads back here
-        gradients.append(gradient.flatten(0, -2))
-        return gradient @ weight, None, None, None, gradient.new_zeros(())
-
-
-class _FormGradients(torch.autograd.Function):
-    """A number that all calls depend on: autograd comes here when each has left its gradient."""
-
-    @staticmethod
-    def forward(ctx, stored, weight, bias):
-        ctx.stored, ctx.dtype, ctx.has_bias = stored, weight.dtype, bias is not None
-        return weight.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, _):
-        inputs, gradient = map(torch.cat, ctx.stored)
-        bias = gradient.sum(0).to(ctx.dtype) if ctx.has_bias else None
-        return None, (gradient.T @ inputs).to(ctx.dtype), bias
 
 
 def self_critical_loss(output, advantages, banned, num_words=None):

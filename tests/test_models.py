@@ -1,7 +1,6 @@
 """Encoder, decoder, losses and beam search against plain forms of the same equations."""
 
 import argparse
-import contextlib
 import copy
 import gc
 import http.client
@@ -544,55 +543,6 @@ def test_position_code_tells_every_place_apart_and_is_added_to_the_features(side
 MANY = CAPTIONS.repeat_interleave(5, dim=0), [n for n in LENGTHS for _ in range(5)]
 
 
-def gradients_of(decoder, encoder_out, amp, *sampling):
-    """Gradients of all parameters and of the features, of a batch from which rows leave."""
-    decoder.zero_grad()
-    if hasattr(decoder, "baseline"):
-        decoder.baseline.zero_()
-    encoder_out = encoder_out.clone().requires_grad_()
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16, amp):
-        output = decoder(encoder_out, *MANY, PICTURES.repeat_interleave(5), *sampling)
-    models.caption_loss(output, decoder=decoder)[0].backward()
-    found = {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
-    return found | {"encoder_out": encoder_out.grad}
-
-
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("decoder", models.DECODERS)
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
-def test_deferred_weight_gradients_are_autograds(attention, decoder, amp, monkeypatch):
-    options = {"encoded_image_size": 2, "deep_output": True}
-    decoder = make_decoder(scale=1.0, decoder=decoder, attention=attention, **options).train()
-    for epsilon in (1.0, 0.5):
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "deferred_weight_gradients", contextlib.nullcontext)
-            plain = gradients_of(decoder, features(), amp, epsilon)
-        deferred = gradients_of(decoder, features(), amp, epsilon)
-        assert plain.keys() == deferred.keys()
-        for name, expected in plain.items():
-            assert deferred[name].dtype == expected.dtype == torch.float32
-            if amp:  # both round every product to bfloat16, in another order
-                error = (deferred[name] - expected).norm() / expected.norm().clamp_min(1e-3)
-                assert error < 0.03, name
-            else:
-                torch.testing.assert_close(deferred[name], expected, rtol=1e-3, atol=1e-5)
-
-
-def test_what_is_worth_it_is_deferred():
-    """Or the test above would compare autograd with itself."""
-    decoder = make_decoder(decoder="gru")
-    context, state = decoder.init_hidden_state(features())
-    with models.deferred_weight_gradients() as mode:
-        scores = decoder.step(torch.ones(3, 1, dtype=torch.long), state, context)[0]
-    cell = decoder.decode_step
-    for weight in (cell.weight_ih, cell.weight_hh, decoder.fc.weight, decoder.f_beta.weight):
-        assert id(weight) in mode.stores
-    del mode
-    scores.sum().backward()
-    assert torch.equal(decoder.fc.bias.grad, torch.full((10,), 3.0))
-
-
 @pytest.mark.parametrize("attention", models.ATTENTIONS)
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("amp", [False, True])
@@ -601,8 +551,7 @@ def test_an_update_leaves_nothing_behind(attention, backward, amp):
     decoder = make_decoder(attention=attention).train()
 
     def left():
-        kinds = (torch.Tensor, models.deferred_weight_gradients)
-        return sum(isinstance(o, kinds) for o in gc.get_objects())
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
     def update(epsilon):
         with torch.autocast("cpu", torch.bfloat16, amp):
