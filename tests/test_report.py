@@ -4,14 +4,17 @@ import importlib.util
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import datasets
 import eval as evaluation
 import models
+import train
 import utils
 
 ROOT = Path(utils.__file__).resolve().parent
@@ -25,7 +28,8 @@ def script(name):
     return module
 
 
-report, knowledge = map(script, ("report", "knowledge"))
+scripts = "report", "knowledge", "exposure", "ablations"
+report, knowledge, exposure, ablations = map(script, scripts)
 TEXTS = ["docs/runs.json", *report.PAGES]
 
 
@@ -149,3 +153,78 @@ def test_a_linear_probe_finds_what_features_show():
         np.array([0.9, 0.8, 0.1]), np.array([True, False, True])
     )
     assert precision == pytest.approx((1 + 2 / 3) / 2)
+
+
+class ThreeCaptions:
+    """Two pictures with two and one captions: <start> is 8, <end> 9."""
+
+    captions = np.array([[8, 4, 5, 6, 9], [8, 6, 9, 0, 0], [8, 5, 4, 9, 0]], np.int32)
+    caption_lengths, caption_offsets = np.array([5, 3, 4]), np.array([0, 2, 3])
+    __len__ = lambda self: 2
+
+
+def tiny_decoder():
+    torch.manual_seed(0)
+    config = dict.fromkeys((*models.ARCHITECTURE[1:], *models.DROPOUTS), 0)
+    config |= {"decoder": "lstm", "attention": "soft"}
+    config |= {"encoder_dim": 6, "attention_dim": 4, "embed_dim": 4, "decoder_dim": 4}
+    return models.build_decoder(config, 10).eval()
+
+
+def test_exposure_is_measured_by_position():
+    """After true words it is what validation measures; the first word has none before it."""
+    decoder, features = tiny_decoder(), torch.randn(2, 4, 6)
+    true, words = exposure.nll_by_position(decoder, ThreeCaptions(), features, 1.0)
+    assert words.tolist() == [3, 3, 2, 1]
+    expected = train.teacher_forced_nll(decoder, ThreeCaptions(), features, slice(None))
+    assert true.sum() / words.sum() == pytest.approx(expected, rel=1e-5)
+    own, words = exposure.nll_by_position(decoder, ThreeCaptions(), features, 0.0)
+    assert words.tolist() == [3, 3, 2, 1]
+    assert own[0] == pytest.approx(true[0]) and (own[1:] != true[1:]).all()
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """After the test, what the variants of docs/ablations.py change is as it was."""
+    for owner, name in (
+        (models, "build_decoder"),
+        (models.DecoderWithAttention, "init_hidden_state"),
+        (train, "build_optimizer"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    for table in (models.ATTENTIONS, models.ENCODERS):
+        for name, entry in table.items():
+            monkeypatch.setitem(table, name, entry)
+
+
+@pytest.mark.parametrize("name", sorted(set(ablations.VARIANTS) - {"plain", "third_stage"}))
+def test_a_variant_changes_the_training_and_can_be_trained(name, restored):
+    def trained():
+        decoder, features = tiny_decoder(), torch.linspace(-1, 2, 48).view(2, 4, 6)
+        args = types.SimpleNamespace(learning_rate=0.1, weight_decay=0.1, fine_tune_encoder=False)
+        captioner = types.SimpleNamespace(decoder=decoder, device=torch.device("cpu"))
+        optimizer = train.build_optimizer(args, captioner)
+        for group in optimizer.param_groups:
+            group["lr"].fill_(group["peak_lr"])
+        before = exposure.nll_by_position(decoder, ThreeCaptions(), features, 1.0)[0].sum()
+        captions, lengths, index = datasets.collate(ThreeCaptions(), np.arange(2))
+        for _ in range(20):
+            output = decoder(features, torch.tensor(captions), lengths, torch.tensor(index))
+            optimizer.zero_grad()
+            models.caption_loss(output)[0].backward()
+            optimizer.step()
+        after = exposure.nll_by_position(decoder, ThreeCaptions(), features, 1.0)[0].sum()
+        assert after < before - 1
+        return after
+
+    plain = trained()
+    assert trained() == plain
+    ablations.VARIANTS[name]()
+    assert trained() != plain
+
+
+def test_a_resnet_without_its_last_stage_has_a_finer_grid(restored):
+    images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    assert models.Encoder("resnet18", "none")(images).shape == (1, 9, 512)
+    ablations.VARIANTS["third_stage"]()
+    assert models.Encoder("resnet18", "none")(images).shape == (1, 36, 256)
