@@ -118,6 +118,33 @@ def no_gate():
 
 
 @variant
+def whole_in_output():
+    """With --deep_output: words are scored from the picture's mean feature, too."""
+
+    class LocalAndWhole(nn.Module):
+        def __init__(self, local):
+            super().__init__()
+            self.local = local
+            self.whole = nn.Linear(local.in_features, local.out_features, bias=False)
+
+        def forward(self, z):
+            mean = self.context.encoder_out.mean(dim=1, keepdim=True)  # (B, 1, encoder_dim)
+            return self.local(z) + self.whole(mean)  # (B, R, embed_dim)
+
+    def extended(decoder):
+        decoder.deep_z = LocalAndWhole(decoder.deep_z)
+
+    step = models.DecoderWithAttention.step
+
+    def step_with_context(self, words, state, context):
+        self.deep_z.context = context
+        return step(self, words, state, context)
+
+    each_decoder(extended)
+    models.DecoderWithAttention.step = step_with_context
+
+
+@variant
 def large_scale():
     """Weights of the attention network three times as large at the start."""
 

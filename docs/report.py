@@ -53,6 +53,10 @@ def read_run(folder):
             for key, default in defaults.items()
             if key not in ELSEWHERE and config.get(key, default) != default
         }
+        if (
+            "encoder_weights" in options
+        ):  # imagenet, none, or a file, of which the name tells enough
+            options["encoder_weights"] = Path(options["encoder_weights"]).name
         if config["init_from"]:  # as typed beside the run's folder
             start = Path(config["init_from"])
             is_best = start.name.startswith("BEST_checkpoint_")
@@ -132,7 +136,8 @@ SAMPLED = {
     "GRU, exponential": "gru-exponential",
     "GRU, inverse sigmoid": "gru-inverse_sigmoid",
 }
-EIGHT_EPOCHS = {"EfficientNet-Lite0": "xe", "EfficientNet-Lite2": "lite2"}
+ENCODERS = {"ResNet-50": "resnet50", "VGG-19": "vgg19", "EfficientNet-Lite0": "xe"}
+EIGHT_EPOCHS = ENCODERS | {"EfficientNet-Lite2": "lite2"}
 ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
 FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}
@@ -289,6 +294,7 @@ def commands_list(runs):
 BOTH, ONE_TO_FIVE = ("val", "test"), ("1", "3", "5")
 TABLES = {
     # of results.md
+    "encoders": lambda runs: scores_table(runs, ENCODERS, ("BLEU-1", *SHORT), beams=ONE_TO_FIVE),
     "decoders": lambda runs: scores_table(runs, DECODERS, ("BLEU-1", *SHORT), beams=("1", "5")),
     "sampling": lambda runs: scores_table(runs, SAMPLED, ("BLEU-4", "CIDEr"), beams=("1", "5")),
     "gaze": lambda runs: scores_table(runs, FOCUS, (*SHORT, *GAZE), beams=("5",)),

@@ -74,6 +74,10 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
     monkeypatch.setattr(utils, "_meteor", lambda gts, res: None)
     for name in ("mine-seed0", "gru-seed2"):
         shutil.copytree(trained, tmp_path / name)
+    (log,) = (tmp_path / "gru-seed2").glob("log_*.jsonl")
+    log.write_text(
+        log.read_text().replace('"encoder_weights": "none"', '"encoder_weights": "/a/b"')
+    )
     folder = tmp_path / "mine-seed0"
     flags = f"--model {folder / best_checkpoint.name} --data_folder {training_data[0]}"
     flags += " --beam_size 1 5 --device cpu --max_decode_steps 8"
@@ -81,7 +85,11 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
     before = rows(copy / "docs/experiments.md", "decoders in full")
     run_report(copy, monkeypatch, "--add", folder, tmp_path / "gru-seed2")
 
-    run = json.loads((copy / "docs/runs.json").read_text())["mine-seed0"]
+    runs = json.loads((copy / "docs/runs.json").read_text())
+    run, other = runs["mine-seed0"], runs["gru-seed2"]
+    assert (
+        run["options"]["encoder_weights"] == "none" and other["options"]["encoder_weights"] == "b"
+    )
     assert run["options"]["encoder"] == "resnet18" and "data_folder" not in run["options"]
     assert [epoch["epoch"] for epoch in run["epochs"]] == [1, 2] and "torch" in run["machine"]
     assert run["parameters"] == sum(
@@ -166,7 +174,7 @@ class ThreeCaptions:
 def tiny_decoder():
     torch.manual_seed(0)
     config = dict.fromkeys((*models.ARCHITECTURE[1:], *models.DROPOUTS), 0)
-    config |= {"decoder": "lstm", "attention": "soft"}
+    config |= {"decoder": "lstm", "attention": "soft", "deep_output": True}
     config |= {"encoder_dim": 6, "attention_dim": 4, "embed_dim": 4, "decoder_dim": 4}
     return models.build_decoder(config, 10).eval()
 
@@ -189,6 +197,7 @@ def restored(monkeypatch):
     for owner, name in (
         (models, "build_decoder"),
         (models.DecoderWithAttention, "init_hidden_state"),
+        (models.DecoderWithAttention, "step"),
         (train, "build_optimizer"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
