@@ -71,19 +71,27 @@ def average_precision(scores, truth):
     return (truth.cumsum() / np.arange(1, len(truth) + 1))[truth].mean()
 
 
-def probe(features, truth, strength=1e-2):
+def probe(features, truth, strengths=(0.01, 0.1, 1, 10)):
     """Average precision, in percent, of ridge regression from features to nouns.
 
-    :param features: float32 arrays (N, encoder_dim) of the training and of the test split
+    :param features: float32 arrays (N, encoder_dim) of the training, validation and test split
     :param truth: bool arrays (N, nouns) of the same
-    :param strength: of the penalty, as a share of the features' variance
+    :param strengths: of the penalty, as a share of the features' variance; the best on validation
+        counts, so that neither many nor few channels are favoured
     """
     center, spread = features[0].mean(axis=0), features[0].std(axis=0) + 1e-6
-    x, x_test = ((f - center) / spread for f in features)
-    gram = x.T @ x + strength * len(x) * np.eye(x.shape[1], dtype=np.float32)
-    weights = np.linalg.solve(gram, x.T @ (truth[0] - truth[0].mean(axis=0)))
-    scores = x_test @ weights
-    return 100 * np.array([average_precision(s, t) for s, t in zip(scores.T, truth[1].T)])
+    x, x_val, x_test = ((f - center) / spread for f in features)
+    gram, target = x.T @ x, x.T @ (truth[0] - truth[0].mean(axis=0))
+    precise = lambda scores, truth: np.array(
+        [100 * average_precision(s, t) for s, t in zip(scores.T, truth.T)]
+    )
+    found = []
+    for strength in strengths:
+        ridge = strength * len(x) * np.eye(len(gram), dtype=np.float32)
+        weights = np.linalg.solve(gram + ridge, target)  # (encoder_dim, nouns)
+        found.append((precise(x_val @ weights, truth[1]).mean(), weights))
+    _, weights = max(found, key=lambda item: item[0])
+    return precise(x_test @ weights, truth[2])
 
 
 def main():
@@ -96,19 +104,19 @@ def main():
     for run in args.runs:
         captioner = models.load_captioner(models.run_checkpoint(run))
         name = captioner.config["data_name"]
-        train, test = (
+        splits = train, _, test = [
             datasets.CaptionDataset(datasets.split_path(args.data_folder, split, name))
-            for split in ("train", "test")
-        )
+            for split in datasets.SPLITS
+        ]
         if captioner.config["encoder"] not in probes:
             counts = labels(train, NOUNS.split()).sum(axis=0)
             nouns = [NOUNS.split()[i] for i in np.argsort(-counts, kind="stable")[:20]]
             with utils.autocast(captioner.device, captioner.config["amp"]):  # its feature stores
                 means = [
                     models.mean_features(data, captioner, args.data_folder, workers=2)
-                    for data in (train, test)
+                    for data in splits
                 ]
-            truth = [labels(data, nouns) for data in (train, test)]
+            truth = [labels(data, nouns) for data in splits]
             probes[captioner.config["encoder"]] = probe(means, truth).mean()
         path = datasets.captions_path(run, name, "test", 5)
         captions = [row["caption"].split() for row in json.loads(path.read_text("utf-8"))]

@@ -153,7 +153,7 @@ def test_words_of_a_kind_are_right_where_a_reference_has_them():
 
 def test_a_linear_probe_finds_what_features_show():
     rng = np.random.default_rng(0)
-    features = [rng.normal(size=(200, 5)).astype(np.float32) for _ in range(2)]
+    features = [rng.normal(size=(200, 5)).astype(np.float32) for _ in range(3)]
     truth = [np.stack([f[:, 2] > 1, rng.random(200) < 0.2], axis=1) for f in features]
     shown, not_shown = knowledge.probe(features, truth)
     assert shown > 90 and not_shown < 50
