@@ -127,7 +127,7 @@ def test_a_gaze_is_shown_of_every_run_that_has_one():
 def test_an_unknown_table_ends_in_one_line(copy, monkeypatch):
     page = copy / "docs/results.md"
     page.write_text("<!-- nonsense -->\n<!-- end -->\n")
-    with pytest.raises(SystemExit, match="nonsense.*expected one of decoders, "):
+    with pytest.raises(SystemExit, match="nonsense.*expected one of encoders, decoders, "):
         run_report(copy, monkeypatch)
 
 
