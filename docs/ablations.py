@@ -189,8 +189,8 @@ def concatenated_position():
     def init_hidden_state(self, encoder_out, image_index=None):
         side = math.isqrt(encoder_out.shape[1])
         code = 10 * models.position_code(side, 32, encoder_out.device)
-        code = code.expand(len(encoder_out), -1, -1).to(encoder_out.dtype)
-        return init(self, torch.cat([encoder_out, code], dim=2), image_index)
+        code = code.expand(len(encoder_out), -1, -1)
+        return init(self, torch.cat([encoder_out.float(), code], dim=2), image_index)
 
     models.DecoderWithAttention.init_hidden_state = init_hidden_state
     models.build_decoder = lambda config, size: build(
