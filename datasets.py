@@ -183,10 +183,10 @@ def write_dataset(folder, records, *, dataset, source, min_word_freq=5, workers=
     settings = Settings(**settings)
     name = base_name(dataset, settings.captions_per_image, min_word_freq)
     parts = {split: [record for record in records if record.split == split] for split in SPLITS}
-    texts = (text for record in parts["train"] for text in record.captions)
-    word_map = build_word_map(map(tokenize, texts), min_word_freq)
     if lacking := [split for split in SPLITS if not parts[split]]:
         raise UserError(f"{dataset} has no pictures in its {lacking[0]} split; each needs some")
+    texts = (text for record in parts["train"] for text in record.captions)
+    word_map = build_word_map(map(tokenize, texts), min_word_freq)
     if len(word_map) == len((PAD, UNK, START, END)):
         what = f"no word of the training captions occurs {min_word_freq} times"
         raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")

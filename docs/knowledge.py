@@ -6,8 +6,9 @@ For each run (an output folder of train.py in which eval.py has captioned the te
 are measured. The captions: of the people, animals, colours, numbers and actions that they name, the
 share that at least one of the picture's references names, too, and how often they name any. The
 features: a linear probe, ridge regression from the picture's mean feature to each of the twenty
-commonest nouns (named by at least two of its captions), fitted on the training split; its average
-precision on the test split shows how plainly the frozen CNN's features tell what is there.
+commonest nouns (named by at least two of its captions), fitted on the training split, its penalty
+chosen on validation; its average precision on the test split shows how plainly the frozen CNN's
+features tell what is there.
 """
 
 import argparse

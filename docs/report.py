@@ -136,7 +136,8 @@ SAMPLED = {
     "GRU, exponential": "gru-exponential",
     "GRU, inverse sigmoid": "gru-inverse_sigmoid",
 }
-ENCODERS = {"ResNet-50": "resnet50", "VGG-19": "vgg19", "EfficientNet-Lite0": "xe"}
+RESNET_VGG = {"ResNet-50": "resnet50", "VGG-19": "vgg19"}
+ENCODERS = RESNET_VGG | {"EfficientNet-Lite0": "xe"}
 EIGHT_EPOCHS = ENCODERS | {"EfficientNet-Lite2": "lite2"}
 ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
@@ -307,7 +308,7 @@ TABLES = {
     "gazes": gaze_table,
     "decoders in full": lambda runs: scores_table(runs, SAMPLED, METRICS, beams=ONE_TO_FIVE),
     "costs": lambda runs: costs_table(runs, SAMPLED),
-    "costs of two": lambda runs: costs_table(runs, dict(list(ENCODERS.items())[:2])),
+    "costs of two": lambda runs: costs_table(runs, RESNET_VGG),
     "eight epochs": lambda runs: scores_table(runs, EIGHT_EPOCHS, METRICS, BOTH, ONE_TO_FIVE),
     "scenes": lambda runs: scores_table(
         runs, {"the preset now": "shapes"} | ATTENTIONS | FROM_SCRATCH, SCENES
