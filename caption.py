@@ -74,10 +74,8 @@ def main(args):
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(
-        description="Caption pictures and draw where the model looked at each word.",
-        examples=__doc__.partition("\n\n")[2].strip(),
-    )
+    description, _, examples = __doc__.strip().partition("\n\n")
+    parser = utils.ArgumentParser(description=description, examples=examples)
     flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
     text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
     flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)

@@ -1,4 +1,4 @@
-"""Caption the pictures of a split with beam search and score the captions against people's.
+"""Caption the pictures of a split and score the captions against people's.
 
 python eval.py --model checkpoints --beam_size 1 3 5
 python eval.py --model seed0 seed1 --output_folder both   # an ensemble
@@ -77,10 +77,8 @@ def score(data, captions, alphas):
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser(
-        description="Caption the pictures of a split and score the captions.",
-        examples=__doc__.partition("\n\n")[2].strip(),
-    )
+    description, _, examples = __doc__.strip().partition("\n\n")
+    parser = utils.ArgumentParser(description=description, examples=examples)
     utils.add_captioning_flags(parser, several=True)
     flag = parser.add_argument
     text = "several models do not vote as an ensemble: each is scored by itself, side by side"
