@@ -386,10 +386,7 @@ def score_scenes(scenes, captions, alphas):
         name; None for even attention) and "by chance" (the same for a peak anywhere)
     """
     verdicts = [judge_caption(scene, words) for scene, words in zip(scenes, captions)]
-    looks = []
-    for scene, words, alpha in zip(scenes, captions, alphas):
-        side = math.isqrt(alpha.shape[1])
-        looks += pointing(scene, words, alpha.numpy(), (side, side))
+    looks = list(itertools.chain(*map(pointing, scenes, captions, alphas)))
     shares = {
         name: percentage([verdict[name] for verdict in verdicts if verdict[name] is not None])
         for name in ("count", "shapes", "objects", "relation")
@@ -440,19 +437,17 @@ def _is_true(relation, box, other):
     return (difference if relation in ("right", "below") else -difference) >= 0.05
 
 
-def pointing(scene, words, alphas, image_grid):
+def pointing(scene, words, alphas):
     """For each word that names an object of the scene: did attention peak on what it names?
 
     :param scene: ``Record.scene`` or an element of ``CaptionDataset.scenes``
     :param words: list of words
-    :param alphas: attention weights, float (at least num_words, num_pixels), pixels row by row
-    :param image_grid: (rows, columns) of the attention map
+    :param alphas: attention weights, float (num_words, num_pixels), pixels row by row
     :return: list of (hit, chance), one for each such word: whether the centre of the peak's cell
         lies in a box of what the word names, and the share of all cells whose centre does
     """
-    rows, columns = image_grid
-    y, x = np.divmod(np.arange(rows * columns), columns)
-    x, y = (x + 0.5) / columns, (y + 0.5) / rows
+    side = math.isqrt(alphas.shape[1])
+    y, x = (np.indices((side, side)).reshape(2, -1) + 0.5) / side  # centres of the cells
     scores = []
     for word, alpha in zip(words, np.asarray(alphas)):
         boxes = [t["box"] for t in scene["objects"] if word in (t["color"], t["shape"])]

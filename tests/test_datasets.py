@@ -610,20 +610,20 @@ def test_judge_sees_wrong_objects_and_wrong_relations():
 
 def test_pointing_hits_what_a_word_names_and_chance_is_what_blind_pointing_gets():
     records, _ = datasets.shapes_records(60, 0, 0, seed=4, size=64)
-    rng, grid = np.random.default_rng(0), (7, 9)
+    rng, side = np.random.default_rng(0), 8
     blind, named = [], 0
     for record in records:
         words = record.captions[0].split()
-        sharp = np.zeros((len(words), 63))
+        sharp = np.zeros((len(words), side * side))
         for alpha, word in zip(sharp, words):
             named_by = (t for t in record.scene["objects"] if word in (t["color"], t["shape"]))
             for x0, y0, x1, y1 in (thing["box"] for thing in itertools.islice(named_by, 1)):
-                alpha[int((y0 + y1) / 2 * grid[0]) * grid[1] + int((x0 + x1) / 2 * grid[1])] = 1
-        scores = evaluation.pointing(record.scene, words, sharp, grid)
+                alpha[int((y0 + y1) / 2 * side) * side + int((x0 + x1) / 2 * side)] = 1
+        scores = evaluation.pointing(record.scene, words, sharp)
         named += sum(word in datasets.SHAPE_COLORS or word in datasets.SHAPES for word in words)
         assert all(hit and 0 < chance < 1 for hit, chance in scores)
         for _ in range(30):
-            blind += evaluation.pointing(record.scene, words, rng.random(sharp.shape), grid)
+            blind += evaluation.pointing(record.scene, words, rng.random(sharp.shape))
     assert named * 30 == len(blind)
     hits, chances = np.array(blind).mean(0)
     assert abs(hits - chances) < 0.02

@@ -125,7 +125,7 @@ def read_hdf5(path):
     assert len(data.references) == len(data)
     for scene in data.scenes:
         evaluation.judge_caption(scene, ["red", "circle", "left", "star"])
-        evaluation.pointing(scene, ["red", "circle"], np.ones((2, 4)), (2, 2))
+        evaluation.pointing(scene, ["red", "circle"], np.ones((2, 4)))
     data.check_word_map(datasets.load_word_map(path.parent.parent / "word_map.json"))
     datasets.collate(data, np.arange(len(data)))
 
