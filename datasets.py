@@ -76,10 +76,7 @@ def encode_caption(tokens, word_map, max_len):
     :param tokens: list of at most ``max_len`` words
     :return: list of ``max_len + 2`` ids: ``<start>``, the words (``<unk>`` for those not in the
         map), ``<end>``, and ``<pad>`` to the full length
-    :raises ValueError: if there are more than ``max_len`` words
     """
-    if len(tokens) > max_len:
-        raise ValueError(f"a caption of {len(tokens)} words, expected at most {max_len}")
     words = [word_map.get(token, word_map[UNK]) for token in tokens]
     padding = [word_map[PAD]] * (max_len - len(tokens))
     return [word_map[START], *words, word_map[END], *padding]
@@ -704,9 +701,8 @@ def _csv_rows(text, path, notes):
     lines = filter(any, reader)
     try:
         header = [field.strip().lower() for field in next(lines, [])]
-        _row(
-            dict.fromkeys(header, "train"), f"{path}, line {reader.line_num}"
-        )  # are the columns there?
+        # are the columns there?
+        _row(dict.fromkeys(header, "train"), f"{path}, line {reader.line_num}")
         for fields in lines:
             where = f"{path}, line {reader.line_num}"
             if len(fields) != len(header):

@@ -64,11 +64,6 @@ def test_decoding_undoes_encoding_up_to_unknown_words(tokens):
     ]
 
 
-def test_caption_that_is_too_long_is_refused(word_map):
-    with pytest.raises(ValueError, match="expected at most 3"):
-        datasets.encode_caption(["a"] * 4, word_map, 3)
-
-
 @given(st.lists(st.lists(st.text("abc", min_size=1, max_size=2))), st.integers(1, 4))
 def test_word_map_holds_frequent_words_in_the_tutorials_order(token_lists, min_word_freq):
     word_map = datasets.build_word_map(token_lists, min_word_freq)
