@@ -136,7 +136,6 @@ def load(args):
 def find_pictures(patterns, recursive=False):
     """Files named by paths, folders and patterns, each once, in order.
 
-    :param recursive: look into the sub-folders of folders
     :raises UserError: if one of them matches no picture
     """
     paths = {}
@@ -335,7 +334,6 @@ def font_families(letters):
 def spotlight(picture, alpha):
     """The picture, lit where attention was; the brightest place is the largest weight.
 
-    :param picture: PIL image
     :param alpha: float tensor (num_pixels,)
     :return: uint8 (height, width, 3)
     """
@@ -352,8 +350,6 @@ def spotlight(picture, alpha):
 def attention_sheet(picture, words, alphas, fonts=None):
     """One panel per word, the picture lit where the model looked as it said the word.
 
-    :param picture: PIL image
-    :param words: list of words
     :param alphas: float tensor (num_words, num_pixels)
     :param fonts: see :func:`font_families`
     :return: matplotlib figure, 100 dots per inch

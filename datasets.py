@@ -48,9 +48,8 @@ _WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACEL
 
 
 def tokenize(text):
-    """Split a caption into words.
+    """Split a caption, in any alphabet, into words.
 
-    :param text: a caption in any alphabet
     :return: list of lower-case words: runs of letters, marks and digits (Unicode NFC), or single
         letters in scripts without spaces; punctuation and underscores are dropped
     """
@@ -85,7 +84,6 @@ def encode_caption(tokens, word_map, max_len):
 def decode_caption(ids, words):
     """Turn ids back into words.
 
-    :param ids: iterable of ids
     :param words: list of words by id
     :return: list of words up to the first ``<end>``, without ``<start>`` and ``<pad>``
     """

@@ -303,10 +303,9 @@ class StopSignals:
 
 @contextlib.contextmanager
 def processes(device_name):
-    """Join the processes that torchrun started, or be the only one; only the first one prints.
+    """This process's torch device, once torchrun's processes have met; only the first one prints.
 
     :param device_name: as for ``pick_device``; of torchrun's processes each gets a GPU of its own
-    :return: context manager that yields this process's torch device
     :raises UserError: if there are fewer GPUs than processes
     """
     distributed = torch.distributed
@@ -438,14 +437,13 @@ def _flush(path):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Give a temporary path beside ``path``; on success rename it, otherwise remove it.
+    """Give the path of an empty file beside ``path``; on success rename it, otherwise remove it.
 
     So a file appears under its final name whole or not at all, whatever kills the process. The
     temporary name is always the same one, and locked: what a killed process left is written over,
     and a second writer waits. Links are followed; a FIFO or a device is given as it is.
 
-    :param path: final path; its folder is made if it is missing
-    :return: context manager that yields the path of an empty file, which has the same suffix
+    :param path: final path, whose suffix the file has; its folder is made if it is missing
     :raises UserError: if the folder cannot be written or the disk is full
     """
     final = Path(os.path.realpath(path))
@@ -474,7 +472,6 @@ def output_path(path, force=False, page=False):
     :param path: as typed; ``-`` and /dev/stdout are standard output, for ``write_json`` alone
     :param force: replace what is there whatever it is
     :param page: it is for ``write_page``, not for ``write_json``
-    :return: ``Path``
     :raises UserError: if it cannot be written, or something else than JSON (a page) would be lost
     """
     path = Path(path)
