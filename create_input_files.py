@@ -81,7 +81,7 @@ NUMBERS = {  # flags: lowest, highest and default value, help
     "max_len": (1, 1000, 50, "do not train on captions of more words than this"),
     "image_size": (32, 1024, 256, "side of the stored pictures, in pixels"),
     "seed": (0, 2**32 - 1, 0, "seed of everything that is drawn by lot"),
-    "workers": (1, 256, utils.available_cores(), "threads that decode pictures"),
+    "workers": (1, 256, len(utils.own_cores()), "threads that decode pictures"),
 }
 
 

@@ -1109,7 +1109,7 @@ def _write_images(file, kept, size, workers):
             return error
 
     readable, unreadable, digest = [], [], hashlib.sha256()
-    squares = read_ahead(load, kept, workers or utils.available_cores())
+    squares = read_ahead(load, kept, workers or len(utils.own_cores()))
     bar = utils.progress(squares, total=len(kept), desc="writing pictures", unit="picture")
     for i, image in enumerate(bar):
         if isinstance(image, UserError):

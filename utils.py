@@ -194,7 +194,7 @@ def add_device_flags(parser):
     text = "do matrix products in bfloat16, which is faster on recent GPUs and CPUs than float32"
     add("--amp", action="store_true", help=text)
     text = "threads that read pictures; raise it if the device waits for them"
-    add("--workers", type=bounded(int, 1, 256), default=min(8, available_cores()), help=text)
+    add("--workers", type=bounded(int, 1, 256), default=min(8, len(own_cores())), help=text)
 
 
 def add_search_flags(parser, several=False):
@@ -586,12 +586,8 @@ def check_disk(folder, size):
         )
 
 
-def available_cores():
-    """Number of cores that this process may use."""
-    return len(_own_cores())
-
-
-def _own_cores():
+def own_cores():
+    """The numbers of the cores that this process may use."""
     every = range(os.cpu_count() or 1)
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
 
@@ -600,7 +596,7 @@ def busy_cores(seconds=0.1):
     """How many of its cores others keep busy (float), measured while this process sleeps."""
     try:
         percent = psutil.cpu_percent(interval=seconds, percpu=True)
-        return sum(percent[core] for core in _own_cores()) / 100
+        return sum(percent[core] for core in own_cores()) / 100
     except (OSError, IndexError):  # some containers do not say
         return 0.0
 

@@ -353,7 +353,7 @@ def section_prepare(device, args):
     import h5py
     from PIL import Image
 
-    count, cores = 400, utils.available_cores()
+    count, cores = 400, len(utils.own_cores())
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
