@@ -387,9 +387,8 @@ def beam_search(
     :param consensus: ``Consensus`` that ranks the beam anew before the n_best are taken, or None
     :param no_repeat: say no word twice in succession, and no three words in a row a second time
     :return: list of B lists of at most n_best ``Hypothesis``, best first
-    :raises UserError: if a number is out of range, or the model's scores are not finite
+    :raises UserError: if the model's scores are not finite
     """
-    check_search(beam_size, n_best, max_decode_steps)
     keep = beam_size if consensus else n_best
     contexts, states = zip(*map(DecoderWithAttention.init_hidden_state, decoders, encoder_outs))
     states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
@@ -991,13 +990,6 @@ class Beams(NamedTuple):
         last = (word, word_log_prob, alpha)
         longer = (torch.cat([x, y.unsqueeze(2)], dim=2) for x, y in zip(self[2:], last))
         return Beams(log_prob, score, *longer)
-
-
-def check_search(beam_size, n_best, max_decode_steps):
-    """:raises UserError: if a number is out of range"""
-    if not 1 <= n_best <= beam_size or max_decode_steps < 1:
-        given = f"beam_size {beam_size}, n_best {n_best}, max_decode_steps {max_decode_steps}"
-        raise UserError(f"{given}: expected 1 <= n_best <= beam_size and at least one step")
 
 
 def like(index, x):
