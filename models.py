@@ -1260,30 +1260,29 @@ def export_captioner(captioner, path):
     save_checkpoint(path, checkpoint)
 
 
-def load_tensors(path):
+def load_tensors(path, read_modules=None):
     """Read a file of tensors and plain values on the CPU; code in it is never run.
 
+    :param read_modules: function of the path, for a file that holds more than that; or None
     :raises UserError: if it is missing, damaged, or would need to run code
     """
-    flags = torch.serialization.safe_globals([argparse.Namespace])  # kept by many trainings
-    with reading_tensors(path), flags:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def reading_tensors(path):
-    """Refuse a zip bomb, and say in one line what goes wrong in reading a file of tensors."""
     try:
         if zipfile.is_zipfile(path):  # torch.save compresses nothing: its members fit into the file
             with zipfile.ZipFile(path) as archive:
                 claimed = sum(member.file_size for member in archive.infolist())
             if claimed > Path(path).stat().st_size:
                 raise ValueError(f"it would become {claimed:,} bytes")
-        yield
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # kept by many trainings
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            if not read_modules:
+                raise
+            return read_modules(path)
     except UserError:
         raise
     except OSError as error:
@@ -1304,24 +1303,13 @@ def load_checkpoint(path, word_map=None):
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, something else, or of another word map
     """
-    try:
-        with reading_tensors(path):
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:  # it holds more than tensors: whole modules, perhaps
-                checkpoint = tutorial_checkpoint(path, word_map)
-        if not isinstance(checkpoint, dict) or not all(
-            isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
-        ):
-            raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
-        # earlier revisions did not know it
-        checkpoint["config"].setdefault("attend_word", False)
-        check_checkpoint(checkpoint, path)
-    except UserError as error:
-        if path != DEFAULT_CAPTIONER:
-            raise
-        how = "get it again by git checkout docs/captioner, or name a model of yours with --model"
-        raise UserError(f"{error}; {how}") from error
+    checkpoint = load_tensors(path, lambda path: tutorial_checkpoint(path, word_map))
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
+    ):
+        raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
+    checkpoint["config"].setdefault("attend_word", False)  # earlier revisions did not know it
+    check_checkpoint(checkpoint, path)
     own = checkpoint["word_map"]
     if word_map not in (None, own):
         raise UserError(
@@ -1441,7 +1429,7 @@ def tutorial_checkpoint(path, word_map):
     options = {"map_location": "cpu", "pickle_module": inert, "weights_only": False}
     with warnings.catch_warnings(action="ignore"):  # that the source of its classes is another one
         pickled = torch.load(path, **options)
-    # fails, and is reported by reading_tensors, where these are no whole modules
+    # fails, and is reported by load_tensors, where these are no whole modules
     encoder, decoder = (flatten_modules(pickled[key]) for key in ("encoder", "decoder"))
     if word_map is None:
         raise UserError(
