@@ -908,14 +908,13 @@ def exponential(progress, schedule):
 
 def inverse_sigmoid(progress, schedule):
     """k / (k + exp(i / k)) at update i, with k >= 1."""
-    from scipy.optimize import brentq
+    from scipy.special import lambertw  # solves x * exp(x) = y
 
-    value = lambda k, i: k / (k + math.exp(min(i / k, 700)))  # e^700 is near the largest float
     k, updates = schedule.k, schedule.updates
     if k is None:
         last = min(max(schedule.minimum, 1e-3), 0.99)
-        k = brentq(lambda k: value(k, updates) - last, 1e-3, 1000 * (updates + 2))
-    return value(k, progress * updates)
+        k = updates / lambertw(updates * (1 - last) / last).real.item()
+    return k / (k + math.exp(min(progress * updates / k, 700)))  # e^700: near the largest float
 
 
 # To add a schedule, add an entry: a function of the training's progress, from 0 to 1.
