@@ -319,9 +319,8 @@ def doubly_stochastic_penalty(alphas):
 
 
 def caption_loss(
-    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, alpha_entropy_c=0.002, grounding=0.0,
-    decoder=None,
-):  # fmt: skip
+    output, num_words=None, label_smoothing=0.0, alpha_c=1.0, grounding=0.0, decoder=None
+):
     """Loss per word: cross-entropy over the real words, plus the paper's attention terms.
 
     The paper sums both terms of eq. 14 over a caption. Here both are divided by the number of
@@ -333,8 +332,7 @@ def caption_loss(
     :param label_smoothing: share of the target spread over all words (Szegedy et al. 2016)
     :param alpha_c, grounding: weights of the doubly stochastic penalty and of the attention
         teacher's loss
-    :param alpha_entropy_c, decoder: of hard attention: weight of the entropy; the decoder, whose
-        moving average is updated
+    :param decoder: with hard attention: the decoder, whose moving average is updated
     :return: (loss, nll): scalars; nll is the plain cross-entropy per word, without gradient
     """
     num_words = (output.targets != PAD_ID).sum() if num_words is None else num_words
@@ -347,7 +345,7 @@ def caption_loss(
     if output.grounding is not None:
         loss = loss + grounding * output.grounding
     if output.log_probs is not None:
-        loss = loss + hard_attention_loss(output, word_nll, alpha_entropy_c, decoder)
+        loss = loss + hard_attention_loss(output, word_nll, decoder)
     return loss / num_words, word_nll.sum() / num_words
 
 
@@ -666,14 +664,14 @@ def hard(energies, decoder):
     each caption scored much worse.
     """
     alpha = energies.float().softmax(dim=2)  # (B, R, num_pixels)
-    if not decoder.training and not decoder.sample_location:
-        return AttentionOutput(alpha, F.one_hot(alpha.argmax(dim=2), alpha.shape[2]).float())
-    sampled = sample(alpha.detach()).unsqueeze(2)  # (B, R, 1)
-    weights = torch.zeros_like(alpha).scatter(2, sampled, 1.0)  # (B, R, num_pixels)
+    samples = decoder.training or decoder.sample_location
+    place = sample(alpha.detach()) if samples else alpha.argmax(dim=2)  # (B, R)
+    place = place.unsqueeze(2)  # (B, R, 1)
+    weights = torch.zeros_like(alpha).scatter(2, place, 1.0)  # (B, R, num_pixels)
     if not decoder.training:
         return AttentionOutput(alpha, weights)
     expected = torch.rand_like(alpha[..., :1]) < 0.5  # (B, R, 1)
-    log_prob = alpha.gather(2, sampled).clamp_min(1e-12).log().masked_fill(expected, 0)
+    log_prob = alpha.gather(2, place).clamp_min(1e-12).log().masked_fill(expected, 0)
     return AttentionOutput(alpha, torch.where(expected, alpha, weights), log_prob.squeeze(2))
 
 
@@ -693,7 +691,7 @@ class NoAttention(nn.Module):
 ATTENTIONS |= {"hard": (Attention, hard), "mean": (NoAttention, soft)}
 
 
-def hard_attention_loss(output, word_nll, alpha_entropy_c, decoder):
+def hard_attention_loss(output, word_nll, decoder, entropy_weight=0.002):
     """REINFORCE on the sampled locations (section 4.1), summed; updates the decoder's baseline."""
     reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll)  # (B,)
     # rows without words fill up a CUDA graph's batch
@@ -701,7 +699,7 @@ def hard_attention_loss(output, word_nll, alpha_entropy_c, decoder):
     # the first batch has no past to be compared with
     baseline = torch.where(decoder.baseline == 0, mean, decoder.baseline)
     entropy = -(output.alphas * output.alphas.clamp_min(1e-12).log()).sum()
-    loss = -(reward - baseline) @ output.log_probs.sum(dim=1) - alpha_entropy_c * entropy
+    loss = -(reward - baseline) @ output.log_probs.sum(dim=1) - entropy_weight * entropy
     baseline = 0.9 * baseline + 0.1 * mean
     decoder.baseline.copy_(torch.where(baseline.isfinite(), baseline, decoder.baseline))
     return loss
