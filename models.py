@@ -1164,17 +1164,15 @@ class Consensus:
         ]  # (B, N) each
         nearest = torch.stack(cosines).mean(0).topk(min(10, len(self.spaces[0][2])))
         shares = (nearest.values / 0.1).softmax(1).tolist()
-        rank = lambda hypotheses, *neighbours: sorted(
-            (self.judge(hypothesis, zip(*neighbours)) for hypothesis in hypotheses),
-            key=lambda hypothesis: -hypothesis.score,
-        )
-        return list(map(rank, found, shares, nearest.indices.tolist()))
-
-    def judge(self, hypothesis, neighbours):
-        """The hypothesis with its new score; ``neighbours`` are pairs of share and image."""
-        words, ended = self.text(hypothesis), hypothesis.ended
-        agreement = sum(share * self.agreement(i, words, ended) for share, i in neighbours)
-        return hypothesis._replace(score=hypothesis.score + self.weight * agreement)
+        ranked = []
+        for hypotheses, *neighbours in zip(found, shares, nearest.indices.tolist()):
+            scored = []
+            for h in hypotheses:
+                words, pairs = self.text(h), zip(*neighbours)
+                agreement = sum(share * self.agreement(i, words, h.ended) for share, i in pairs)
+                scored.append(h._replace(score=h.score + self.weight * agreement))
+            ranked.append(sorted(scored, key=lambda h: -h.score))
+        return ranked
 
 
 def mean_features(dataset, captioner, folder, workers):
