@@ -1377,17 +1377,11 @@ class StandIn(dict):
     state, dump_patches = None, False  # torch.load asks classes for the second
     __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
 
-    def __new__(cls, *args, **options):
-        return super().__new__(cls)
-
     def __init__(self, *args, **options):  # dict's would read them
         pass
 
     def __setstate__(self, state):
         self.state = state
-
-    def append(self, item):  # what a kind of list holds is not asked for
-        pass
 
 
 def rebuild_tensor(storage, offset, size, stride, *_):
@@ -1432,31 +1426,26 @@ def tutorial_checkpoint(path, word_map):
             "and cannot be trained further here; caption.py and eval.py take it if you name the "
             "word map it was trained with, with --word_map"
         )
-    size = encoder.get("adaptive_pool.output_size", 14)
-    size = size[0] if isinstance(size, tuple) and size == size[:1] * 2 else size
-    encoder, decoder = (
-        {re.sub(r"^resnet\.", "cnn.", k): t for k, t in flat.items() if torch.is_tensor(t)}
-        for flat in (encoder, decoder)
-    )
+    size = pickled["encoder"].state["_modules"]["adaptive_pool"].state["output_size"]
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    encoder = {key.replace("resnet.", "cnn.", 1): tensor for key, tensor in encoder.items()}
     for key in [key for key in encoder if key.endswith("running_var")]:
         # torch before 0.4.1 counted no batches
         encoder.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     # a ResNet's number counts the convolutions of its blocks, the first one and the classifier
-    is_convolution = re.compile(r"cnn\.[4-7]\.\d+\.conv\d\.weight").fullmatch
-    name = f"resnet{sum(map(bool, map(is_convolution, encoder))) + 2}"
+    convolution = r"cnn\.[4-7]\.\d+\.conv\d\.weight"
+    name = f"resnet{sum(bool(re.fullmatch(convolution, key)) for key in encoder) + 2}"
     try:
         vocab_size, embed_dim = decoder["embedding.weight"].shape
         decoder_dim, encoder_dim = decoder["init_h.weight"].shape
         _, attention_dim = decoder["attention.full_att.weight"].shape
-        known = ENCODERS.get(name) is resnet and type(size) is int and 1 <= size <= 64
-        known = known and encoder_dim == (2048 if "cnn.4.0.conv3.weight" in encoder else 512)
-    except (KeyError, ValueError):
-        known = False
-    if not known:
+        if rows != columns or name not in ENCODERS:
+            raise ValueError(size, name)
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"{path} holds another model than the tutorial's: expected a ResNet of torchvision, "
             "pooled to a square grid, and the decoder with soft attention"
-        )
+        ) from error
     if vocab_size != len(word_map):
         raise UserError(
             f"--word_map has {len(word_map)} words, but {path} was trained with {vocab_size}; name "
@@ -1465,7 +1454,7 @@ def tutorial_checkpoint(path, word_map):
     config = {
         "encoder": name, "encoder_dim": encoder_dim, "attention_dim": attention_dim,
         "embed_dim": embed_dim, "decoder_dim": decoder_dim, "decoder": "lstm", "attention": "soft",
-        "encoded_image_size": size, "deep_output": False, "position_encoding": False,
+        "encoded_image_size": rows, "deep_output": False, "position_encoding": False,
         "dropout": 0.5, "embed_dropout": 0.0, "feature_dropout": 0.0, "image_size": 256,
         "data_name": "", "fine_tune_encoder": True,  # or not: then eval.py would keep its features
     }  # fmt: skip
@@ -1474,11 +1463,9 @@ def tutorial_checkpoint(path, word_map):
 
 
 def flatten_modules(module, prefix=""):
-    """An unpickled module's tensors and plain attributes by their dotted names."""
-    state = module.state
-    flat = {key: value for key, value in state.items() if isinstance(value, int | tuple)}
-    flat |= {**state["_parameters"], **state["_buffers"]}
-    flat = {prefix + key: value for key, value in flat.items() if value is not None}
-    for name, child in state["_modules"].items():
+    """An unpickled module's tensors by their dotted names, as in a state dict."""
+    tensors = {**module.state["_parameters"], **module.state["_buffers"]}
+    flat = {prefix + key: tensor for key, tensor in tensors.items() if torch.is_tensor(tensor)}
+    for name, child in module.state["_modules"].items():
         flat |= flatten_modules(child, f"{prefix}{name}.")
     return flat
