@@ -56,10 +56,9 @@ def train(trainer, args):
         trainer.captioner.decoder.train(not args.scst)
         for batch in trainer.batches():
             with trainer.stop.held():  # a signal to stop takes effect between two updates
+                factor = learning_rate_factor(trainer.config, trainer.update, history)
                 for group in optimizer.param_groups:
-                    group["lr"].fill_(
-                        group["peak_lr"] * trainer.learning_rate_factor(trainer.update)
-                    )
+                    group["lr"].fill_(group["peak_lr"] * factor)
                 utils.set_seed(args.seed, trainer.update, utils.rank())
                 batch = trainer.sample_and_reward(batch) if args.scst else batch
                 step(batch.to(trainer.device), trainer.epsilon(trainer.update))
@@ -161,6 +160,7 @@ class Trainer:
 
     def __init__(self, args, captioner, train_data, val_data, stop):
         self.args, self.captioner, self.stop = args, captioner, stop
+        self.config = captioner.config
         self.train_data, self.val_data, self.device = train_data, val_data, captioner.device
         self.latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
         self.best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
@@ -213,13 +213,9 @@ class Trainer:
 
     def epsilon(self, update):
         """Probability of feeding the true word at an update."""
-        args, updates = self.args, self.captioner.config["total_updates"]
+        args, updates = self.args, self.config["total_updates"]
         schedule = models.Schedule(updates, args.ss_min, args.ss_k, args.ss_slope)
         return models.scheduled_sampling_epsilon(args.scheduled_sampling, update, schedule)
-
-    def learning_rate_factor(self, update):
-        """Share of the peak learning rate at an update of this epoch."""
-        return learning_rate_factor(self.captioner.config, update, self.history)
 
     def batches(self):
         """The epoch's batches, or what is left of them, loaded ahead in threads; shows progress."""
@@ -303,12 +299,12 @@ class Trainer:
         """What the log says of the epoch: losses, rates, words per second."""
         loss, nll, count = utils.all_reduce_sum(self.total.clone()).tolist()
         last = self.update - 1
-        rate = self.args.learning_rate * self.learning_rate_factor(last)
+        factor = learning_rate_factor(self.config, last, self.history)
         return {
             "epoch": len(self.history) + 1, "update": self.update,
             "loss": loss / max(count, 1), "nll": nll / max(count, 1),
-            "skipped_updates": int(self.skipped[0]), "learning_rate": rate,
-            "epsilon": self.epsilon(last),
+            "skipped_updates": int(self.skipped[0]),
+            "learning_rate": self.args.learning_rate * factor, "epsilon": self.epsilon(last),
             "train_seconds": round(self.seconds, 1),
             "words_per_second": round(self.words / max(self.seconds, 1e-9)),
             "peak_memory_gb": utils.peak_memory_gb(self.device),
@@ -322,7 +318,7 @@ class Trainer:
         """Save the model and where its training stands; all processes must ask at the same time."""
         captioner, total = self.captioner, utils.all_reduce_sum(self.total.clone()).cpu()
         state = {
-            "config": captioner.config, "word_map": captioner.word_map, "history": self.history,
+            "config": self.config, "word_map": captioner.word_map, "history": self.history,
             "encoder": captioner.encoder.state_dict(), "decoder": captioner.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(), "update": self.update,
             "seconds": self.seconds_since_start(),
@@ -772,7 +768,7 @@ def write_reports(trainer, args):
     """The log (JSON lines: configuration, then a record per epoch) and the learning curves."""
     if not (trainer.history and utils.is_main()):
         return
-    lines = [{"config": trainer.captioner.config}, *trainer.history]
+    lines = [{"config": trainer.config}, *trainer.history]
     with utils.atomic_path(datasets.log_path(args.output_folder, args.data_name)) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     path = datasets.curves_path(args.output_folder, args.data_name)
