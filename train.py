@@ -331,13 +331,6 @@ class Trainer:
             if utils.is_main():
                 models.save_checkpoint(path, state)
 
-    def load_teacher(self, checkpoint, path):
-        """Go on with a checkpoint's attention teacher, which one trained without has not."""
-        try:
-            self.teacher.load_state_dict(checkpoint.get("teacher", self.teacher.state_dict()))
-        except (AttributeError, RuntimeError, TypeError) as error:
-            raise UserError(f"{path} is damaged: its attention teacher cannot be read") from error
-
     def resume(self, checkpoint, path):
         """Put the training back to where a checkpoint was saved.
 
@@ -532,8 +525,8 @@ def prepare(args, stack):
     check_space(args, captioner)
     print_header(args, captioner, train_data, val_data)
     trainer = Trainer(args, captioner, train_data, val_data, stop)
-    if checkpoint and trainer.teacher:
-        trainer.load_teacher(checkpoint, path)
+    if trainer.teacher and "teacher" in (checkpoint or {}):  # a run without one left none
+        trainer.teacher.load_state_dict(checkpoint["teacher"])
     if not args.fine_tune_encoder:
         trainer.features, trainer.val_features = frozen_features(trainer, args)
     if resuming:
