@@ -68,7 +68,7 @@ def train(trainer, args):
             trainer.stop.check()
         record = trainer.epoch_record()
         scores, hypotheses = validate(trainer, args)
-        record |= scores | {"seconds": round(trainer.seconds_since_start(), 1)}
+        record |= scores | {"seconds": round(time.time() - trainer.started, 1)}
         is_best = record[args.metric] > best_score(history, args.metric)
         with trainer.stop.held():
             history.append(record)
@@ -176,7 +176,7 @@ class Trainer:
         if utils.world_size() > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.model)
         self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
-        self.history, self.update, self.started, self.seconds_before = [], 0, time.time(), 0.0
+        self.history, self.update, self.started = [], 0, time.time()
         # sums over the epoch, kept on the device: asking for them would make the host wait
         self.total = torch.zeros(3, device=self.device)  # loss, nll, updates
         self.skipped = torch.zeros(2, device=self.device)  # not finite: all of them, last in a row
@@ -310,10 +310,6 @@ class Trainer:
             "peak_memory_gb": utils.peak_memory_gb(self.device),
         }  # fmt: skip
 
-    def seconds_since_start(self):
-        """Seconds that the run took so far, with those before it was resumed."""
-        return self.seconds_before + time.time() - self.started
-
     def save(self, path):
         """Save the model and where its training stands; all processes must ask at the same time."""
         captioner, total = self.captioner, utils.all_reduce_sum(self.total.clone()).cpu()
@@ -321,7 +317,7 @@ class Trainer:
             "config": self.config, "word_map": captioner.word_map, "history": self.history,
             "encoder": captioner.encoder.state_dict(), "decoder": captioner.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(), "update": self.update,
-            "seconds": self.seconds_since_start(),
+            "seconds": time.time() - self.started,
             "epoch_so_far": {"total": total, "skipped": self.skipped.cpu(), "words": self.words,
                              "seconds": self.seconds},
         }  # fmt: skip
@@ -344,7 +340,8 @@ class Trainer:
                 kept["lr"].fill_(float(group["lr"]))
                 group.update(kept)  # what belongs to the device, which may be another one now
             self.history, self.update = checkpoint["history"], int(checkpoint["update"])
-            self.seconds_before, so_far = float(checkpoint["seconds"]), checkpoint["epoch_so_far"]
+            self.started -= float(checkpoint["seconds"])  # what the run took before counts, too
+            so_far = checkpoint["epoch_so_far"]
             self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it
             self.skipped.copy_(so_far["skipped"])
             self.words, self.seconds = so_far["words"], so_far["seconds"]
