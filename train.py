@@ -378,10 +378,9 @@ class Trainer:
                 )  # fmt: skip
             captions = captions.flatten(0, 1).cpu().numpy()  # (num_images * samples, steps)
         end = captioner.word_map[datasets.END]
-        texts = [datasets.decode_caption(caption, captioner.words) for caption in captions]
         rewards = [
-            self.reward(batch.numbers[i // samples], text, end in caption)
-            for i, (text, caption) in enumerate(zip(texts, captions))
+            self.reward(image, datasets.decode_caption(caption, captioner.words), end in caption)
+            for image, caption in zip(batch.numbers.repeat(samples), captions)
         ]
         rewards = np.array(rewards, np.float32)
         means = rewards.reshape(-1, samples).mean(axis=1).repeat(samples)
@@ -625,11 +624,9 @@ def check_sizes(train_data, val_data, checkpoint):
 
 def check_space(args, captioner):
     """:raises UserError: if the disk cannot hold two checkpoints and the temporary copy of one"""
-    size = sum(
-        p.nbytes for part in (captioner.encoder, captioner.decoder) for p in part.parameters()
-    )
-    learning = [captioner.decoder, *([captioner.encoder] if args.fine_tune_encoder else [])]
-    size += 2 * sum(p.nbytes for part in learning for p in part.parameters())  # AdamW's moments
+    parameters = [*captioner.encoder.parameters(), *captioner.decoder.parameters()]
+    # AdamW keeps two moments of what learns
+    size = sum(3 * p.nbytes if p.requires_grad else p.nbytes for p in parameters)
     if utils.is_main():
         utils.check_disk(args.output_folder, 3 * size)
 
@@ -679,12 +676,10 @@ def frozen_features(trainer, args):
 
     :return: (of the training images, of the validation images)
     """
-    device, splits = trainer.device, (trainer.train_data, trainer.val_data)
+    device, extract = trainer.device, trainer.captioner.features
     with utils.autocast(device, args.amp):
-        found = [
-            trainer.captioner.features(data, args.data_folder, workers=args.workers)
-            for data in splits
-        ]
+        splits = trainer.train_data, trainer.val_data
+        found = [extract(data, args.data_folder, workers=args.workers) for data in splits]
     size = sum(features.nbytes for features in found)
     if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
         found = [features.to(device) for features in found]
