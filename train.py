@@ -122,12 +122,12 @@ def teacher_forced_nll(decoder, data, features, share, batch_size=64):
 
 
 class Batch(NamedTuple):
-    """One process's share of an update; ``images``, ``features`` or ``indices`` is there."""
+    """One process's share of an update."""
 
     numbers: Any  # int64 (num_images,), numpy: the images' numbers in the split
-    images: Any  # uint8 (num_images, 3, S, S): the CNN is trained too
-    features: Any  # float16 (num_images, n, encoder_dim): the CNN is frozen
-    indices: Any  # int64 (num_images,): the CNN is frozen and all its features are on the GPU
+    # uint8 images (num_images, 3, S, S), if the CNN is trained too; if it is frozen its features,
+    # float16 (num_images, n, encoder_dim), or their numbers, int64, if all are on the GPU
+    inputs: Any
     captions: Any  # int64 (B, max_decode_length + 1)
     decode_lengths: list  # of B ints
     image_index: Any  # int64 (B,): each caption's image in this batch
@@ -194,9 +194,8 @@ class Trainer:
 
     def encoder_input(self, batch):
         """What the network takes: images for a CNN that is trained, else features."""
-        if batch.indices is not None:
-            return self.features[batch.indices]  # (num_images, n, encoder_dim)
-        return batch.images if batch.features is None else batch.features
+        on_gpu = self.features is not None and self.features.is_cuda
+        return self.features[batch.inputs] if on_gpu else batch.inputs
 
     def loss(self, output, batch):
         """(loss, nll) of a share, each divided by the words of the whole batch."""
@@ -245,17 +244,16 @@ class Trainer:
         num_words = datasets.count_words(self.train_data, numbers)
         numbers = numbers[utils.rank() :: utils.world_size()]
         captions, lengths, image_index = datasets.collate(self.train_data, numbers)
-        images = features = indices = None
         if self.features is None:
-            images = self.train_data.images(numbers)
+            inputs = self.train_data.images(numbers)
             if mirrored is not None:
-                images[mirrored[numbers]] = images[mirrored[numbers], ..., ::-1]
+                inputs[mirrored[numbers]] = inputs[mirrored[numbers], ..., ::-1]
         elif self.features.is_cuda:
-            indices = numbers
+            inputs = numbers
         else:  # by numpy: torch in a thread starts OpenMP threads that fight for the cores
-            features = self.features.numpy().take(numbers, axis=0)
-        inputs = numbers, images, features, indices, captions, lengths, image_index
-        return Batch(*inputs, num_words=np.float32(num_words)).tensors(self.device)
+            inputs = self.features.numpy().take(numbers, axis=0)
+        batch = Batch(numbers, inputs, captions, lengths, image_index, np.float32(num_words))
+        return batch.tensors(self.device)
 
     def count(self, loss, nll, batch):
         """Add an update to the epoch's sums. With ``--scst`` the loss is minus the reward."""
@@ -371,7 +369,7 @@ class Trainer:
         if count:
             with torch.no_grad(), utils.autocast(self.device, self.args.amp):
                 images = self.encoder_input(batch.to(self.device))
-                encoder_out = images if batch.images is None else captioner.encoder(images)
+                encoder_out = captioner.encoder(images) if self.features is None else images
                 captions = models.sample_captions(
                     captioner.decoder, encoder_out, captioner.word_map, samples,
                     self.args.max_decode_steps,

@@ -478,7 +478,7 @@ def test_mirror_shows_some_images_mirrored_but_none_whose_captions_say_left_or_r
 
     def record(trainer, *args):
         batch = load(trainer, *args)
-        shown.append(batch.images.flatten(1))
+        shown.append(batch.inputs.flatten(1))
         return batch
 
     monkeypatch.setattr(train.Trainer, "load", record)
