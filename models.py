@@ -353,8 +353,6 @@ def scheduled_sampling_epsilon(name, update, schedule):
     """Probability of feeding the ground truth at an update (Bengio et al. 2015, section 2.4).
 
     :param name: a key of ``SCHEDULES``
-    :param update: updates made so far
-    :param schedule: ``Schedule``
     :return: float in [schedule.minimum, 1]
     """
     epsilon = look_up(SCHEDULES, name, "schedule")(update / schedule.updates, schedule)
@@ -798,9 +796,7 @@ def live_rows(decode_lengths, group=8):
 class CaptioningNetwork(nn.Module):
     """What is trained, as one module, whose gradients DistributedDataParallel can average.
 
-    :param encoder: ``Encoder`` that learns too; None: the features are given
-    :param decoder: ``DecoderWithAttention``
-    :param teacher: ``AttentionTeacher``, or None
+    The encoder is None where features are given, the teacher (``AttentionTeacher``) without one.
     """
 
     def __init__(self, encoder, decoder, teacher=None):
@@ -1065,9 +1061,8 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps):
 
 
 def caption_split(captioners, features, batch_size=None, **options):
-    """Caption all images of a split; several captioners decode together.
+    """Caption all images of a split; several captioners with one word map decode together.
 
-    :param captioners: list of ``Captioner`` with one word map
     :param features: list of float tensors (N, n, encoder_dim), each captioner's own
     :param batch_size: images per beam search; None chooses for the device
     :param options: those of :func:`beam_search`
@@ -1093,9 +1088,7 @@ def average_weights(captioners):
     Weights can be averaged if the trainings started from one checkpoint, for example before and
     after self-critical training. Averaging models that do not share a starting point gives noise.
 
-    :param captioners: list of ``Captioner`` with one word map; the first one's tensors are
-        overwritten
-    :return: ``Captioner``, the first one
+    :return: the first ``Captioner``, whose tensors are overwritten
     :raises UserError: if they are not of one architecture
     """
     kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
@@ -1122,7 +1115,6 @@ class Consensus:
     :param captioners: list of ``Captioner`` that decode together
     :param references: list (training images) of lists (captions) of lists of words
     :param means: list of float32 arrays (N, encoder_dim), each captioner's mean features of those
-    :param weight: float
     """
 
     def __init__(self, captioners, references, means, weight):
@@ -1280,10 +1272,10 @@ def load_tensors(path, read_modules=None):
             return read_modules(path)
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
     except OSError as error:
-        what = f"cannot read {path}: {error.strerror or error}"
-        missing = isinstance(error, FileNotFoundError)
-        raise UserError(f"there is no file {path}" if missing else what) from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # zip, pickle and torch each fail in many ways on damaged bytes
         raise UserError(
             f"{path} is no checkpoint: expected a file of tensors as train.py writes it. This one "
@@ -1317,8 +1309,6 @@ def load_checkpoint(path, word_map=None):
 def check_checkpoint(checkpoint, path):
     """Hold a checkpoint's parts against each other before anything of the size it claims is built.
 
-    :param checkpoint: dict with ``CHECKPOINT_KEYS``
-    :param path: where it came from, for the message
     :raises UserError: if word map, configuration and weights do not fit each other, or weights are
         not finite
     """
