@@ -390,6 +390,7 @@ def beam_search(
     device, vocab_size = encoder_outs[0].device, decoders[0].vocab_size
     banned = torch.tensor(datasets.special_tokens(word_map), device=device)
     words = torch.full((len(encoder_outs[0]), beam_size), word_map[datasets.START], device=device)
+    rows = torch.arange(len(words), device=device).unsqueeze(1)  # (B, 1), to index with (B, k)
     num_pixels = contexts[0].encoder_att.shape[1] if with_alphas else 0
     live, ended = (empty_beams(len(words), k, num_pixels, device) for k in (beam_size, keep))
     live.log_prob[:, 0] = 0  # at the start all beams are one
@@ -402,10 +403,9 @@ def beam_search(
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
         log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
         parent, word = index // vocab_size, index % vocab_size
-        alpha = alpha[..., :num_pixels]  # (B, K, num_pixels)
-        alpha = alpha.gather(1, like(parent, alpha))  # (B, 2K, num_pixels)
+        alpha = alpha[rows, parent, :num_pixels]  # (B, 2K, num_pixels)
         score = log_prob / (step + 1) ** length_penalty  # (B, 2K)
-        word_log_prob = log_probs.flatten(1).gather(1, index)  # (B, 2K)
+        word_log_prob = log_probs[rows, parent, word]  # (B, 2K)
         grown = live.take(parent).append(log_prob, score, word, word_log_prob, alpha)
         is_end = word == word_map[datasets.END]
         ended = best_ended(ended, grown, is_end, beam_size)
@@ -413,9 +413,9 @@ def beam_search(
             break
         _, best = grown.log_prob.masked_fill(is_end, -math.inf).topk(beam_size, dim=1)  # (B, K)
         live = grown.take(best)
-        live.log_prob.masked_fill_(is_end.gather(1, best), -math.inf)  # too few words are left
-        parent, words = parent.gather(1, best), word.gather(1, best)
-        states = [tuple(s.gather(1, like(parent, s)) for s in state) for state in states]
+        live.log_prob.masked_fill_(is_end[rows, best], -math.inf)  # too few words are left
+        parent, words = parent[rows, best], word[rows, best]  # (B, K)
+        states = [tuple(s[rows, parent] for s in state) for state in states]
         done = live.log_prob[:, 0] / (step + 2) ** length_penalty <= ended.score[:, -1]  # (B,)
         live.log_prob.masked_fill_(done.unsqueeze(1), -math.inf)
         # asking makes the host wait for the device: on a GPU a few idle steps cost less
@@ -945,18 +945,14 @@ class Beams(NamedTuple):
 
     def take(self, index):
         """The hypotheses of an int64 index (B, k)."""
-        return Beams(*(x.gather(1, like(index, x)) for x in self))
+        rows = torch.arange(len(index), device=index.device).unsqueeze(1)  # (B, 1)
+        return Beams(*(x[rows, index] for x in self))
 
     def append(self, log_prob, score, word, word_log_prob, alpha):
         """The hypotheses one word longer; what is given has a value for each of them."""
         last = (word, word_log_prob, alpha)
         longer = (torch.cat([x, y.unsqueeze(2)], dim=2) for x, y in zip(self[2:], last))
         return Beams(log_prob, score, *longer)
-
-
-def like(index, x):
-    """An index (B, k) in the shape that ``x.gather(1, ...)`` wants of it: (B, k, ...)."""
-    return index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
 
 
 def empty_beams(batch_size, count, num_pixels, device):
