@@ -586,14 +586,12 @@ def with_architecture(args, checkpoint, path, resuming):
         return args
     config, defaults = checkpoint["config"], vars(get_args_parser().parse_args([]))
     for key in models.ARCHITECTURE:  # a flag may agree or be left out
-        given, built = getattr(args, key), config.get(key)
+        given, built = getattr(args, key), config[key]
         if given not in (built, defaults[key]):
             raise UserError(f"--{key} {given}: {path} was built with {built}; leave the flag out")
-    args = argparse.Namespace(**vars(args) | {key: config.get(key) for key in models.ARCHITECTURE})
+    args = argparse.Namespace(**vars(args) | {key: config[key] for key in models.ARCHITECTURE})
     if args.scst and args.attention == "hard":
-        raise UserError(
-            "--scst does not train --attention hard: start from one with soft attention"
-        )
+        raise UserError("--scst does not train --attention hard: start from a model with soft")
     changed = [
         f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
         if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key, defaults[key])
