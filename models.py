@@ -311,11 +311,11 @@ def doubly_stochastic_penalty(alphas):
     """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
 
     :param alphas: float (B, max_decode_length, num_pixels), zero past each caption's end
-    :return: scalar: the sum over pixels of (1 - sum_t alpha_t)^2, averaged over the batch
+    :return: scalar: the sum over captions and pixels of (1 - sum_t alpha_t)^2
     """
     visits = alphas.sum(dim=1)  # (B, num_pixels)
     has_words = visits.sum(dim=1) > 0  # a CUDA graph fills its batch with rows that say nothing
-    return ((1 - visits).square().sum(dim=1) * has_words).sum() / has_words.sum()
+    return ((1 - visits).square().sum(dim=1) * has_words).sum()
 
 
 def caption_loss(
@@ -340,8 +340,7 @@ def caption_loss(
     loss = F.cross_entropy(output.scores, label_smoothing=label_smoothing, reduction="sum", **words)
     word_nll = F.cross_entropy(output.scores.detach(), reduction="none", **words)  # (num_words,)
     if alpha_c:
-        num_captions = (output.alphas.sum(dim=(1, 2)) > 0).sum()
-        loss = loss + alpha_c * num_captions * doubly_stochastic_penalty(output.alphas)
+        loss = loss + alpha_c * doubly_stochastic_penalty(output.alphas)
     if output.grounding is not None:
         loss = loss + grounding * output.grounding
     if output.log_probs is not None:

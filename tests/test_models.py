@@ -739,7 +739,7 @@ def test_penalty_is_equation_14():
     for row, length in enumerate(LENGTHS):
         for pixel in range(9):
             total += (1 - sum(alphas[row, t, pixel].item() for t in range(length))) ** 2
-    assert models.doubly_stochastic_penalty(alphas).item() == pytest.approx(total / 4, rel=1e-5)
+    assert models.doubly_stochastic_penalty(alphas).item() == pytest.approx(total, rel=1e-5)
     output = make_decoder()(features(), CAPTIONS, LENGTHS, PICTURES)
     with_it, without = (
         models.caption_loss(output, alpha_c=alpha_c)[0].item() for alpha_c in (0.7, 0)
