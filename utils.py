@@ -107,6 +107,9 @@ def ending(prog, error):
         what = [*str(error).splitlines(), "no room."][0][:200]
         advice = "Lower --batch_size or --beam_size, add --amp, or see who else uses this device"
         error = UserError(f"out of memory: {what} {advice}")
+    elif isinstance(error, ModuleNotFoundError):
+        advice = "python -m pip install -r requirements.txt installs what the suite needs"
+        error = UserError(f"{error}: {advice}")
     else:
         raise error
     return 2, f"{prog}: error: {error}\n"

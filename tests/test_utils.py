@@ -548,6 +548,14 @@ def test_busy_cores_are_those_of_others(monkeypatch):
     assert len(utils.own_cores()) == 2
 
 
+def test_a_package_that_is_not_installed_is_named_in_one_line(tmp_path):
+    done = run_script(SCRIPT.format(body="import not_installed"), tmp_path)
+    assert done.returncode == 2 and done.stderr == (
+        "script.py: error: No module named 'not_installed': python -m pip install -r "
+        "requirements.txt installs what the suite needs\n"
+    )
+
+
 def test_our_own_mistakes_keep_their_traceback(tmp_path):
     done = run_script(SCRIPT.format(body="raise ValueError(1)"), tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
