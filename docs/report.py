@@ -113,6 +113,7 @@ VARIETY = (
     "colours agreed",
     "numbers agreed",
 )
+SAMPLING = ("BLEU-4", "METEOR", "CIDEr", "words per caption", "repeats itself")
 SPLITS = {"val": "validation", "test": "test"}
 # at most so many digits after the point; of other figures 1
 DIGITS = {"peak": 2, "movement": 2, "fall": 3, "words used": 0, "num_pixels": 0}
@@ -124,9 +125,17 @@ TITLES = {
 }  # fmt: skip
 
 # labels, and the names of the runs without their seeds
-FOCUS = {"the default recipe": "xe", "`--preset focus`": "focus"}
-DECODERS = {"LSTM": "lstm", "GRU": "gru"}
-SAMPLED = {
+FOCUS = {"the default recipe": "lstm8", "`--preset focus`": "focus"}
+DECODERS = {"LSTM": "lstm8", "GRU": "gru8"}
+SAMPLED = {  # eight epochs, the schedules falling to 0.25
+    "LSTM": "lstm8",
+    "LSTM, linear": "lstm8-linear",
+    "LSTM, inverse sigmoid": "lstm8-inverse_sigmoid",
+    "GRU": "gru8",
+    "GRU, linear": "gru8-linear",
+    "GRU, inverse sigmoid": "gru8-inverse_sigmoid",
+}
+THREE_EPOCHS = {  # the schedules falling to 0.75
     "LSTM": "lstm",
     "LSTM, linear": "lstm-linear",
     "LSTM, exponential": "lstm-exponential",
@@ -137,7 +146,7 @@ SAMPLED = {
     "GRU, inverse sigmoid": "gru-inverse_sigmoid",
 }
 RESNET_VGG = {"ResNet-50": "resnet50", "VGG-19": "vgg19"}
-ENCODERS = RESNET_VGG | {"EfficientNet-Lite0": "xe"}
+ENCODERS = RESNET_VGG | {"EfficientNet-Lite0": "lstm8"}
 EIGHT_EPOCHS = ENCODERS | {"EfficientNet-Lite2": "lite2"}
 ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
@@ -185,14 +194,13 @@ LENGTHS = {
 }
 BEAMS = {"0": "beam-0", "0.4": "beam-0.4", "0.7": "beam-0.7", "1": "beam-1"}
 FAULTS = {
-    "LSTM, three epochs": "lstm",
-    "GRU, three epochs": "gru",
-    "LSTM, eight epochs": "xe",
+    "LSTM, eight epochs": "lstm8",
+    "GRU, eight epochs": "gru8",
     "the best recipe": "mean",
 }
 ALL = (
-    FOCUS, SAMPLED, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH, STAGES, CONSENSUS, LENGTHS,
-    BEAMS,
+    FOCUS, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH, STAGES,
+    CONSENSUS, LENGTHS, BEAMS,
 )  # fmt: skip
 
 
@@ -297,7 +305,7 @@ TABLES = {
     # of results.md
     "encoders": lambda runs: scores_table(runs, ENCODERS, SHORT, beams=("1", "5")),
     "decoders": lambda runs: scores_table(runs, DECODERS, ("BLEU-1", *SHORT), beams=("1", "5")),
-    "sampling": lambda runs: scores_table(runs, SAMPLED, ("BLEU-4", "CIDEr")),
+    "sampling": lambda runs: scores_table(runs, SAMPLED, SAMPLING, beams=("1", "5")),
     "gaze": lambda runs: scores_table(runs, FOCUS, (*SHORT, *GAZE), beams=("5",)),
     "attention": lambda runs: scores_table(runs, ATTENTIONS, SCENES[:4]),
     "recipe": lambda runs: scores_table(runs, BEST, SHORT, beams=("5", "20")),
@@ -306,8 +314,10 @@ TABLES = {
     # of experiments.md
     "focus": lambda runs: scores_table(runs, FOCUS, METRICS, BOTH, ONE_TO_FIVE),
     "gazes": gaze_table,
-    "decoders in full": lambda runs: scores_table(runs, SAMPLED, METRICS, beams=ONE_TO_FIVE),
-    "costs": lambda runs: costs_table(runs, SAMPLED),
+    "decoders in full": lambda runs: scores_table(runs, SAMPLED, METRICS, beams=("1", "5")),
+    "costs of eight": lambda runs: costs_table(runs, SAMPLED),
+    "costs": lambda runs: costs_table(runs, THREE_EPOCHS),
+    "three epochs": lambda runs: scores_table(runs, THREE_EPOCHS, METRICS, beams=ONE_TO_FIVE),
     "costs of two": lambda runs: costs_table(runs, RESNET_VGG),
     "eight epochs": lambda runs: scores_table(runs, EIGHT_EPOCHS, METRICS, BOTH, ONE_TO_FIVE),
     "scenes": lambda runs: scores_table(
@@ -339,7 +349,7 @@ def with_tables(runs, text):
 # ---------------------------------------------------------------------------------------- the plots
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLORS = {"lstm": "#0072B2", "gru": "#D55E00"}
+COLORS = {"lstm8": "#0072B2", "gru8": "#D55E00"}
 FOUR = ("#0072B2", "#D55E00", "#009E73", "#000000")
 
 
@@ -393,28 +403,31 @@ def decoders_plot(runs):
 def scheduled_sampling_plot(runs):
     """The true word's probability over the updates, and each schedule's scores at beams 1 and 5."""
     figure, axes = panels("probability of the true word", "test: CIDEr, a dot for each run")
-    places = {"linear": (620, 0.88), "exponential": (200, 0.83), "inverse_sigmoid": (840, 0.92)}
-    ends, schedules = [], list(places)
-    for schedule, color in zip(schedules, FOUR[1:]):
-        run = seeds(runs, f"lstm-{schedule}")[0]
+    places = {"linear": (700, 0.65), "inverse_sigmoid": (2000, 0.85)}
+    schedules = ["", *(name for name in places if seeds(runs, f"lstm8-{name}"))]
+    for schedule, color in zip(schedules[1:], FOUR[2:]):
+        run = seeds(runs, f"lstm8-{schedule}")[0]
         updates = np.linspace(0, run["updates"], 200)
-        constants = models.Schedule(run["updates"], run["options"].get("ss_min", 0.75))
+        constants = models.Schedule(run["updates"], run["options"]["ss_min"])
         epsilon = [models.scheduled_sampling_epsilon(schedule, i, constants) for i in updates]
         axes[0].plot(updates, epsilon, color=color)
         text = {"color": color, "fontsize": 12}
         axes[0].text(*places[schedule], schedule.replace("_", "\n"), **text)
     axes[0].set_xlabel("update", fontsize=12)
-    for name in SAMPLED.values():
+    for label, name in SAMPLED.items():
+        if not seeds(runs, name):
+            continue
         decoder, _, schedule = name.partition("-")
-        place = schedules.index(schedule) + 1 if schedule else 0
-        place += 0.12 if decoder == "gru" else -0.12
+        place = schedules.index(schedule) + (0.12 if decoder == "gru8" else -0.12)
         for beam, face in (("1", "white"), ("5", COLORS[decoder])):
             ys = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
-            axes[1].plot([place] * len(ys), ys, "o", color=COLORS[decoder], markerfacecolor=face)
-            if schedule == schedules[-1]:
-                ends.append((3.15, np.mean(ys), f"{decoder.upper()}, beam {beam}", COLORS[decoder]))
-    label_ends(axes[1], ends)
-    axes[1].set_xticks(range(4), ["none", *(name.replace("_", "\n") for name in schedules)])
+            style = {"color": COLORS[decoder], "markerfacecolor": face}
+            text = "" if schedule else f"{label}, beam {beam}"
+            axes[1].plot([place] * len(ys), ys, "o", label=text, **style)
+    axes[1].legend(fontsize=11, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    names = [name.replace("_", "\n") or "none" for name in schedules]
+    axes[1].set_xticks(range(len(names)), names)
+    axes[1].set_xlim(-0.5, len(names) - 0.5)
     return figure
 
 
