@@ -331,10 +331,11 @@ class Trainer:
         :raises UserError: if it is damaged
         """
         try:
-            groups = self.optimizer.param_groups
-            own = [{key: group[key] for key in ("lr", "capturable")} for group in groups]
+            own = [{"lr": group["lr"], "capturable": group["capturable"]}
+                   for group in self.optimizer.param_groups]  # fmt: skip
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for group, kept in zip(self.optimizer.param_groups, own):
+                kept["lr"].fill_(float(group["lr"]))
                 group.update(kept)  # what belongs to the device, which may be another one now
             self.history, self.update = checkpoint["history"], int(checkpoint["update"])
             self.started -= float(checkpoint["seconds"])  # what the run took before counts, too
