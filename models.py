@@ -15,6 +15,7 @@ import math
 import pickle
 import re
 import socket
+import textwrap
 import types
 import warnings
 import zipfile
@@ -619,7 +620,8 @@ def load_classifier_weights(backbone, name, weights):
     try:
         backbone.classifier.load_state_dict(state)
     except RuntimeError as error:  # a line each on what is missing, unknown or of another shape
-        raise UserError(f"{refusal}: {str(error).splitlines()[1].strip()[:200]}") from error
+        fault = textwrap.shorten(str(error).splitlines()[1], 160, placeholder=" ...")
+        raise UserError(f"{refusal}: {fault}") from error
 
 
 def imagenet_weights(name):
@@ -639,7 +641,7 @@ def imagenet_weights(name):
             return timm_network(name, pretrained=True).classifier.state_dict()
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-        advice = f"fetch {url} on another machine and put it at {path}"
+        advice = f"fetch {url} on another machine and put it at {path}, or {advice}"
         options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
         return torch.hub.load_state_dict_from_url(url, **options)
     except Exception as error:  # downloaders have errors of many kinds
