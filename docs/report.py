@@ -113,7 +113,7 @@ VARIETY = (
     "colours agreed",
     "numbers agreed",
 )
-SAMPLING = ("BLEU-4", "METEOR", "CIDEr", "words per caption", "repeats itself")
+SAMPLING = ("BLEU-4", "CIDEr", "words per caption", "repeats itself")
 SPLITS = {"val": "validation", "test": "test"}
 # at most so many digits after the point; of other figures 1
 DIGITS = {"peak": 2, "movement": 2, "fall": 3, "words used": 0, "num_pixels": 0}
