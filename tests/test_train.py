@@ -744,7 +744,7 @@ def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(
     training_data, tmp_path, fails
 ):
     run(training_data, tmp_path / "hard", "--attention", "hard", "--epochs", 1)
-    with fails("--attention hard"):
+    with fails("--scst does not train hard attention"):
         run(
             training_data,
             tmp_path / "scst",
