@@ -418,7 +418,11 @@ def locked(path, what, wait=False):
                     raise UserError(f"{message}; wait for it, or choose another folder") from error
                 print(f"waiting for another run, which is writing {what}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not (path.exists() and os.path.samefile(path, file.fileno())):
+            try:
+                held = os.path.samefile(path, file.fileno())
+            except FileNotFoundError:
+                held = False
+            if not held:
                 continue  # who held it has removed it
             try:
                 yield

@@ -123,6 +123,17 @@ def test_who_waits_for_a_lock_gets_it_in_turn(tmp_path, capsys):
     assert "waiting for another run, which is writing the data" in capsys.readouterr().err
 
 
+def test_many_runs_may_write_one_file(tmp_path):
+    def work(run):
+        for i in range(60):
+            with utils.atomic_path(tmp_path / "store") as temporary:
+                temporary.write_text(f"{run} {i}")
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
 @pytest.mark.parametrize(
     "module, function, code",
     [
