@@ -106,6 +106,7 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SHORT = ("BLEU-4", "METEOR", "CIDEr")
 SCENES = ("objects", "relation", "pointing", "by chance", "count", "shapes", "BLEU-4", "CIDEr")
 GAZE = ("places", "num_pixels", "peak", "movement", "fall", "deletion ratio")
+GLANCE = ("places", "movement", "fall", "deletion ratio")
 VARIETY = (
     "words used",
     "distinct captions",
@@ -125,7 +126,29 @@ TITLES = {
 }  # fmt: skip
 
 # labels, and the names of the runs without their seeds
-FOCUS = {"the default recipe": "lstm8", "`--preset focus`": "focus"}
+FOCUS = {
+    "Lite0, the default recipe": "lstm8",
+    "Lite0, `--preset focus`": "focus",
+    "ResNet-50, the default recipe": "xe50",
+    "ResNet-50, `--preset focus`": "focus50",
+    "ResNet-50, after four self-critical epochs": "fine50-scst",
+}
+GROUNDED = {
+    "Lite0, the default recipe, eight epochs": "lstm8-h100",
+    "… and three epochs more": "longer",
+    "… and three with `--grounding 0.15`": "late0.15",
+    "… and three with `--grounding 0.3`": "late0.3",
+    "… and three with `--grounding 0.6`": "late0.6",
+    "Lite0, eight epochs with `--grounding 0.15`": "focus-paper",
+    "Lite0, `--preset focus`": "focus-h100",
+    "… with `--feature_dropout 0.3`": "focus-fd3",
+    "… with `--grounding 0.05`": "focus-w05",
+    "ResNet-50, the default recipe, eight epochs": "xe50",
+    "ResNet-50 … and three epochs more": "longer50",
+    "ResNet-50 … and three with `--grounding 0.3`": "late50-0.3",
+    "ResNet-50 … and three with `--grounding 0.6`": "late50-0.6",
+    "ResNet-50, `--preset focus`": "focus50",
+}
 DECODERS = {"LSTM": "lstm8", "GRU": "gru8"}
 SAMPLED = {  # eight epochs, the schedules falling to 0.25
     "LSTM": "lstm8",
@@ -147,7 +170,8 @@ THREE_EPOCHS = {  # the schedules falling to 0.75
 }
 RESNET_VGG = {"ResNet-50": "resnet50", "VGG-19": "vgg19"}
 ENCODERS = RESNET_VGG | {"EfficientNet-Lite0": "lstm8"}
-EIGHT_EPOCHS = ENCODERS | {"EfficientNet-Lite2": "lite2"}
+GRIDS = {"VGG-19, its own 16×16": "vgg16x16", "ResNet-50, third stage, 16×16": "stage50"}
+EIGHT_EPOCHS = ENCODERS | GRIDS | {"EfficientNet-Lite2": "lite2"}
 ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
 FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}
@@ -168,7 +192,16 @@ CONSENSUS = {
     "three models, beam 20, consensus": "mean-three-consensus",
     "three models, ensemble, beam 20, consensus": "ensemble-three-consensus",
 }
-BEST = RECIPE | {"4, captioned with consensus": "mean-consensus"}
+RECIPE_50 = {label: f"{name}50" for label, name in RECIPE.items()} | {
+    "3. then four self-critical epochs": "fine50-scst",
+    "3e. eight self-critical epochs instead": "fine50-scst8",
+    "3c. as 3, but the CNN learns too": "fine50-scst-cnn",
+    "4e. mean of the weights of 2 and 3e": "mean50-scst8",
+}
+BEST = RECIPE_50 | {
+    "4, captioned with consensus": "mean50-consensus",
+    "4e, captioned with consensus": "mean50-scst8-consensus",
+}
 STAGES = RECIPE | {
     "3m. instead of 3: CIDEr-D + 5 METEOR": "scst-meteor",
     "4m. mean of 2 and 3m": "mean-meteor",
@@ -196,11 +229,11 @@ BEAMS = {"0": "beam-0", "0.4": "beam-0.4", "0.7": "beam-0.7", "1": "beam-1"}
 FAULTS = {
     "LSTM, eight epochs": "lstm8",
     "GRU, eight epochs": "gru8",
-    "the best recipe": "mean",
+    "the best recipe (4e)": "mean50-scst8",
 }
 ALL = (
-    FOCUS, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH, STAGES,
-    CONSENSUS, LENGTHS, BEAMS,
+    FOCUS, GROUNDED, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH,
+    STAGES, BEST, CONSENSUS, LENGTHS, BEAMS,
 )  # fmt: skip
 
 
@@ -300,18 +333,26 @@ def commands_list(runs):
     return "\n".join(f"* `{command}`<br>{'; '.join(where)}" for command, where in lines.items())
 
 
+def of(decoder):
+    """The trials of scheduled sampling with a decoder."""
+    return {label: name for label, name in SAMPLED.items() if label.startswith(decoder)}
+
+
 BOTH, ONE_TO_FIVE = ("val", "test"), ("1", "3", "5")
 TABLES = {
     # of results.md
-    "encoders": lambda runs: scores_table(runs, ENCODERS, SHORT, beams=("1", "5")),
-    "decoders": lambda runs: scores_table(runs, DECODERS, ("BLEU-1", *SHORT), beams=("1", "5")),
-    "sampling": lambda runs: scores_table(runs, SAMPLED, SAMPLING, beams=("1", "5")),
-    "gaze": lambda runs: scores_table(runs, FOCUS, (*SHORT, *GAZE), beams=("5",)),
+    "encoders": lambda runs: scores_table(runs, ENCODERS | GRIDS, SHORT),
+    "decoders": lambda runs: scores_table(runs, DECODERS, ("BLEU-1", *SHORT)),
+    "sampling": lambda runs: scores_table(runs, of("LSTM"), SAMPLING, beams=("1", "5")),
+    "gaze": lambda runs: scores_table(runs, FOCUS, ("BLEU-4", "CIDEr", *GLANCE)),
     "attention": lambda runs: scores_table(runs, ATTENTIONS, SCENES[:4]),
-    "recipe": lambda runs: scores_table(runs, BEST, SHORT, beams=("5", "20")),
+    "recipe": lambda runs: scores_table(
+        runs, {k: v for k, v in BEST.items() if k[:2] != "3c"}, SHORT, beams=("5", "20")
+    ),
     "shapes": lambda runs: scores_table(runs, ON_SHAPES, (*SCENES[:4], "CIDEr")),
     "faults": faults_table,
     # of experiments.md
+    "sampling of GRUs": lambda runs: scores_table(runs, of("GRU"), SAMPLING, beams=("1", "5")),
     "focus": lambda runs: scores_table(runs, FOCUS, METRICS, BOTH, ONE_TO_FIVE),
     "gazes": gaze_table,
     "decoders in full": lambda runs: scores_table(runs, SAMPLED, METRICS, beams=("1", "5")),
@@ -327,7 +368,9 @@ TABLES = {
         runs, BEAMS, (*SHORT, "words per caption", "ms per picture"), ("val",),
         ("1", "2", "3", "5", "8"), first="length penalty",
     ),
+    "grounded": lambda runs: scores_table(runs, GROUNDED, (*SHORT, *GAZE), ("val",)),
     "stages": lambda runs: scores_table(runs, STAGES, METRICS, BOTH),
+    "stages of ResNet-50": lambda runs: scores_table(runs, BEST, METRICS, BOTH, ("5", "20")),
     "lengths": lambda runs: scores_table(runs, LENGTHS, METRICS, BOTH),
     "consensus": lambda runs: scores_table(runs, CONSENSUS, METRICS, BOTH, ("20",)),
     "others": others_table,
@@ -424,7 +467,7 @@ def scheduled_sampling_plot(runs):
             style = {"color": COLORS[decoder], "markerfacecolor": face}
             text = "" if schedule else f"{label}, beam {beam}"
             axes[1].plot([place] * len(ys), ys, "o", label=text, **style)
-    axes[1].legend(fontsize=11, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes[1].legend(fontsize=11, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     names = [name.replace("_", "\n") or "none" for name in schedules]
     axes[1].set_xticks(range(len(names)), names)
     axes[1].set_xlim(-0.5, len(names) - 0.5)
@@ -451,12 +494,18 @@ def recipe_plot(runs):
     """Test CIDEr after each stage of the recipe, a dot for each seed."""
     figure, (one,) = panels("test: CIDEr, a dot for each seed", height=3.4)
     names = ["cross-entropy", "CNN fine-tuned", "self-critical", "mean of weights", "consensus"]
-    for y, name in enumerate(BEST.values()):
-        beam = "20" if name == "mean-consensus" else "5"
-        points = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
-        one.plot(points, [y] * len(points), "o", color=FOUR[0])
+    encoders = {
+        "EfficientNet-Lite0": (*RECIPE.values(), "mean-consensus"),
+        "ResNet-50": (*list(RECIPE_50.values())[:4], "mean50-consensus"),
+    }
+    for (label, stages), color in zip(encoders.items(), FOUR):
+        for y, name in enumerate(stages):
+            beam = "20" if name.endswith("consensus") else "5"
+            points = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
+            one.plot(points, [y] * len(points), "o", color=color, label="" if y else label)
     one.set_yticks(range(len(names)), names, fontsize=12)
     one.invert_yaxis()
+    one.legend(fontsize=11, loc="upper right")
     return figure
 
 
