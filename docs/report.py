@@ -226,6 +226,12 @@ LENGTHS = {
     "three models, ensemble, penalty 1": "ensemble-three",
 }
 BEAMS = {"0": "beam-0", "0.4": "beam-0.4", "0.7": "beam-0.7", "1": "beam-1"}
+NO_REPEAT = {
+    "EfficientNet-Lite0": "lstm8",
+    "EfficientNet-Lite0, `--no_repeat`": "lstm8-no-repeat",
+    "ResNet-50": "resnet50",
+    "ResNet-50, `--no_repeat`": "resnet50-no-repeat",
+}
 FAULTS = {
     "LSTM, eight epochs": "lstm8",
     "GRU, eight epochs": "gru8",
@@ -233,7 +239,7 @@ FAULTS = {
 }
 ALL = (
     FOCUS, GROUNDED, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH,
-    STAGES, BEST, CONSENSUS, LENGTHS, BEAMS,
+    STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT,
 )  # fmt: skip
 
 
@@ -369,6 +375,7 @@ TABLES = {
         ("1", "2", "3", "5", "8"), first="length penalty",
     ),
     "grounded": lambda runs: scores_table(runs, GROUNDED, (*SHORT, *GAZE), ("val",)),
+    "no repeat": lambda runs: scores_table(runs, NO_REPEAT, (*SHORT, "repeats itself"), BOTH),
     "stages": lambda runs: scores_table(runs, STAGES, METRICS, BOTH),
     "stages of ResNet-50": lambda runs: scores_table(runs, BEST, METRICS, BOTH, ("5", "20")),
     "lengths": lambda runs: scores_table(runs, LENGTHS, METRICS, BOTH),
