@@ -192,8 +192,7 @@ CONSENSUS = {
     "three models, beam 20, consensus": "mean-three-consensus",
     "three models, ensemble, beam 20, consensus": "ensemble-three-consensus",
 }
-RECIPE_50 = {label: f"{name}50" for label, name in RECIPE.items()} | {
-    "3. then four self-critical epochs": "fine50-scst",
+RECIPE_50 = dict(zip(RECIPE, ("xe50", "fine50", "fine50-scst", "mean50"))) | {
     "3e. eight self-critical epochs instead": "fine50-scst8",
     "3c. as 3, but the CNN learns too": "fine50-scst-cnn",
     "4e. mean of the weights of 2 and 3e": "mean50-scst8",

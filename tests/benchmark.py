@@ -285,7 +285,7 @@ def section_encoders(device, args):
     count = 16 * args.images if device.type == "cuda" else 8
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
     print("encoder: M parameters, grid, channels, GFLOP; images/s in float32, bfloat16, fine-tuned")
-    for name in ("resnet18", "resnet50", "resnet101", "vgg16", *models.EFFICIENTNETS):
+    for name in ("resnet18", "resnet50", "resnet101", "vgg16", "vgg19", *models.EFFICIENTNETS):
         encoder, rates = models.Encoder(name, "none").to(device), []
 
         def encode(amp, train=False, encoder=encoder):
