@@ -8,31 +8,29 @@ python create_input_files.py --dataset own --captions own.csv --images own
 
 import contextlib
 import difflib
-import errno
 import hashlib
-import http.client
-import os
-import re
 import sys
-import textwrap
 import time
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
 
 if sys.flags.safe_path:
     sys.exit("create_input_files.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
+
 import utils
+from captioning.run import command_line, files, machine, paths
+from captioning.run.lazy import lazy
 from utils import UserError
 
-datasets = utils.LazyModule("datasets")  # loaded when first used: --help need not wait for it
+datasets, downloads, contact_sheet = lazy(
+    "datasets", "captioning.data.downloads", "captioning.report.contact_sheet"
+)
 
 
 def main(args):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # we say ourselves what a picture lacks
     check_flags(args)
-    name = datasets.base_name(args.dataset, args.captions_per_image, args.min_word_freq)
+    name = paths.base_name(args.dataset, args.captions_per_image, args.min_word_freq)
     if not args.force and is_prepared(args, name):
         draw_examples(args, name)  # they are there, unless an earlier run was killed before
         print(f"The files of {name} are in {args.data_folder} already; --force makes them again.")
@@ -40,7 +38,7 @@ def main(args):
     start = time.monotonic()
     with no_empty_folder(args.data_folder):
         records, notes, source = find_records(args)
-        utils.check_disk(args.data_folder, len(records) * 3 * args.image_size**2)
+        files.check_disk(args.data_folder, len(records) * 3 * args.image_size**2)
         sizes = {"image_size": args.image_size, "captions_per_image": args.captions_per_image}
         limits = {"min_word_freq": args.min_word_freq, "max_len": args.max_len, "seed": args.seed}
         about = {"dataset": args.dataset, "source": source, "workers": args.workers}
@@ -66,28 +64,28 @@ def find_records(args):
         return *datasets.custom_records(args.images, captions, args.seed), name_of(captions)
     folders = args.source or [args.data_folder]
     if not args.source:
-        found = zip(ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
-        download(args.data_folder, [archive for archive, path in found if not path])
+        found = zip(downloads.ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
+        downloads.download(args.data_folder, [archive for archive, path in found if not path])
     split = "official split" if datasets.flickr8k_files(folders)[2] else "split by seed"
     return *datasets.flickr8k_records(folders, args.seed), f"Flickr8k, {split}"
 
 
-# ---------------------------------------------------------------- beyond the main path
-
 KNOWN = ("flickr8k", "flickr30k", "coco", "shapes")
+
+
 NUMBERS = {  # flags: lowest, highest and default value, help
     "captions_per_image": (1, 100, 5, "captions to train on; more are drawn from by --seed"),
     "min_word_freq": (1, 10**6, 5, "rarer words of the training captions become <unk>"),
     "max_len": (1, 1000, 50, "do not train on captions of more words than this"),
     "image_size": (32, 1024, 256, "side of the stored pictures, in pixels"),
     "seed": (0, 2**32 - 1, 0, "seed of everything that is drawn by lot"),
-    "workers": (1, 256, len(utils.own_cores()), "threads that decode pictures"),
+    "workers": (1, 256, len(machine.own_cores()), "threads that decode pictures"),
 }
 
 
 def get_args_parser():
     description, _, examples = __doc__.strip().partition("\n\n")
-    parser = utils.ArgumentParser(description=description, examples=examples)
+    parser = command_line.ArgumentParser(description=description, examples=examples)
     group = parser.add_argument_group("where the pictures and captions come from")
     known = lambda name: name.lower() if name.lower() in KNOWN else name
     text = f"{', '.join(KNOWN)} (generated), or a name for your own data"
@@ -105,7 +103,7 @@ def get_args_parser():
     group = parser.add_argument_group("what is made of them")
     group.add_argument("--data_folder", type=Path, default=Path("data"), help="where the files go")
     for flag, (low, high, default, text) in NUMBERS.items():
-        bounds = utils.bounded(int, low, high)
+        bounds = command_line.bounded(int, low, high)
         group.add_argument(f"--{flag}", type=bounds, default=default, help=text)
     group.add_argument("--force", action="store_true", help="make the files again")
     return parser
@@ -114,7 +112,7 @@ def get_args_parser():
 def check_flags(args):
     """:raises UserError: if two flags contradict each other, or one is missing"""
     name, listed = f"--dataset {args.dataset}", args.images or args.captions
-    datasets.check_name(args.dataset, "--dataset", 64)
+    paths.check_name(args.dataset, "--dataset", 64)
     near = difflib.get_close_matches(args.dataset.lower(), KNOWN, 1)
     hint = f"did you mean {near[0]}? Else" if near else "for your own data"
     for is_wrong, message in (
@@ -143,9 +141,9 @@ def captions_of(args):
 
 def is_prepared(args, name):
     """Whether all files are there; raises UserError if they are broken or of other settings."""
-    paths = [datasets.split_path(args.data_folder, split, name) for split in datasets.SPLITS]
-    word_map = datasets.word_map_path(args.data_folder, name)
-    if not all(path.exists() for path in [*paths, word_map]):
+    splits = [paths.split_path(args.data_folder, split, name) for split in datasets.SPLITS]
+    word_map = paths.word_map_path(args.data_folder, name)
+    if not all(path.exists() for path in [*splits, word_map]):
         return False
     try:
         word_map = datasets.load_word_map(word_map)
@@ -153,7 +151,7 @@ def is_prepared(args, name):
         raise UserError(f"{error}; --force makes it again") from error
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
     wanted |= {"source": name_of(captions_of(args))} if args.images else {}
-    for path in paths:
+    for path in splits:
         dataset = datasets.CaptionDataset(path)
         dataset.check_word_map(word_map)
         for key, value in wanted.items():
@@ -185,98 +183,6 @@ def no_empty_folder(folder):
         for path in made:
             with contextlib.suppress(OSError):  # it is not there, or not empty
                 path.rmdir()
-
-
-# ---------------------------------------------------------------------------------------- download
-
-BASE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-ARCHIVES = {  # name: MD5, bytes (about)
-    "Flickr8k_Dataset.zip": ("f18a1e2920de5bd84dae7cf08ec78978", 1_115_000_000),
-    "Flickr8k_text.zip": ("bf6c1abcb8e4a833b7f922104de18627", 2_340_000),
-}
-
-
-def download(
-    folder, names, base_url=BASE_URL, archives=ARCHIVES, timeout=30, attempts=4, pause=1.0
-):
-    """Download archives; what an earlier attempt left is continued.
-
-    :param names: names of those to fetch
-    :param archives: dict name -> (MD5 in hex, number of bytes, about)
-    :param timeout: seconds without a byte after which a connection is given up
-    :param attempts: how often to try each archive
-    :param pause: seconds before the second attempt; doubled before each further one
-    :raises UserError: if one cannot be had; the message says how to get it by hand
-    """
-    utils.check_disk(folder, sum(archives[name][1] for name in names))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name in names:
-        md5, size = archives[name]
-        path, part = Path(folder) / name, Path(folder) / f"{name}.part"
-        for attempt in range(attempts):
-            time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
-            try:
-                _fetch(base_url + name, part, size, timeout)
-                with open(part, "rb") as file:
-                    digest = hashlib.file_digest(file, "md5").hexdigest()
-                if digest != md5:
-                    part.unlink()
-                    raise OSError("what arrived has another MD5 checksum")
-                os.replace(part, path)
-                break
-            except UserError:
-                raise
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                number = getattr(error, "errno", None)
-                if number in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-                    problem = f"cannot write {part}: {error.strerror}"
-                    raise UserError(f"{problem}; make room or check your rights") from error
-                problem = datasets.clean_caption(str(error)) or type(error).__name__
-                if getattr(error, "code", None) in (401, 403, 404, 410) or attempt == attempts - 1:
-                    raise UserError(
-                        f"cannot download {base_url}{name}: {problem}. Run the command again to "
-                        f"continue, or put {' and '.join(archives)} into {folder} by hand, or name "
-                        "their folder with --source; --dataset shapes needs no download"
-                    ) from error
-
-
-def _fetch(url, part, size, timeout):
-    """Continue ``part`` with what it lacks."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if have and error.code == 416:
-            return  # nothing is left to send: the checksum will tell whether all is well
-        raise
-    with response:
-        if response.headers.get_content_type() == "text/html":
-            raise OSError("the server sent a web page instead of the archive")
-        sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        start = int(sent[1]) if response.status == 206 and sent else 0
-        if start != have:
-            have = 0
-            part.unlink(missing_ok=True)
-            if start:
-                raise OSError("the server sent another part of the archive than it was asked for")
-        total = None if response.length is None else have + response.length
-        if max(have, total or 0) > 2 * size:
-            raise OSError(f"the server says that it sends {total:,} bytes, expected about {size:,}")
-        utils.check_disk(part.parent, (total or size) - have)
-        bar = utils.progress(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True)
-        with open(part, "ab") as file, bar:
-            while chunk := response.read1(2**18):  # what has come, so that a stall loses nothing
-                have += len(chunk)
-                if have > 2 * size:
-                    raise OSError(f"the server sends more than {2 * size:,} bytes")
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total is not None and have < total:
-        raise OSError(f"the connection broke after {have:,} of {total:,} bytes")
-
-
-# ----------------------------------------------------------------------------------------- summary
 
 
 def describe_losses(summaries, args):
@@ -321,44 +227,18 @@ def draw_examples(args, name, anew=False):
     """
     from PIL import Image
 
-    sheet = datasets.contact_sheet_path(args.data_folder, name)
+    sheet = paths.contact_sheet_path(args.data_folder, name)
     if anew or not sheet.exists():
-        train = datasets.split_path(args.data_folder, "train", name)
-        draw_contact_sheet(sheet, datasets.CaptionDataset(train))
+        train = paths.split_path(args.data_folder, "train", name)
+        contact_sheet.draw_contact_sheet(sheet, datasets.CaptionDataset(train))
     if args.dataset == "shapes":
-        test = datasets.CaptionDataset(datasets.split_path(args.data_folder, "test", name))
+        test = datasets.CaptionDataset(paths.split_path(args.data_folder, "test", name))
         for i, picture in enumerate(test.image_names[:6]):
-            path = datasets.pictures_folder(args.data_folder, name) / picture
+            path = paths.pictures_folder(args.data_folder, name) / picture
             if anew or not path.exists():
-                with utils.atomic_path(path) as temporary:
+                with files.atomic_path(path) as temporary:
                     Image.fromarray(test.images([i])[0].transpose(1, 2, 0)).save(temporary)
     return sheet
-
-
-def draw_contact_sheet(path, dataset, number=6):
-    """Draw a few pictures spread over a split, as they are stored, with their captions."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    chosen = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
-    rows = -(-len(chosen) // 3)
-    figure = Figure(figsize=(12, 0.5 + 5.6 * rows), layout="constrained")
-    figure.suptitle(f"{dataset.name}: {dataset.split}\n", fontsize=11, parse_math=False)
-    axes = figure.subplots(2 * rows, 3, squeeze=False, height_ratios=[3.6, 1.8] * rows)
-    for axis in axes.flat:
-        axis.axis("off")
-    for place, (i, image) in enumerate(zip(chosen, dataset.images(chosen))):
-        shown, below = axes[2 * (place // 3), place % 3], axes[2 * (place // 3) + 1, place % 3]
-        shown.imshow(image.transpose(1, 2, 0), interpolation="antialiased")
-        title = textwrap.shorten(dataset.image_names[i], 48)
-        shown.set_title(title, fontsize=8, parse_math=False)
-        texts = (textwrap.shorten(text, 150) for text in dataset.raw_references[i][:5])
-        marks = {"initial_indent": "– ", "subsequent_indent": "   "}
-        text = "\n".join(textwrap.fill(text, 54, **marks) for text in texts)
-        below.text(0, 1, text, fontsize=9, va="top", parse_math=False)
-    with utils.atomic_path(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
-        figure.savefig(temporary, dpi=100)
 
 
 if __name__ == "__main__":

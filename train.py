@@ -7,25 +7,26 @@ python train.py --scheduled_sampling inverse_sigmoid --output_folder scheduled
 python train.py --resume
 """
 
-import argparse
 import contextlib
 import importlib.util
-import itertools
-import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 if sys.flags.safe_path:
     sys.exit("train.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
+
 import utils
+from captioning.run import command_line, distributed, files, machine, messages, paths, signals
+from captioning.run.lazy import lazy
 from utils import UserError
 
-# loaded when first used: --help and a mistake in a flag need not wait for them
-np, torch, datasets, models = map(utils.LazyModule, ("numpy", "torch", "datasets", "models"))
+np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
+batches, cider, cuda_graphs, schedules, starting, tally = lazy(
+    "batches", "cider", "cuda_graphs", "schedules", "starting", "tally", within="captioning.model"
+)
+curves, log, metrics = lazy("curves", "log", "metrics", within="captioning.report")
 
 
 def train(trainer, args):
@@ -36,31 +37,32 @@ def train(trainer, args):
     model, optimizer, history = trainer.model, trainer.optimizer, trainer.history
 
     def train_step(batch, epsilon):
-        with utils.autocast(trainer.device, args.amp):
+        with machine.autocast(trainer.device, args.amp):
             images = trainer.encoder_input(batch)
             captions, lengths, image_index = batch.captions, batch.decode_lengths, batch.image_index
             output = model(images, captions, lengths, image_index, epsilon, args.ss_argmax)
         loss, nll = trainer.loss(output, batch)
         optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel averages the gradients, but the processes' losses add up
-        (loss * utils.world_size()).backward()
+        (loss * distributed.world_size()).backward()
         norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, args.grad_clip)
         # the fused optimizer changes nothing where found_inf is 1: nobody waits for the GPU
         optimizer.found_inf, optimizer.grad_scale = 1 - norm.isfinite().float(), None
         optimizer.step()
         trainer.count(loss.detach(), nll, batch)
 
-    step = CudaGraphStep(train_step, trainer) if trainer.use_graphs else train_step
-    while len(history) < args.epochs and epochs_without_gain(history, args.metric) < args.patience:
+    step = cuda_graphs.CudaGraphStep(train_step, trainer) if trainer.use_graphs else train_step
+    stale = schedules.epochs_without_gain
+    while len(history) < args.epochs and stale(history, args.metric) < args.patience:
         # self-critical training samples without dropout, so it trains without, too
         trainer.captioner.decoder.train(not args.scst)
         for batch in trainer.batches():
             with trainer.stop.held():  # a signal to stop takes effect between two updates
-                factor = learning_rate_factor(trainer.config, trainer.update, history)
+                factor = schedules.learning_rate_factor(trainer.config, trainer.update, history)
                 for group in optimizer.param_groups:
                     group["lr"].fill_(group["peak_lr"] * factor)
-                utils.set_seed(args.seed, trainer.update, utils.rank())
-                batch = trainer.sample_and_reward(batch) if args.scst else batch
+                machine.set_seed(args.seed, trainer.update, distributed.rank())
+                batch = trainer.sampled(batch) if args.scst else batch
                 step(batch.to(trainer.device), trainer.epsilon(trainer.update))
                 trainer.advance(batch)
                 if args.checkpoint_every and trainer.update % args.checkpoint_every == 0:
@@ -69,16 +71,15 @@ def train(trainer, args):
         record = trainer.epoch_record()
         scores, hypotheses = validate(trainer, args)
         record |= scores | {"seconds": round(time.time() - trainer.started, 1)}
-        is_best = record[args.metric] > best_score(history, args.metric)
+        is_best = record[args.metric] > schedules.best_score(history, args.metric)
         with trainer.stop.held():
             history.append(record)
-            trainer.begin_epoch()
+            trainer.tally.reset()
             if is_best:  # saved first: killed in between, the run repeats the epoch and ends alike
                 trainer.save(trainer.best_path)
             trainer.save(trainer.latest_path)
-            write_reports(trainer, args)
-            write_tensorboard(trainer, args, record)
-            print_epoch(record, args, is_best, trainer.val_data, hypotheses)
+            trainer.write_reports()
+            log.print_epoch(record, args.beam_size, is_best, trainer.val_data, hypotheses)
 
 
 def validate(trainer, args):
@@ -86,20 +87,21 @@ def validate(trainer, args):
 
     :return: (dict of metrics and ``val_nll``, list of captions as lists of words)
     """
-    data, captioner, share = trainer.val_data, trainer.captioner, utils.share(len(trainer.val_data))
+    data, captioner = trainer.val_data, trainer.captioner
+    share = distributed.share(len(data))
     captioner.decoder.eval()
-    utils.set_seed(args.seed, trainer.update)  # of locations that hard attention samples
-    with utils.autocast(trainer.device, args.amp):
+    machine.set_seed(args.seed, trainer.update)  # of locations that hard attention samples
+    with machine.autocast(trainer.device, args.amp):
         if trainer.val_features is None:  # the CNN has changed
             features = captioner.features(data, args.data_folder, share, args.workers)
         else:
             features = trainer.val_features[share]
         nll = teacher_forced_nll(captioner.decoder, data, features, share)
-        options = utils.search_options(args) | {"beam_size": args.beam_size}
+        options = command_line.search_options(args) | {"beam_size": args.beam_size}
         found = models.caption_split([captioner], [features], with_alphas=False, **options)
-    hypotheses = sum(utils.all_gather([captioner.text(best) for best, *_ in found]), [])
-    scores = utils.is_main() and utils.score_captions(data.references, hypotheses)
-    return utils.broadcast(scores) | {"val_nll": nll}, hypotheses
+    hypotheses = sum(distributed.all_gather([captioner.text(best) for best, *_ in found]), [])
+    scores = distributed.is_main() and metrics.score_captions(data.references, hypotheses)
+    return distributed.broadcast(scores) | {"val_nll": nll}, hypotheses
 
 
 def teacher_forced_nll(decoder, data, features, share, batch_size=64):
@@ -117,38 +119,8 @@ def teacher_forced_nll(decoder, data, features, share, batch_size=64):
             output = decoder(encoder_out, captions.to(device), lengths, image_index.to(device))
             nll += models.caption_loss(output, num_words=1, alpha_c=0)[1].item()
         words += sum(lengths)
-    nll, words = np.sum(utils.all_gather((nll, words)), axis=0)
+    nll, words = np.sum(distributed.all_gather((nll, words)), axis=0)
     return float(nll / words)
-
-
-class Batch(NamedTuple):
-    """One process's share of an update."""
-
-    numbers: Any  # int64 (num_images,), numpy: the images' numbers in the split
-    # uint8 images (num_images, 3, S, S), if the CNN is trained too; if it is frozen its features,
-    # float16 (num_images, n, encoder_dim), or their numbers, int64, if all are on the GPU
-    inputs: Any
-    captions: Any  # int64 (B, max_decode_length + 1)
-    decode_lengths: list  # of B ints
-    image_index: Any  # int64 (B,): each caption's image in this batch
-    num_words: Any  # float32 (), words of all processes' shares
-    advantages: Any = None  # float32 (B,), of sampled captions
-    reward: Any = None  # float32 (), of sampled captions, mean over all processes' shares
-
-    def tensors(self, device):
-        """The batch with its arrays as tensors, in memory that a GPU can fetch from by itself."""
-        fields = set(self._fields) - {"numbers", "decode_lengths"}
-        arrays = {key: getattr(self, key) for key in fields if getattr(self, key) is not None}
-        pin = torch.Tensor.pin_memory if device.type == "cuda" else torch.as_tensor
-        return self._replace(**{key: pin(torch.as_tensor(a)) for key, a in arrays.items()})
-
-    def to(self, device):
-        """The batch with its tensors on a device."""
-        tensors = {key: x for key, x in self._asdict().items() if torch.is_tensor(x)}
-        return self._replace(**{k: x.to(device, non_blocking=True) for k, x in tensors.items()})
-
-
-# ---------------------------------------------------------------- beyond the main path
 
 
 class Trainer:
@@ -162,8 +134,8 @@ class Trainer:
         self.args, self.captioner, self.stop = args, captioner, stop
         self.config = captioner.config
         self.train_data, self.val_data, self.device = train_data, val_data, captioner.device
-        self.latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
-        self.best_path = datasets.checkpoint_path(args.output_folder, args.data_name, best=True)
+        self.latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
+        self.best_path = paths.checkpoint_path(args.output_folder, args.data_name, best=True)
         self.features = self.val_features = self.progress = self.teacher = None
         # self-critical training has no true words to teach, and NoAttention nothing to learn
         if args.grounding and not args.scst and list(captioner.decoder.attention.parameters()):
@@ -173,24 +145,15 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         encoder = captioner.encoder if args.fine_tune_encoder else None
         self.model = models.CaptioningNetwork(encoder, captioner.decoder, self.teacher)
-        if utils.world_size() > 1:
+        if distributed.world_size() > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.model)
-        self.use_graphs = self.device.type == "cuda" and utils.world_size() == 1
+        self.use_graphs = self.device.type == "cuda" and distributed.world_size() == 1
         self.history, self.update, self.started = [], 0, time.time()
-        # sums over the epoch, kept on the device: asking for them would make the host wait
-        self.total = torch.zeros(3, device=self.device)  # loss, nll, updates
-        self.skipped = torch.zeros(2, device=self.device)  # not finite: all of them, last in a row
-        self.begin_epoch()
+        self.tally = tally.Tally(self.device)
         if args.scst:
-            self.reward = utils.CiderD(train_data.references)
+            self.reward = cider.CiderD(train_data.references)
             banned = datasets.special_tokens(captioner.word_map)
             self.banned = torch.tensor(banned, device=self.device)
-
-    def begin_epoch(self):
-        """Reset the epoch's sums."""
-        self.total.zero_()
-        self.skipped.zero_()
-        self.words, self.seconds, self.warned = 0, 0.0, 0
 
     def encoder_input(self, batch):
         """What the network takes: images for a CNN that is trained, else features."""
@@ -224,15 +187,15 @@ class Trainer:
             coins = np.random.default_rng([args.seed, epoch, 1]).random(len(self.train_data)) < 0.5
             mirrored = coins & datasets.mirrorable(self.train_data, self.captioner.word_map)
         done = self.update - epoch * len(order)
-        self.epoch_began = time.time() - self.seconds
+        self.epoch_began = time.time() - self.tally.seconds
         bar = utils.progress(
             total=len(order), initial=done, desc=f"epoch {epoch + 1}/{args.epochs}", unit="batch",
             leave=False,
         )  # fmt: skip
         with bar as self.progress:
             load = lambda numbers: self.load(numbers, mirrored)
-            yield from datasets.read_ahead(load, order[done:], args.workers)
-        self.check()
+            yield from machine.read_ahead(load, order[done:], args.workers)
+        self.tally.check(self.update)
 
     def load(self, numbers, mirrored):
         """What an update needs of its images, on the CPU; runs in threads.
@@ -242,7 +205,7 @@ class Trainer:
         :return: ``Batch`` of this process's share
         """
         num_words = datasets.count_words(self.train_data, numbers)
-        numbers = numbers[utils.rank() :: utils.world_size()]
+        numbers = numbers[distributed.rank() :: distributed.world_size()]
         captions, lengths, image_index = datasets.collate(self.train_data, numbers)
         if self.features is None:
             inputs = self.train_data.images(numbers)
@@ -252,78 +215,70 @@ class Trainer:
             inputs = numbers
         else:  # by numpy: torch in a thread starts OpenMP threads that fight for the cores
             inputs = self.features.numpy().take(numbers, axis=0)
-        batch = Batch(numbers, inputs, captions, lengths, image_index, np.float32(num_words))
+        batch = batches.Batch(
+            numbers, inputs, captions, lengths, image_index, np.float32(num_words)
+        )
         return batch.tensors(self.device)
+
+    def sampled(self, batch):
+        """A batch with captions that the model draws itself, and what each was worth (--scst)."""
+        with torch.no_grad(), machine.autocast(self.device, self.args.amp):
+            images = self.encoder_input(batch.to(self.device))
+            encoder_out = self.captioner.encoder(images) if self.features is None else images
+            options = self.reward, self.args.max_decode_steps
+            drawn = models.sample_and_reward(self.captioner, batch, encoder_out, *options)
+        return drawn.tensors(self.device)
 
     def count(self, loss, nll, batch):
         """Add an update to the epoch's sums. With ``--scst`` the loss is minus the reward."""
-        bad = self.optimizer.found_inf
         loss = -batch.reward if self.args.scst else loss
-        sums = torch.stack([loss, nll, torch.full_like(bad, 1 / utils.world_size())])
-        self.total += torch.where(bad > 0, 0, sums)
-        self.skipped.copy_(torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1) * bad]))
+        self.tally.add(loss, nll, self.optimizer.found_inf)
 
     def advance(self, batch):
         """One update more: counters, progress bar, and now and then a look at the losses."""
-        self.words += int(batch.num_words)
+        self.tally.words += int(batch.num_words)
+        self.tally.seconds = time.time() - self.epoch_began
         self.update += 1
-        self.seconds = time.time() - self.epoch_began
         self.progress.update()
         if self.device.type == "cpu" or self.update % 25 == 0:
-            self.check()
+            self.tally.check(self.update)
         if self.update % 25 == 0:
-            loss, _, count = self.total.tolist()
-            rate = self.words / max(self.seconds, 1e-9)
-            text = f"loss {loss / max(count, 1e-9):.3f}, {rate:,.0f} words/s"
-            self.progress.set_postfix_str(text)
-
-    def check(self):
-        """Warn of updates that were left out as their gradient was not finite.
-
-        :raises UserError: if there were many in a row
-        """
-        count, in_a_row = self.skipped.tolist()
-        if in_a_row >= MAX_SKIPPED:
-            raise UserError(
-                f"the loss was not finite in the last {in_a_row:.0f} updates: lower "
-                "--learning_rate or --grad_clip, or leave out --amp; the last checkpoint is kept"
-            )
-        if count > self.warned:
-            text = f"{count:.0f} updates of this epoch were left out"
-            utils.note(f"update {self.update}: the loss was not finite; {text}")
-            self.warned = count
+            self.progress.set_postfix_str(self.tally.so_far())
 
     def epoch_record(self):
         """What the log says of the epoch: losses, rates, words per second."""
-        loss, nll, count = utils.all_reduce_sum(self.total.clone()).tolist()
         last = self.update - 1
-        factor = learning_rate_factor(self.config, last, self.history)
-        return {
-            "epoch": len(self.history) + 1, "update": self.update,
-            "loss": loss / max(count, 1), "nll": nll / max(count, 1),
-            "skipped_updates": int(self.skipped[0]),
-            "learning_rate": self.args.learning_rate * factor, "epsilon": self.epsilon(last),
-            "train_seconds": round(self.seconds, 1),
-            "words_per_second": round(self.words / max(self.seconds, 1e-9)),
-            "peak_memory_gb": utils.peak_memory_gb(self.device),
-        }  # fmt: skip
+        factor = schedules.learning_rate_factor(self.config, last, self.history)
+        record = {"epoch": len(self.history) + 1, "update": self.update} | self.tally.means()
+        record |= {"learning_rate": self.args.learning_rate * factor, "epsilon": self.epsilon(last)}
+        return record | {"peak_memory_gb": machine.peak_memory_gb(self.device)}
 
     def save(self, path):
         """Save the model and where its training stands; all processes must ask at the same time."""
-        captioner, total = self.captioner, utils.all_reduce_sum(self.total.clone()).cpu()
+        captioner = self.captioner
         state = {
             "config": self.config, "word_map": captioner.word_map, "history": self.history,
             "encoder": captioner.encoder.state_dict(), "decoder": captioner.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(), "update": self.update,
             "seconds": time.time() - self.started,
-            "epoch_so_far": {"total": total, "skipped": self.skipped.cpu(), "words": self.words,
-                             "seconds": self.seconds},
+            "epoch_so_far": self.tally.state_dict(),
         }  # fmt: skip
         if self.teacher:
             state["teacher"] = self.teacher.state_dict()
         with self.stop.held():
-            if utils.is_main():
+            if distributed.is_main():
                 models.save_checkpoint(path, state)
+
+    def write_reports(self):
+        """The log, the learning curves and, if it is wanted, TensorBoard's files."""
+        args, where = self.args, (self.args.output_folder, self.args.data_name)
+        if self.history and distributed.is_main():
+            log.write_log(paths.log_path(*where), self.config, self.history)
+            curves.draw_curves(paths.curves_path(*where), self.history, args.metric)
+            if args.tensorboard:
+                options = command_line.search_options(args) | {"beam_size": args.beam_size}
+                about = self.captioner, self.val_data, self.history[-1]
+                log.write_tensorboard(args.output_folder, *about, options)
 
     def resume(self, checkpoint, path):
         """Put the training back to where a checkpoint was saved.
@@ -331,19 +286,11 @@ class Trainer:
         :raises UserError: if it is damaged
         """
         try:
-            own = [{"lr": group["lr"], "capturable": group["capturable"]}
-                   for group in self.optimizer.param_groups]  # fmt: skip
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            for group, kept in zip(self.optimizer.param_groups, own):
-                kept["lr"].fill_(float(group["lr"]))
-                group.update(kept)  # what belongs to the device, which may be another one now
+            starting.restore_optimizer(self.optimizer, checkpoint["optimizer"])
             self.history, self.update = checkpoint["history"], int(checkpoint["update"])
             self.started -= float(checkpoint["seconds"])  # what the run took before counts, too
-            so_far = checkpoint["epoch_so_far"]
-            self.total.copy_(so_far["total"] * utils.is_main())  # the others' shares are in it
-            self.skipped.copy_(so_far["skipped"])
-            self.words, self.seconds = so_far["words"], so_far["seconds"]
-            best = best_score(self.history, self.args.metric)
+            self.tally.load_state_dict(checkpoint["epoch_so_far"])
+            best = schedules.best_score(self.history, self.args.metric)
             per_epoch = math.ceil(len(self.train_data) / self.args.batch_size)
             if not 0 <= self.update - len(self.history) * per_epoch <= per_epoch:
                 raise ValueError(f"{self.update} updates in {len(self.history)} epochs")
@@ -355,116 +302,6 @@ class Trainer:
         so_far = f"; best {self.args.metric} so far {best:.2f}" if self.history else ""
         print(f"resuming after epoch {len(self.history)}, update {self.update}{so_far}")
 
-    def sample_and_reward(self, batch, samples=5):
-        """Sample captions, and reward each by how much it beats the others of its image.
-
-        Rennie et al. 2017 compare with the greedy caption, which costs a search. The mean of the
-        other samples costs nothing, and the advantages add up to zero (Luo 2020, "A better variant
-        of self-critical sequence training").
-
-        :return: ``Batch`` of the sampled captions, longest first
-        """
-        captioner, count = self.captioner, len(batch.numbers)
-        captions = np.zeros((0, 1), np.int64)
-        if count:
-            with torch.no_grad(), utils.autocast(self.device, self.args.amp):
-                images = self.encoder_input(batch.to(self.device))
-                encoder_out = captioner.encoder(images) if self.features is None else images
-                captions = models.sample_captions(
-                    captioner.decoder, encoder_out, captioner.word_map, samples,
-                    self.args.max_decode_steps,
-                )  # fmt: skip
-            captions = captions.flatten(0, 1).cpu().numpy()  # (num_images * samples, steps)
-        end = captioner.word_map[datasets.END]
-        rewards = [
-            self.reward(image, datasets.decode_caption(caption, captioner.words), end in caption)
-            for image, caption in zip(batch.numbers.repeat(samples), captions)
-        ]
-        rewards = np.array(rewards, np.float32)
-        means = rewards.reshape(-1, samples).mean(axis=1).repeat(samples)
-        advantages = (rewards - means) * samples / (samples - 1)  # from the mean of the others
-        lengths = (captions != datasets.PAD_ID).sum(axis=1)
-        order = np.argsort(-lengths, kind="stable")
-        starts = np.full((len(captions), 1), captioner.word_map[datasets.START])
-        captions = np.concatenate([starts, captions], axis=1)[order, : lengths.max(initial=0) + 1]
-        sums = utils.all_gather([lengths.sum(), len(captions), rewards.sum()])
-        words, number, reward = np.sum(sums, axis=0, dtype=np.float32)
-        return batch._replace(
-            captions=captions, decode_lengths=lengths[order].tolist(), num_words=words,
-            image_index=np.arange(count).repeat(samples)[order],
-            advantages=advantages[order].astype(np.float32), reward=100 * reward / number,
-        ).tensors(self.device)  # fmt: skip
-
-
-class CudaGraphStep:
-    """A training step, recorded as a CUDA graph for each shape of its batch and replayed at once.
-
-    The decoder's loop is hundreds of kernels too small to keep a GPU busy. A graph has fixed
-    shapes: captions are padded to a multiple of four words, the batch to a multiple of sixteen
-    captions (which say nothing), and at most ``MAX_GRAPHS`` graphs are kept; other shapes run
-    without. The first step of a shape runs without, too: it sets up what a recording must find.
-    """
-
-    MAX_GRAPHS = 32
-
-    def __init__(self, step, trainer):
-        self.step, self.device, self.graphs = step, trainer.device, {}
-        self.epsilon = torch.ones((), device=self.device)
-        self.sampling = trainer.args.scheduled_sampling != "none"
-        self.stream = torch.cuda.Stream(self.device)
-
-    def __call__(self, batch, epsilon):
-        batch = self.padded(batch)
-        if self.sampling:
-            epsilon = self.epsilon.fill_(epsilon)
-        tensors = {name: t for name, t in batch._asdict().items() if torch.is_tensor(t)}
-        key = tuple((name, *t.shape) for name, t in tensors.items())
-        if key not in self.graphs:
-            self.graphs[key] = None
-            # recording refuses what autograd began on the default stream
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                self.step(batch, epsilon)
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            return
-        if self.graphs[key] is None:
-            if sum(made is not None for made in self.graphs.values()) >= self.MAX_GRAPHS:
-                self.step(batch, epsilon)
-                return
-            self.graphs[key] = self.record(batch, tensors, epsilon)
-        graph, static = self.graphs[key]
-        for name, tensor in tensors.items():
-            static[name].copy_(tensor, non_blocking=True)
-        graph.replay()
-
-    def record(self, batch, tensors, epsilon):
-        """Record a step; return (graph, the tensors that it reads)."""
-        static = {name: tensor.clone() for name, tensor in tensors.items()}
-        graph = torch.cuda.CUDAGraph()
-        pool = next((made[0].pool() for made in self.graphs.values() if made), None)
-        options = {"pool": pool, "stream": self.stream}
-        # thread_local: the threads that load ahead go on pinning memory meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
-            self.step(batch._replace(**static), epsilon)
-        return graph, static
-
-    @staticmethod
-    def padded(batch):
-        """The batch in one of a few shapes; what is added counts in no loss."""
-        steps = 4 * math.ceil(batch.decode_lengths[0] / 4)
-        more = -len(batch.captions) % 16
-        wider = steps + 1 - batch.captions.shape[1]
-        pad, advantages = torch.nn.functional.pad, batch.advantages
-        return batch._replace(
-            captions=pad(batch.captions, (0, wider, 0, more), value=datasets.PAD_ID),
-            decode_lengths=[steps] * (len(batch.captions) + more),
-            image_index=pad(batch.image_index, (0, more)),
-            advantages=None if advantages is None else pad(advantages, (0, more)),
-        )
-
-
-# ------------------------------------------------------------------------------------ preparation
-
 
 def main(args):
     check_args(args)
@@ -472,7 +309,7 @@ def main(args):
         trainer, args = prepare(args, stack)
         try:
             train(trainer, args)
-        except utils.Stopped as signal:
+        except signals.Stopped as signal:
             trainer.save(trainer.latest_path)
             how = "saved. The same command with --resume goes on"
             signal.args = (f"{signal} after update {trainer.update}; {how}",)
@@ -481,7 +318,7 @@ def main(args):
         print(
             f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of "
             f"{len(trainer.history)}, {best['seconds']:.0f} s after the start; peak memory "
-            f"{utils.peak_memory_gb(trainer.device)} GB: {trainer.best_path}"
+            f"{machine.peak_memory_gb(trainer.device)} GB: {trainer.best_path}"
         )
 
 
@@ -491,144 +328,29 @@ def prepare(args, stack):
     :param stack: ``contextlib.ExitStack`` for what the run holds until its end
     :return: (``Trainer``, the flags with the architecture that a checkpoint brought)
     """
-    device = stack.enter_context(utils.processes(args.device))
-    stop = stack.enter_context(utils.StopSignals())
+    device = stack.enter_context(machine.processes(args.device))
+    stop = stack.enter_context(signals.StopSignals())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     train_data, val_data = (
-        datasets.CaptionDataset(datasets.split_path(args.data_folder, split, args.data_name))
+        datasets.CaptionDataset(paths.split_path(args.data_folder, split, args.data_name))
         for split in ("train", "val")
     )
-    word_map = datasets.load_word_map(datasets.word_map_path(args.data_folder, args.data_name))
-    for data in (train_data, val_data):
-        data.check_word_map(word_map)
+    word_map = datasets.load_word_map(paths.word_map_path(args.data_folder, args.data_name))
+    train_data.check_word_map(word_map), val_data.check_word_map(word_map)
     if len(val_data) == 1 and args.metric == "CIDEr":
         raise UserError("--metric CIDEr is always 0 for a single image; take BLEU-4, for example")
-    path, checkpoint, resuming = load_run(args, word_map)
-    args = with_architecture(args, checkpoint, path, resuming)
-    check_sizes(train_data, val_data, checkpoint if resuming else None)
-    utils.set_seed(args.seed)
-    encoder, decoder = build_model(args, checkpoint, word_map, train_data, device)
-    decoder.sample_location = args.sample_location
-    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    config["total_updates"] = args.epochs * math.ceil(len(train_data) / args.batch_size)
-    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size}
-    config["machine"] = utils.describe_machine(device)
-    captioner = models.Captioner(encoder, decoder, word_map, config)
-    latest_path = datasets.checkpoint_path(args.output_folder, args.data_name)
-    stack.enter_context(utils.locked(datasets.lock_path(latest_path), latest_path))
-    check_space(args, captioner)
-    print_header(args, captioner, train_data, val_data)
-    trainer = Trainer(args, captioner, train_data, val_data, stop)
-    if trainer.teacher and "teacher" in (checkpoint or {}):  # a run without one left none
-        trainer.teacher.load_state_dict(checkpoint["teacher"])
-    if not args.fine_tune_encoder:
-        trainer.features, trainer.val_features = frozen_features(trainer, args)
-    if resuming:
-        trainer.resume(checkpoint, path)
-        write_reports(trainer, args)  # which the interrupted run may not have come to
-    return trainer, args
-
-
-def load_run(args, word_map):
-    """The checkpoint to go on with or to start from.
-
-    :return: (path, checkpoint, whether to go on with its run); (None, None, False) starts anew
-    :raises UserError: if it cannot be used, or an earlier run would be overwritten
-    """
-    paths = [datasets.checkpoint_path(args.output_folder, args.data_name, b) for b in (False, True)]
-    found = [path for path in paths if path.exists()]
-    # torchrun --max_restarts repeats the command after a process has died
-    restarted = bool(found) and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = args.resume or ("auto" if restarted else None)
-    if resume == "auto":
-        if not found:
-            print(f"nothing to resume at {paths[0].absolute()}: starting anew")
-            return None, None, False
-        path, checkpoint = first_readable(found)
-    elif resume:
-        path = Path(resume)
-        if path.is_dir():  # of a run: its latest
-            path = datasets.checkpoint_path(path, args.data_name)
-        checkpoint = models.load_checkpoint(path)
-    elif found:
-        raise UserError(
-            f"{found[0]} holds an earlier run: add --resume to go on with it, or choose another "
-            "--output_folder"
-        )
-    elif args.init_from:
-        path = models.run_checkpoint(args.init_from, args.data_name)
-        checkpoint = models.load_checkpoint(path)
-    else:
-        return None, None, False
-    if checkpoint["word_map"] != word_map:
-        raise UserError(
-            f"{path} was trained with another word map than {args.data_name} in "
-            f"{args.data_folder}; name the data it was trained on"
-        )
-    return path, checkpoint, bool(resume)
-
-
-def first_readable(paths):
-    """(path, checkpoint) of the first file, or, where it is damaged, of the next."""
-    for path, other in itertools.pairwise(paths):
-        try:
-            return path, models.load_checkpoint(path)
-        except UserError as error:
-            print(f"{error}; going on from {other} instead")
-    return paths[-1], models.load_checkpoint(paths[-1])
-
-
-def with_architecture(args, checkpoint, path, resuming):
-    """The flags, with the architecture of a checkpoint, which says itself what it is.
-
-    :raises UserError: if a flag contradicts it, or if a run is to be resumed with other flags
-    """
-    if not checkpoint:
-        return args
-    config, defaults = checkpoint["config"], vars(get_args_parser().parse_args([]))
-    for key in models.ARCHITECTURE:  # a flag may agree or be left out
-        given, built = getattr(args, key), config[key]
-        if given not in (built, defaults[key]):
-            raise UserError(f"--{key} {given}: {path} was built with {built}; leave the flag out")
-    args = argparse.Namespace(**vars(args) | {key: config[key] for key in models.ARCHITECTURE})
-    if args.scst and args.attention == "hard":
-        raise UserError("--scst does not train hard attention: start from soft attention")
-    changed = [
-        f"--{key} {getattr(args, key)} (was {config.get(key)})" for key in defaults
-        if key not in MAY_CHANGE_ON_RESUME and getattr(args, key) != config.get(key, defaults[key])
-    ]  # fmt: skip
-    if resuming and changed:
-        raise UserError(
-            f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; "
-            "give the same flags, or start a new run from its weights with --init_from"
-        )
-    return args
-
-
-def check_sizes(train_data, val_data, checkpoint):
-    """:raises UserError: if images of both splits, and of a run to resume, are not of one size"""
-    sizes = {"the training images": train_data.image_size}
-    sizes["the validation images"] = val_data.image_size
+    own, given = (args.output_folder, args.data_name), (args.resume, args.init_from)
+    path, checkpoint, resuming = starting.find_start(*own, *given, models.load_checkpoint)
     if checkpoint:
-        sizes["the run to resume"] = checkpoint["config"]["image_size"]
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{size} pixels in {what}" for what, size in sizes.items())
-        raise UserError(
-            f"expected images of one size, found {found}; prepare the data with one --image_size"
-        )
-
-
-def check_space(args, captioner):
-    """:raises UserError: if the disk cannot hold two checkpoints and the temporary copy of one"""
-    parameters = [*captioner.encoder.parameters(), *captioner.decoder.parameters()]
-    # AdamW keeps two moments of what learns
-    size = sum(3 * p.nbytes if p.requires_grad else p.nbytes for p in parameters)
-    if utils.is_main():
-        utils.check_disk(args.output_folder, 3 * size)
-
-
-def build_model(args, checkpoint, word_map, train_data, device):
-    """Encoder and decoder, from a checkpoint's weights if there is one."""
+        about = checkpoint["config"], path, MAY_CHANGE_ON_RESUME if resuming else None
+        args = starting.as_built(args, get_args_parser(), *about)
+        if checkpoint["word_map"] != word_map:
+            raise UserError(
+                f"{path} was trained with another word map than {args.data_name} in "
+                f"{args.data_folder}; name the data it was trained on"
+            )
+    starting.check_sizes(train_data, val_data, checkpoint if resuming else None)
+    machine.set_seed(args.seed)
     weights = "none" if checkpoint else args.encoder_weights
     encoder = models.Encoder(args.encoder, weights).to(device)
     decoder = models.build_decoder(vars(args) | {"encoder_dim": encoder.encoder_dim}, len(word_map))
@@ -636,22 +358,35 @@ def build_model(args, checkpoint, word_map, train_data, device):
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
     elif args.embeddings:
-        vectors, found = datasets.load_embeddings(args.embeddings, word_map, args.embed_dim)
-        with torch.no_grad():
-            decoder.embedding.weight[torch.from_numpy(found)] = torch.from_numpy(vectors[found])
-        print(f"{args.embeddings}: vectors for {found.sum()} of {len(word_map)} words")
+        starting.fill_embedding(decoder.embedding, args.embeddings, word_map)
     if not checkpoint and weights == "none":
-        starts = range(0, min(64, len(train_data)), 16)
-        batches = (torch.from_numpy(train_data.images(slice(i, i + 16))) for i in starts)
-        spread = models.calibrate(encoder, (batch.to(device) for batch in batches))
-        if spread < 0.05 and not args.fine_tune_encoder:
-            utils.note(
-                "with random weights this CNN gives nearly the same features for every image, so "
-                "captions cannot depend on it: take --encoder_weights imagenet, or train the CNN "
-                "with --fine_tune_encoder"
-            )
+        starting.calibrate_on(encoder, train_data, device, learns=args.fine_tune_encoder)
     encoder.fine_tune(args.fine_tune_encoder)
-    return encoder, decoder.to(device)
+    decoder.to(device).sample_location = args.sample_location
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    config["total_updates"] = args.epochs * math.ceil(len(train_data) / args.batch_size)
+    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size}
+    config["machine"] = machine.describe_machine(device)
+    captioner = models.Captioner(encoder, decoder, word_map, config)
+    latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
+    stack.enter_context(files.locked(paths.lock_path(latest_path), latest_path))
+    if distributed.is_main():  # two checkpoints, with AdamW's two moments, and a temporary copy
+        parameters = (*encoder.parameters(), *decoder.parameters())
+        size = sum((1 + 2 * p.requires_grad) * p.nbytes for p in parameters)
+        files.check_disk(args.output_folder, 3 * size)
+    changed = command_line.changed_flags(get_args_parser(), args)
+    log.print_header(captioner, train_data, val_data, changed)
+    trainer = Trainer(args, captioner, train_data, val_data, stop)
+    if trainer.teacher and "teacher" in (checkpoint or {}):  # a run without one left none
+        trainer.teacher.load_state_dict(checkpoint["teacher"])
+    if not args.fine_tune_encoder:
+        trainer.features, trainer.val_features = starting.frozen_features(
+            captioner, (train_data, val_data), args.data_folder, args.amp, args.workers
+        )
+    if resuming:
+        trainer.resume(checkpoint, path)
+        trainer.write_reports()  # which the interrupted run may not have come to
+    return trainer, args
 
 
 def build_optimizer(args, captioner, teacher=None):
@@ -667,155 +402,19 @@ def build_optimizer(args, captioner, teacher=None):
     return torch.optim.AdamW(groups, capturable=is_cuda, weight_decay=args.weight_decay, fused=True)
 
 
-def frozen_features(trainer, args):
-    """Features of both splits, float16 (N, n, encoder_dim): on the GPU if they fit there.
-
-    :return: (of the training images, of the validation images)
-    """
-    device, extract = trainer.device, trainer.captioner.features
-    with utils.autocast(device, args.amp):
-        splits = trainer.train_data, trainer.val_data
-        found = [extract(data, args.data_folder, workers=args.workers) for data in splits]
-    size = sum(features.nbytes for features in found)
-    if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
-        found = [features.to(device) for features in found]
-    return found
-
-
-def best_score(history, metric):
-    """The best score of the epochs so far."""
-    return max((record[metric] for record in history), default=-1.0)
-
-
-def epochs_without_gain(history, metric):
-    """How many epochs ago the best score was."""
-    scores = [record[metric] for record in history]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
-
-
-def learning_rate_factor(config, update, history):
-    """Share of the peak learning rate at an update; follows from the log, so nothing is resumed."""
-    if update < config["warmup"]:
-        return (update + 1) / config["warmup"]
-    if config["lr_schedule"] == "constant":
-        return 1.0
-    if config["lr_schedule"] == "plateau":
-        pasts = (history[: n + 1] for n in range(len(history)))
-        stale = [epochs_without_gain(past, config["metric"]) for past in pasts]
-        return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
-    done = (update - config["warmup"]) / max(1, config["total_updates"] - config["warmup"])
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-# ---------------------------------------------------------------------------------------- reports
-
-
-def print_header(args, captioner, train_data, val_data):
-    """What runs, on what, and the options that are not the defaults; all stand in the log."""
-    modules = captioner.encoder, captioner.decoder
-    encoder, decoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in modules)
-    print(
-        f"{captioner.config['machine']}\nmodel: {args.encoder}, {encoder:.1f} M parameters; "
-        f"{args.attention} attention and {args.decoder}, {decoder:.1f} M parameters\n"
-        f"data: {args.data_name}: {len(train_data):,} training images with "
-        f"{len(train_data.captions):,} captions, {len(val_data):,} validation images; "
-        f"{len(captioner.word_map) - 4:,} words and 4 special tokens"
-    )
-    for group in get_args_parser()._action_groups:
-        given = [
-            (a.dest, getattr(args, a.dest, a.default), a.default) for a in group._group_actions
-        ]
-        changed = [(key, value) for key, value, default in given if value != default]
-        if changed:
-            shown = (f"--{key}" if value is True else f"--{key} {value}" for key, value in changed)
-            print(f"{group.title}: {' '.join(shown)}")
-
-
-def print_epoch(record, args, is_best, val_data, hypotheses):
-    """A line for the epoch and three captions of validation images, always the same ones."""
-    print(
-        f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | "
-        f"validation: nll {record['val_nll']:.3f}; beam {args.beam_size}: BLEU-4 "
-        f"{record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, CIDEr {record['CIDEr']:.1f}"
-        f"{' *' if is_best else ''} | {record['words_per_second']:,} words/s, "
-        f"{record['seconds']:.0f} s since start"
-    )
-    for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
-        caption, true = " ".join(hypotheses[i]), val_data.raw_references[i][0]
-        print(f"    {val_data.image_names[i]}: {caption}   (true: {true})")
-
-
-def write_reports(trainer, args):
-    """The log (JSON lines: configuration, then a record per epoch) and the learning curves."""
-    if not (trainer.history and utils.is_main()):
-        return
-    lines = [{"config": trainer.config}, *trainer.history]
-    with utils.atomic_path(datasets.log_path(args.output_folder, args.data_name)) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    path = datasets.curves_path(args.output_folder, args.data_name)
-    draw_curves(path, trainer.history, args.metric)
-
-
-def write_tensorboard(trainer, args, record):
-    """An epoch's record and three validation images, word by word, for TensorBoard."""
-    if not (args.tensorboard and utils.is_main()):
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    data, captioner, step = trainer.val_data, trainer.captioner, record["update"]
-    numbers = np.linspace(0, len(data) - 1, min(3, len(data))).astype(int)
-    images = torch.from_numpy(data.images(numbers))  # (3, 3, S, S)
-    options = utils.search_options(args) | {"beam_size": args.beam_size}
-    with SummaryWriter(args.output_folder / "tensorboard") as writer:
-        for name, value in record.items():
-            writer.add_scalar(name, value, step)
-        for number, image, (best, *_) in zip(numbers, images, captioner.caption(images, **options)):
-            side = math.isqrt(best.alphas.shape[1])
-            alphas = best.alphas.view(-1, 1, side, side)  # (num_words, 1, rows, columns)
-            light = torch.nn.functional.interpolate(alphas, image.shape[1:], mode="bilinear")
-            light = 0.2 + 0.8 * light / light.amax(dim=(2, 3), keepdim=True)
-            strip = torch.cat([image / 255, *(image / 255 * light)], dim=2)
-            writer.add_image(data.image_names[number], strip, step)
-            writer.add_text(data.image_names[number], " ".join(captioner.text(best)), step)
-
-
-def draw_curves(path, history, metric):
-    """Losses and validation scores over the epochs, the best epoch marked, as a PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [record["epoch"] for record in history]
-    best = max(history, key=lambda record: record[metric])["epoch"]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    panels = {
-        "loss (nll per word)": ["nll", "val_nll"], "validation: BLEU": METRICS[:4],
-        "validation: ROUGE-L": ["ROUGE-L"], "validation: CIDEr": ["CIDEr"],
-    }  # fmt: skip
-    names = {"nll": "training", "val_nll": "validation"}
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for key in keys:
-            values = [record.get(key, math.nan) for record in history]
-            axes.plot(epochs, values, "o-", markersize=4, label=names.get(key, key))
-        axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
-        axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
-        axes.legend(edgecolor="none", fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with utils.atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-# ------------------------------------------------------------------------------------------ flags
-
-MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
+
+
 MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
     "encoder_weights", "init_from", "embeddings", "checkpoint_every", "tensorboard",
 )  # fmt: skip
+
+
 FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
+
+
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
@@ -831,8 +430,10 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
 
 def get_args_parser():
     examples = __doc__.partition("\n\n")[2]
-    parser = utils.ArgumentParser(description="Train Show, Attend and Tell.", examples=examples)
-    number = utils.bounded
+    parser = command_line.ArgumentParser(
+        description="Train Show, Attend and Tell.", examples=examples
+    )
+    number = command_line.bounded
     text = "other defaults: shapes, for the generated data; focus, for attention that tells more"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     width, share, rate = number(int, 1, 65536), number(float, 0, 0.99), number(float, 0, 10)
@@ -926,15 +527,15 @@ def get_args_parser():
     add("--init_from", type=Path, metavar="CHECKPOINT", help=text)
     text = "save every so many updates too, for long epochs; 0: after epochs, and when stopped"
     add("--checkpoint_every", type=whole, default=0, help=text)
-    utils.add_search_flags(parser)
-    utils.add_device_flags(parser)
+    command_line.add_search_flags(parser)
+    command_line.add_device_flags(parser)
     return parser
 
 
 def check_args(args):
     """Refuse flags that contradict each other, before anything is read or written."""
     name, k, slope = args.scheduled_sampling, args.ss_k, args.ss_slope
-    models.look_up(models.SCHEDULES, name, "schedule")
+    messages.look_up(models.SCHEDULES, name, "schedule")
     constants = k is not None or slope is not None or args.ss_argmax
     faults = [
         (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a "
@@ -955,14 +556,5 @@ def check_args(args):
             raise UserError(message)
 
 
-def with_preset(parser):
-    """The parser with the defaults of the preset that the command line names, if it names one."""
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset")
-    args, _ = preset.parse_known_args()
-    parser.set_defaults(**PRESETS.get(args.preset, {}))
-    return parser
-
-
 if __name__ == "__main__":
-    utils.run(main, with_preset(get_args_parser()))
+    utils.run(main, command_line.with_preset(get_args_parser(), PRESETS))

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import models
 import train
 import utils
+from captioning.model import encoders
+from captioning.run import command_line
 
 VARIANTS = {"plain": lambda: None}
 
@@ -203,11 +205,11 @@ def third_stage():
     """ResNets without their last stage: a grid of 16 x 16 places with half the channels."""
 
     def shorter(name):
-        backbone = models.resnet(name)
+        backbone = encoders.resnet(name)
         return backbone._replace(blocks=backbone.blocks[:-1])
 
     for name, build in models.ENCODERS.items():
-        if build is models.resnet:
+        if build is encoders.resnet:
             models.ENCODERS[name] = shorter
 
 
@@ -218,4 +220,4 @@ if __name__ == "__main__":
     sys.argv = [script, *flags]
     script = importlib.import_module(script.removesuffix(".py"))
     parser = script.get_args_parser()
-    utils.run(script.main, train.with_preset(parser) if script is train else parser)
+    utils.run(script.main, command_line.with_preset(parser, getattr(script, "PRESETS", {})))

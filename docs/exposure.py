@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import datasets
 import models
-import utils
+from captioning.run import machine
 
 POSITIONS = {"1": (0, 1), "2 to 4": (1, 4), "5 to 8": (4, 8), "9 and on": (8, None)}
 
@@ -63,10 +63,10 @@ def main():
         captioner = models.load_captioner(models.run_checkpoint(run))
         name = captioner.config["data_name"]
         data = datasets.CaptionDataset(datasets.split_path(args.data_folder, "test", name))
-        with utils.autocast(captioner.device, captioner.config["amp"]):  # its feature stores
+        with machine.autocast(captioner.device, captioner.config["amp"]):  # its feature stores
             features = captioner.features(data, args.data_folder)
         for label, epsilon in {"true words": 1.0, "its own words": 0.0}.items():
-            utils.set_seed(0)
+            machine.set_seed(0)
             nll, words = nll_by_position(captioner.decoder, data, features, epsilon)
             spans = [slice(*span) for span in (*POSITIONS.values(), (None,))]
             cells = [f"{nll[span].sum() / words[span].sum():.3f}" for span in spans]

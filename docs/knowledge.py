@@ -23,9 +23,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
 import datasets
-import eval as evaluation
 import models
-import utils
+from captioning.report import metrics
+from captioning.run import machine, paths
 
 PEOPLE = """man men woman women boy boys girl girls child children baby lady guy person people
     player players kid kids toddler crowd"""
@@ -33,8 +33,8 @@ ANIMALS = "dog dogs puppy horse horses bird birds cat animal animals cow"
 KINDS = {
     "people": PEOPLE.split(),
     "animals": ANIMALS.split(),
-    "colours": evaluation.COLOR_WORDS,
-    "numbers": evaluation.NUMERALS,
+    "colours": metrics.COLOR_WORDS,
+    "numbers": metrics.NUMERALS,
 }
 NOT_ACTIONS = """building ceiling clothing evening king morning painting railing ring sling
     something spring string swing thing wedding wing"""
@@ -112,14 +112,14 @@ def main():
         if captioner.config["encoder"] not in probes:
             counts = labels(train, NOUNS.split()).sum(axis=0)
             nouns = [NOUNS.split()[i] for i in np.argsort(-counts, kind="stable")[:20]]
-            with utils.autocast(captioner.device, captioner.config["amp"]):  # its feature stores
+            with machine.autocast(captioner.device, captioner.config["amp"]):  # its feature stores
                 means = [
                     models.mean_features(data, captioner, args.data_folder, workers=2)
                     for data in splits
                 ]
             truth = [labels(data, nouns) for data in splits]
             probes[captioner.config["encoder"]] = probe(means, truth).mean()
-        path = datasets.captions_path(run, name, "test", 5)
+        path = paths.captions_path(run, name, "test", 5)
         captions = [row["caption"].split() for row in json.loads(path.read_text("utf-8"))]
         found = score_captions(test.references, captions)
         cells = [f"{right:.1f} ({often:.0f})" for right, often in found.values()]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
 
 import models
 import train
-import utils
+from captioning.run import files
 
 PAGES = ("README.md", "docs/results.md", "docs/experiments.md")
 ELSEWHERE = "data_folder output_folder device workers resume init_from data_name".split()  # noqa: SIM905
@@ -47,7 +47,7 @@ def read_run(folder):
         )
         word_map = Path(config["data_folder"], f"WORDMAP_{config['data_name']}.json")
         with torch.device("meta"):
-            decoder = models.build_decoder(config, len(utils.read_json(word_map)))
+            decoder = models.build_decoder(config, len(files.read_json(word_map)))
         options = {
             key: config[key]
             for key, default in defaults.items()
@@ -69,7 +69,7 @@ def read_run(folder):
             "epochs": list(map(rounded, epochs)),
         }
     for path in sorted(Path(folder).glob("metrics_*.json")):
-        metrics = utils.read_json(path)
+        metrics = files.read_json(path)
         run[metrics["split"]] = {
             "length_penalty": metrics["length_penalty"],
             "consensus": metrics.get("consensus", 0.0),
@@ -531,13 +531,13 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT, help=text)
     args = parser.parse_args()
     path = args.folder / "docs" / "runs.json"
-    runs = utils.read_json(path) | {f.resolve().name: read_run(f) for f in args.add}
+    runs = files.read_json(path) | {f.resolve().name: read_run(f) for f in args.add}
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
     texts = {path: "{\n" + ",\n".join(lines) + "\n}\n"}
     for page in (args.folder / name for name in PAGES):
         texts[page] = with_tables(runs, page.read_text(encoding="utf-8"))
     for path, text in texts.items():
-        with utils.atomic_path(path) as temporary:
+        with files.atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     for name, draw in PLOTS.items():
         draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)

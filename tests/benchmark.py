@@ -36,6 +36,10 @@ import datasets  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
+from captioning.model import encoders, tally
+from captioning.report import log  # noqa: E402
+from captioning.run import machine
+from captioning.run import paths as paths_room
 
 VOCABULARY = 2539  # Flickr8k's, words seen five times
 WORDS = [f"w{i}" for i in range(1, VOCABULARY - 3)]
@@ -190,7 +194,7 @@ def section_decoder(device, args):
         F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=0).backward()
 
     def our_step(amp=False):
-        with utils.autocast(device, amp):
+        with machine.autocast(device, amp):
             output = ours(features, captions, lengths, image_index)
         ours.zero_grad()
         models.caption_loss(output, alpha_c=0)[0].backward()
@@ -244,13 +248,13 @@ def train_epochs(options, device, data, features):
         trainer.features = features
         for owner, name in (
             (train.Trainer, "save"),
-            (train, "write_reports"),
-            (train, "print_epoch"),
+            (train.Trainer, "write_reports"),
+            (log, "print_epoch"),
         ):
             stack.enter_context(mock.patch.object(owner, name))
         stack.enter_context(mock.patch.object(train, "validate", lambda *_: (SCORES, [])))
         # speed is asked for; the made-up card of the tests computes nonsense
-        stack.enter_context(mock.patch.object(train, "MAX_SKIPPED", math.inf))
+        stack.enter_context(mock.patch.object(tally, "MAX_SKIPPED", math.inf))
         train.train(trainer, options)
     return trainer.history
 
@@ -273,7 +277,7 @@ def section_beam(device, args):
     slow = 4 / clock(device, one_by_one)
     row("beam search, textbook, float32", slow, "images/s")
     for amp, kind in ((False, "float32"), (True, "bfloat16")):
-        with utils.autocast(device, amp):
+        with machine.autocast(device, amp):
             batches = lambda: [search([part]) for part in features.split(512)]
             row(f"beam search, {kind}", count / clock(device, batches), "images/s", slow)
 
@@ -285,11 +289,11 @@ def section_encoders(device, args):
     count = 16 * args.images if device.type == "cuda" else 8
     images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, device=device)
     print("encoder: M parameters, grid, channels, GFLOP; images/s in float32, bfloat16, fine-tuned")
-    for name in ("resnet18", "resnet50", "resnet101", "vgg16", "vgg19", *models.EFFICIENTNETS):
+    for name in ("resnet18", "resnet50", "resnet101", "vgg16", "vgg19", *encoders.EFFICIENTNETS):
         encoder, rates = models.Encoder(name, "none").to(device), []
 
         def encode(amp, train=False, encoder=encoder):
-            with torch.set_grad_enabled(train), utils.autocast(device, amp):
+            with torch.set_grad_enabled(train), machine.autocast(device, amp):
                 out = encoder(images)
             if train:
                 out.float().square().mean().backward()
@@ -353,7 +357,7 @@ def section_prepare(device, args):
     import h5py
     from PIL import Image
 
-    count, cores = 400, len(utils.own_cores())
+    count, cores = 400, len(machine.own_cores())
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -426,7 +430,7 @@ def section_neighbours(device, args):
                     out = Path(folder, f"{busy} {wait}")
                     command = [ROOT / "train.py", *flags, "--output_folder", out]
                     python(*command, env=clean | variables)
-                    log = datasets.log_path(out, name).read_text().splitlines()
+                    log = paths_room.log_path(out, name).read_text().splitlines()
                     rate = json.loads(log[-1])["words_per_second"]
                     row(f"train.py beside {busy} busy processes, {wait}", rate, "words/s")
             finally:
@@ -450,9 +454,9 @@ def main():
     parser.add_argument("--images", type=int, default=16, help=text)
     args = parser.parse_args()
     utils.prepare_process()
-    device = utils.pick_device(args.device)
+    device = machine.pick_device(args.device)
     allow_tf32(True)
-    print(utils.describe_machine(device))
+    print(machine.describe_machine(device))
     for section in args.sections:
         SECTIONS[section](device, args)
 

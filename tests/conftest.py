@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import caption
 import datasets
 import models
 import train
 import utils
+from captioning.run import files, paths
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +213,7 @@ def trained(training_data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def best_checkpoint(trained, training_data):
     """Path of the tiny run's best checkpoint."""
-    return datasets.checkpoint_path(trained, training_data[1], best=True)
+    return paths.checkpoint_path(trained, training_data[1], best=True)
 
 
 @pytest.fixture
@@ -225,3 +227,29 @@ def talkative(best_checkpoint, tmp_path):
     path.parent.mkdir()
     models.save_checkpoint(path, checkpoint)
     return path
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    torch.manual_seed(0)
+    return models.Encoder("resnet18", "none")
+
+
+def describe_args(model, *flags):
+    """Parsed flags; later ones win."""
+    given = ["--model", model, "--workers", 2, "--device", "cpu", "--max_decode_steps", 6]
+    given += ["--output_folder", "out", "--json", "captions.json", *flags]
+    return caption.get_args_parser().parse_args([str(flag) for flag in given])
+
+
+@pytest.fixture
+def describe(best_checkpoint, tmp_path, monkeypatch, capsys):
+    """Function of flags: runs caption.py in an empty folder; returns (printed, its JSON)."""
+    monkeypatch.chdir(tmp_path)
+    utils.note.cache_clear()
+
+    def run(*flags):
+        caption.main(describe_args(best_checkpoint, *flags))
+        return capsys.readouterr(), files.read_json("captions.json")
+
+    return run

@@ -13,49 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from helpers import save, written
 from PIL import Image
 
 import caption
 import datasets
 import models
 import utils
+from captioning.report import sheets
+from captioning.run import files, messages, paths
 
 SCRIPT = Path(caption.__file__)
-
-
-def describe_args(model, *flags):
-    """Parsed flags; later ones win."""
-    given = ["--model", model, "--workers", 2, "--device", "cpu", "--max_decode_steps", 6]
-    given += ["--output_folder", "out", "--json", "captions.json", *flags]
-    return caption.get_args_parser().parse_args([str(flag) for flag in given])
-
-
-@pytest.fixture
-def describe(best_checkpoint, tmp_path, monkeypatch, capsys):
-    """Function of flags: runs caption.py in an empty folder; returns (printed, its JSON)."""
-    monkeypatch.chdir(tmp_path)
-    utils.note.cache_clear()
-
-    def run(*flags):
-        caption.main(describe_args(best_checkpoint, *flags))
-        return capsys.readouterr(), utils.read_json("captions.json")
-
-    return run
-
-
-def save(path, seed=0, width=48, height=36):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(make_picture(seed, width, height)).save(path)
-    return path
-
-
-def written():
-    """Files in the folder ``out``; asserts that nothing else was made beside the pictures."""
-    assert {path.name for path in Path().iterdir()} <= {"out", "pictures", "captions.json"}
-    return {path.name for path in Path("out").iterdir()}
 
 
 @pytest.fixture
@@ -74,9 +42,6 @@ def exits():
             return True
 
     return Exits
-
-
-# ---------------------------------------------------------------- what is said
 
 
 def test_a_picture_is_captioned_and_drawn(describe, best_checkpoint):
@@ -131,7 +96,8 @@ def test_the_consensus_of_the_training_data_can_be_asked(describe, talkative, tr
     assert set(scores[0]) == set(scores[1])
     assert list(scores[1].values()) == sorted(scores[1].values(), reverse=True)
     captioner = models.load_captioner(talkative)
-    consensus = models.Consensus.of([captioner], *training_data, 3, 1)
+    known = datasets.CaptionDataset(paths.split_path(training_data[0], "train", training_data[1]))
+    consensus = models.Consensus.of([captioner], known, weight=3, workers=1)
     square = torch.from_numpy(datasets.resize_image(make_picture(0), 64))[None]
     expected = captioner.caption(
         square, beam_size=5, n_best=5, length_penalty=1, max_decode_steps=6, consensus=consensus
@@ -169,20 +135,6 @@ def test_a_folder_of_a_run_stands_for_its_best_checkpoint(describe, trained):
     _, by_folder = describe("--img", save("pictures/p.png"), "--model", trained)
     _, by_file = describe("--img", "pictures/p.png")
     assert by_folder == by_file
-
-
-# ---------------------------------------------------------------- what is found
-
-
-def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
-    for i, name in enumerate(("a.png", "b.jpg", "C.JPG", "sub/d.png", "sub/deep/e.png")):
-        save(Path("pictures") / name, i)
-    flags = ("pictures/b.jpg", "pictures", "pictures/**/*.png", Path("pictures/a.png").absolute())
-    _, results = describe("--img", *flags, "--no_plot")
-    assert [result["image"] for result in results] == [
-        f"pictures/{name}" for name in ("b.jpg", "C.JPG", "a.png", "sub/d.png", "sub/deep/e.png")
-    ]
-    assert not Path("out").exists()
 
 
 def test_what_a_folder_holds_beside_pictures_is_counted_by_kind(describe):
@@ -225,7 +177,7 @@ def test_brackets_and_stars_of_names_that_exist_are_no_patterns(folder, describe
 @pytest.mark.parametrize("pattern", ["missing.png", "missing/*.png", "empty", "x" * 300, "a\0b"])
 def test_what_matches_nothing_is_named(pattern, describe, fails, tmp_path):
     (tmp_path / "empty").mkdir()
-    with fails(f"--img {re.escape(utils.printable(pattern))}: "):
+    with fails(f"--img {re.escape(messages.printable(pattern))}: "):
         describe("--img", pattern)
 
 
@@ -259,7 +211,7 @@ def test_a_folder_with_other_files_alone_says_what_they_are(describe, fails):
 def test_any_name_will_do(name, describe):
     path = save(Path("pictures") / name)
     printed, (result,) = describe("--img", path)
-    assert result["image"] == str(path) and utils.printable(path) in printed.out
+    assert result["image"] == str(path) and messages.printable(path) in printed.out
     assert printed.out.count("\n") == 2 and printed.out.replace("\n", "").isprintable()
     (sheet,) = written()
     assert sheet.endswith("_attention.png")
@@ -289,9 +241,6 @@ def test_odd_pictures_are_captioned_and_drawn(describe):
     assert len(results) == len(written()) == 11
 
 
-# ---------------------------------------------------------------- what cannot be read or written
-
-
 def test_an_unreadable_picture_is_named_the_others_captioned_and_the_exit_code_is_1(
     describe, exits, capsys
 ):
@@ -300,7 +249,7 @@ def test_an_unreadable_picture_is_named_the_others_captioned_and_the_exit_code_i
     Path("pictures/4.png").write_bytes(b"")
     with exits(1):
         describe("--img", "pictures", "--batch_size", 1)
-    err, results = capsys.readouterr().err, utils.read_json("captions.json")
+    err, results = capsys.readouterr().err, files.read_json("captions.json")
     assert [result["image"] for result in results] == [str(path) for path in good]
     assert "pictures/2.png" in err and "pictures/4.png" in err
     assert "2 of 4 pictures could not be read" in err
@@ -319,7 +268,7 @@ def test_none_readable_is_exit_code_2_and_writes_nothing(describe, exits, capsys
 def test_what_is_done_is_in_the_json_file_if_the_rest_fails(describe, monkeypatch):
     for i in range(3):
         save(f"pictures/{i}.png", i)
-    draw, calls = caption.draw, []
+    draw, calls = sheets.draw, []
 
     def fails_late(*args):
         calls.append(args)
@@ -327,10 +276,10 @@ def test_what_is_done_is_in_the_json_file_if_the_rest_fails(describe, monkeypatc
             raise utils.UserError("the disk is full")
         draw(*args)
 
-    monkeypatch.setattr(caption, "draw", fails_late)
+    monkeypatch.setattr(sheets, "draw", fails_late)
     with pytest.raises(utils.UserError, match="the disk is full"):
         describe("--img", "pictures", "--batch_size", 1)
-    assert len(utils.read_json("captions.json")) == 3  # the third was captioned, and not drawn
+    assert len(files.read_json("captions.json")) == 3  # the third was captioned, and not drawn
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -350,7 +299,7 @@ def test_a_signal_ends_it_in_one_line_and_keeps_what_is_done(best_checkpoint, tm
     assert process.returncode == 128 + signal.SIGTERM
     assert err.decode().splitlines()[-1] == "caption.py: stopped by SIGTERM"
     assert b"Traceback" not in err
-    assert 1 <= len(utils.read_json(tmp_path / "done.json")) < 200
+    assert 1 <= len(files.read_json(tmp_path / "done.json")) < 200
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]  # no partial file, no lock
 
 
@@ -467,7 +416,7 @@ def test_bad_flags_end_in_one_line(flags, message, describe, capsys):
 
 def test_a_wrong_word_map_is_refused(describe, word_map, fails, tmp_path_factory):
     path = tmp_path_factory.mktemp("words") / "wrong.json"
-    utils.write_json(path, word_map)
+    files.write_json(path, word_map)
     with fails("--word_map"):
         describe("--img", save("pictures/photo.png"), "--word_map", path)
 
@@ -476,149 +425,3 @@ def test_what_is_no_checkpoint_is_refused(describe, fails):
     path = save("pictures/photo.png")
     with fails("photo.png"):
         describe("--img", path, "--model", path)
-
-
-# ---------------------------------------------------------------- drawing
-
-SIZES = st.sampled_from(
-    [(48, 36), (36, 48), (400, 8), (8, 400), (1, 1), (3000, 20), (20, 3000), (64, 64)]
-)
-WORDS = st.lists(
-    st.sampled_from(["a", "dog", "running", "skateboarders", "漢字", "é", "🐕", "m" * 40, "$x$"]),
-    max_size=30,
-)
-pytestmark = pytest.mark.filterwarnings("ignore:Glyph .* missing")
-
-
-def sheet_of(size, words, places=49):
-    picture = Image.fromarray(make_picture(1, *size))
-    return caption.attention_sheet(picture, words, torch.rand(len(words), places).softmax(1))
-
-
-def pixels_of(figure):
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
-
-
-@settings(max_examples=25, deadline=None)
-@given(SIZES, WORDS, st.sampled_from([1, 2, 7, 14]))
-@example((8, 400), ["m" * 40], 1)  # a word that is wider than its panel in the smallest letters
-def test_the_sheet_has_a_panel_for_every_word_and_the_whole_caption_above(size, words, side):
-    sheet = sheet_of(size, words, side * side)
-    pixels, texts = pixels_of(sheet), [text.get_text() for text in sheet.texts]
-    assert len(sheet.images) == len(words) + 1 and texts[-len(words) - 1 :] == [
-        "the picture",
-        *words,
-    ]
-    said = " ".join(texts[: texts.index("the picture") - 1]).split()
-    assert said == (words or ["(no", "words)"])
-    assert 100 < pixels.shape[1] < 12000 and 80 < pixels.shape[0] < 12000
-    for edge in (pixels[:8], pixels[-8:], pixels[:, :8], pixels[:, -8:]):
-        assert (edge == 255).all()  # nothing is cut at the margins
-
-
-@pytest.mark.parametrize("number", [1, 2, 5, 10, 20, 30])
-def test_the_sheet_is_near_a_screens_shape_and_grows_with_the_words(number):
-    height, width, _ = pixels_of(sheet_of((300, 200), ["dog"] * number)).shape
-    assert 1 < width / height < 3 and width * height > (number + 1) * 150 * 150
-
-
-def test_the_sheet_says_how_far_attention_is_spread():
-    picture = Image.fromarray(make_picture(1))
-    one, all_of_them = torch.eye(16)[:1], torch.full((1, 16), 1 / 16)
-    for alphas, expected in ((one, 1), (all_of_them, 16)):
-        sheet = caption.attention_sheet(picture, ["dog"], alphas)
-        note = f"attention spread over {expected} of 16 places"
-        assert note in [text.get_text() for text in sheet.texts]
-
-
-def test_panels_are_lit_where_the_model_looked():
-    picture = Image.fromarray(np.full((90, 90, 3), (200, 60, 60), np.uint8))
-    alpha = torch.full((9,), 0.02)
-    alpha[2] = 0.84  # above, on the right
-    view = caption.spotlight(picture, alpha).astype(int)
-    assert abs(view[10, 80] - (200, 60, 60)).max() < 12
-    assert view[80, 10].max() < 80 and np.ptp(view[80, 10]) < 20  # dim and grey elsewhere
-    even = caption.spotlight(picture, torch.full((9,), 1 / 9))
-    assert np.ptp(even, axis=(0, 1)).max() <= 1
-
-
-@settings(max_examples=15, deadline=None)
-@given(SIZES, WORDS)
-def test_frames_are_of_one_size_one_for_each_word_and_the_picture_at_both_ends(size, words):
-    picture, alphas = Image.fromarray(make_picture(1, *size)), torch.rand(len(words), 4).softmax(1)
-    frames = caption.attention_frames(picture, words, alphas)
-    assert len(frames) == len(words) + 2 and len({frame.shape for frame in frames}) == 1
-    assert np.array_equal(frames[0], frames[-1])
-    height, width, _ = frames[0].shape
-    assert 160 <= width <= max(picture.width, 160) + 40 and 60 <= height < 3000
-
-
-@pytest.mark.parametrize("words, side", [(10, 224), (30, 224), (12, 1024)])
-def test_a_gif_stays_below_600_kb(words, side, describe, monkeypatch):
-    grain = np.random.default_rng(0).integers(-24, 24, (side, side, 3))  # as photographs have
-    pixels = np.clip(make_picture(1, side, side) + grain, 0, 255).astype(np.uint8)
-    path = save("pictures/photo.png")
-    Image.fromarray(pixels).save(path)
-    monkeypatch.setattr(models.Captioner, "text", lambda self, hypothesis: ["word"] * words)
-    alphas = (2 * torch.randn(words, 64)).softmax(1)
-    search = models.beam_search
-    monkeypatch.setattr(
-        models,
-        "beam_search",
-        lambda *args, **options: [
-            [h._replace(alphas=alphas) for h in found] for found in search(*args, **options)
-        ],
-    )
-    describe("--img", path, "--gif")
-    assert written() == {"photo_attention.png", "photo_attention.gif"}
-    gif = Path("out/photo_attention.gif")
-    assert gif.stat().st_size < 600_000
-    with Image.open(gif) as animation:
-        assert animation.format == "GIF" and animation.n_frames == words + 2
-
-
-def test_letters_without_a_font_are_named_with_what_to_install(capsys):
-    utils.note.cache_clear()
-    assert caption.font_families("a dog é") == ["DejaVu Sans"]
-    assert capsys.readouterr().err == ""
-    assert caption.font_families("dog \U0001f9ff\ue000")[0] == "DejaVu Sans"
-    note = capsys.readouterr().err
-    assert note.count("\n") == 1 and "install" in note and "fonts-noto" in note
-
-
-def test_a_font_of_the_system_is_taken_for_the_letters_that_dejavu_lacks(monkeypatch):
-    from matplotlib import font_manager, ft2font
-
-    class Font:
-        def __init__(self, name):
-            self.name = name
-
-        def get_charmap(self):
-            letters = {
-                "DejaVu": "abc",
-                "Serif": "abc狗",
-                "Han": "狗草地",
-                "Last Resort": "abc狗草地",
-            }
-            return {
-                ord(letter): 1 for key in letters if key in self.name for letter in letters[key]
-            }
-
-    class System:
-        ttflist = [type("", (), {"name": n, "fname": "/"}) for n in ("Serif", "Han", "Last Resort")]
-
-    names = iter(["DejaVu", "Serif", "Han"])
-    monkeypatch.setattr(ft2font, "FT2Font", lambda path: Font(next(names)))
-    monkeypatch.setattr(font_manager, "fontManager", System)
-    monkeypatch.setattr(font_manager, "findfont", lambda name: name)
-    assert caption.font_families("a狗草") == ["DejaVu Sans", "Han"]
-
-
-def test_a_model_that_says_nothing_is_drawn_too(best_checkpoint, describe, tmp_path_factory):
-    checkpoint = models.load_checkpoint(best_checkpoint)
-    checkpoint["decoder"]["fc.bias"][checkpoint["word_map"]["<end>"]] = 1e4
-    silent = tmp_path_factory.mktemp("silent") / "silent.pth.tar"
-    models.save_checkpoint(silent, checkpoint)
-    _, (result,) = describe("--img", save("pictures/photo.png"), "--model", silent, "--gif")
-    assert result["captions"][0]["caption"] == ""
-    assert written() == {"photo_attention.png", "photo_attention.gif"}

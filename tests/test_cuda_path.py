@@ -18,6 +18,7 @@ from conftest import TINY_TRAINING, make_picture
 from test_train import no_curves, run  # noqa: F401 (a fixture of all tests here)
 
 import datasets
+from captioning.run import paths
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("gcc") or not torch.version.cuda,
@@ -74,7 +75,7 @@ def test_scripts_need_no_compiler_and_open_one_card(toy, made_up, tmp_path):
     """The other card is another process's."""
     environment = made_up | {"PATH": str(tmp_path), "FAKE_CUDA_EXCLUSIVE": str(tmp_path)}
     (tmp_path / "card0").mkdir()  # which no process can open and lock
-    device, model = ["--device", "cuda:1"], datasets.checkpoint_path(tmp_path, toy[1], best=True)
+    device, model = ["--device", "cuda:1"], paths.checkpoint_path(tmp_path, toy[1], best=True)
     search = [*device, "--model", model, "--beam_size", 2, "--max_decode_steps", 5]
     python(environment, *training(toy, tmp_path, "--encoded_image_size", 1, *device))
     assert "BLEU-4" in python(environment, "eval.py", *search, "--data_folder", toy[0])
@@ -226,7 +227,7 @@ class TestInside:
     def test_rules_of_self_critical_training(self, toy, tmp_path):
         flags = ["--device", "cuda", "--learning_rate", 1e-4]
         learn(toy, tmp_path, *flags)
-        flags += ["--init_from", datasets.checkpoint_path(tmp_path, toy[1]), "--epochs", 1]
+        flags += ["--init_from", paths.checkpoint_path(tmp_path, toy[1]), "--epochs", 1]
         learn(toy, tmp_path / "scst", "--scst", *flags)
 
     @pytest.mark.parametrize("fault", FAULTS)

@@ -7,6 +7,7 @@ captions pictures by beam search and draws its attention, and no other function 
 import math
 
 import pytest
+import test_encoders
 import test_models
 import torch
 from conftest import make_picture, train_args
@@ -70,8 +71,8 @@ def change(monkeypatch):
     """Function of a key of ``CHANGES``: make that change until the test ends."""
 
     def make(what):
-        table, _, snippet, _ = CHANGES[what]
-        monkeypatch.setattr(models, table, dict(getattr(models, table)))
+        table, name, snippet, _ = CHANGES[what]
+        monkeypatch.setitem(getattr(models, table), name, None)  # which the snippet replaces
         exec(compile(snippet, "snippet", "exec"), dict(vars(models)))
 
     return make
@@ -143,7 +144,7 @@ def test_a_changed_decoder_equals_the_textbook(what, deep_output, side, change):
 def test_a_changed_encoder_sees_the_pictures(change):
     """With random weights, whose BatchNorm statistics come from the training pictures."""
     change("encoder")
-    test_models.test_every_encoder_gives_its_last_grid("mobilenet_v3_small")
+    test_encoders.test_every_encoder_gives_its_last_grid("mobilenet_v3_small")
     torch.manual_seed(0)
     encoder = models.Encoder("mobilenet_v3_small", "none")
     assert encoder.encoder_dim == 576

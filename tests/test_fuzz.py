@@ -28,8 +28,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
-import eval as evaluation
 import utils
+from captioning.data import words as words_room
+from captioning.report import scenes
+from captioning.run import files as files_room
+from captioning.run import machine
 
 ROOT = Path(utils.__file__).parent
 
@@ -124,8 +127,8 @@ def read_hdf5(path):
     )
     assert len(data.references) == len(data)
     for scene in data.scenes:
-        evaluation.judge_caption(scene, ["red", "circle", "left", "star"])
-        evaluation.pointing(scene, ["red", "circle"], np.ones((2, 4)))
+        scenes.judge_caption(scene, ["red", "circle", "left", "star"])
+        scenes.pointing(scene, ["red", "circle"], np.ones((2, 4)))
     data.check_word_map(datasets.load_word_map(path.parent.parent / "word_map.json"))
     datasets.collate(data, np.arange(len(data)))
 
@@ -161,7 +164,7 @@ def use(records):
     )
     for record in records:
         assert record.split in datasets.SPLITS
-        for text in map(datasets.clean_caption, record.captions):
+        for text in map(words_room.clean_caption, record.captions):
             text.encode()
             words = datasets.tokenize(text)
             ids = datasets.encode_caption(words, word_map, len(words))
@@ -312,7 +315,7 @@ def wholes(tmp_path_factory):
         image_size=32,
     )
     name = datasets.base_name("shapes", 5, 1)
-    utils.write_json(folder / "word_map.json", word_map)
+    files_room.write_json(folder / "word_map.json", word_map)
     store = io.BytesIO()
     np.save(store, np.random.default_rng(0).random((6, 4, 8)).astype(np.float16))
     return folder, {
@@ -500,7 +503,7 @@ def test_mutations_are_many_and_of_every_sort():
     1,
 )
 def test_any_caption_comes_back_from_its_ids(texts, min_word_freq):
-    texts = [datasets.clean_caption(text) for text in texts]
+    texts = [words_room.clean_caption(text) for text in texts]
     tokens = [datasets.tokenize(text) for text in texts]
     word_map = datasets.build_word_map(tokens, min_word_freq)
     words = list(word_map)
@@ -571,7 +574,7 @@ def test_any_flags_end_in_one_line_and_nothing_is_written(
     )
     argv = list(itertools.chain(*(data.draw(values_of(action)) for action in chosen), IDLE[script]))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-    monkeypatch.setattr(utils, "busy_cores", lambda: 0.0)  # which takes a tenth of a second
+    monkeypatch.setattr(machine, "busy_cores", lambda: 0.0)  # which takes a tenth of a second
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         utils.run(module.main, module.get_args_parser())

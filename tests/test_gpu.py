@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import make_decoder
 from test_reliability import poisoned
-from test_train import no_curves, optimizers, paths, run  # noqa: F401 (fixtures are used by their names)
+from test_train import both_checkpoints, no_curves, optimizers, run  # noqa: F401 (fixtures are used by their names)
 
 import datasets
 import models
 import train
 import utils
+from captioning.report import log
+from captioning.run import machine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +54,7 @@ def test_scores_and_gradients_are_those_of_a_cpu(options, dtype, tolerance):
         ("cuda", torch.float32, dtype),
     ):
         decoder = make_decoder(scale=1.0, **options).to(device, kind).train()
-        with utils.autocast(torch.device(device), products == torch.bfloat16):
+        with machine.autocast(torch.device(device), products == torch.bfloat16):
             output = decoder(
                 features.to(device, kind), captions.to(device), [4, 3, 2], pictures.to(device)
             )
@@ -80,7 +82,7 @@ def test_beam_search_says_the_same(weight, training_data, trained):
     images = torch.from_numpy(data.images(slice(None)))
     found = []
     for device in ("cpu", "cuda"):
-        captioner = models.load_captioner(paths(trained, training_data)[1], device)
+        captioner = models.load_captioner(both_checkpoints(trained, training_data)[1], device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             of = functools.partial(models.Consensus.of, [captioner], *training_data, weight)
             consensus = of() if weight else None
@@ -127,7 +129,7 @@ def test_every_variant_trains(flags, training_data, tmp_path):
 
 
 def test_self_critical_training_runs(training_data, trained, tmp_path):
-    start = paths(trained, training_data)[1]
+    start = both_checkpoints(trained, training_data)[1]
     checkpoint = run(
         training_data,
         tmp_path,
@@ -190,7 +192,7 @@ def test_a_run_goes_on_on_another_device(devices, training_data, tmp_path, optim
 
 def test_memory_does_not_grow(training_data, tmp_path, monkeypatch):
     held = []
-    monkeypatch.setattr(train, "print_epoch", lambda *_: held.append(torch.cuda.memory_allocated()))
+    monkeypatch.setattr(log, "print_epoch", lambda *_: held.append(torch.cuda.memory_allocated()))
     run(training_data, tmp_path, "--device", "cuda", "--epochs", 8, "--patience", 99)
     assert held[-1] <= 1.01 * held[3]  # by then every length has its graph
 
@@ -206,8 +208,9 @@ def test_an_update_that_is_not_finite_is_left_out(training_data, tmp_path, monke
 def test_a_full_gpu_ends_in_one_line():
     code = (
         "import torch, utils\n"
+        "from captioning.run.command_line import ArgumentParser\n"
         "main = lambda args: torch.empty(10 ** 14, device='cuda')\n"
-        "utils.run(main, utils.ArgumentParser(prog='train.py'))"
+        "utils.run(main, ArgumentParser(prog='train.py'))"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],

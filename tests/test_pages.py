@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_TRAINING, make_picture
+from helpers import make_flickr8k
 from PIL import Image
-from test_datasets import make_flickr8k
 from test_extend import CHANGES
 
-import create_input_files
 import datasets
 import models
-import train
 import utils
+from captioning.model import checkpoints
+from captioning.report import contact_sheet, metrics
+from captioning.run import command_line
 
 ROOT = Path(utils.__file__).resolve().parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -186,7 +187,8 @@ def run(script, argv, monkeypatch):
     module = importlib.import_module(script)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *argv])
     parser = module.get_args_parser()
-    module.main((train.with_preset(parser) if script == "train" else parser).parse_args(argv))
+    parser = command_line.with_preset(parser, getattr(module, "PRESETS", {}))
+    module.main(parser.parse_args(argv))
 
 
 def save_pictures(folder, start=0):
@@ -287,7 +289,7 @@ def test_what_you_have_takes_the_command_of_its_row(have, few_shapes, tmp_path, 
     HAVE[have]()
     found = list(commands(row[1]))
     assert found
-    monkeypatch.setattr(create_input_files, "draw_contact_sheet", lambda *_: None)
+    monkeypatch.setattr(contact_sheet, "draw_contact_sheet", lambda *_: None)
     for script, argv in found:
         run(script, [*argv, "--image_size", "32"], monkeypatch)
     assert len(list(Path("data").glob("TRAIN_*.hdf5"))) == len(found)
@@ -309,7 +311,7 @@ def remove_what_an_earlier_command_wrote(script, args):
 def test_every_command_of_readme_and_guide_runs(few_shapes, tmp_path, monkeypatch):
     """In their order, at toy sizes: few small pictures, narrow models, random CNNs, one epoch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "_meteor", lambda gts, res: None)
+    monkeypatch.setattr(metrics, "_meteor", lambda gts, res: None)
     make_flickr8k(Path("data"))
     csv()
     flags = "--dataset mine --captions captions.csv --images FOLDER --image_size 64"
@@ -337,7 +339,7 @@ def test_every_command_of_readme_and_guide_runs(few_shapes, tmp_path, monkeypatc
             getattr(args, name).split("/")[0] in {key.split("/")[0] for key in table}
             for name, table in tables_of_models.items()
         )  # an addition of "Change it", which test_extend.py tries
-        has_default = models.DEFAULT_CAPTIONER.exists() and script == "caption"
+        has_default = checkpoints.DEFAULT_CAPTIONER.exists() and script == "caption"
         unknown |= script in ("caption", "eval") and args.model is None and not has_default
         elsewhere = "FOLDER" in argv or "BEST_checkpoint.pth.tar" in argv  # other tests have them
         elsewhere |= script == "create_input_files" and args.dataset not in ("flickr8k", "shapes")

@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_TRAINING, train_args
-from test_train import no_curves, paths, run, same, without_times  # noqa: F401 (no_curves is used by its name)
+from test_train import both_checkpoints, no_curves, run, same, without_times  # noqa: F401 (no_curves is used by its name)
 
 import datasets
 import models
 import train
 import utils
+from captioning.model import starting, tensor_files
+from captioning.report import metrics
+from captioning.run import files
 
 ROOT = Path(utils.__file__).parent
 
 
 def equal_runs(a, b, data):
     """Whether two output folders hold the same run, bit for bit, times apart."""
-    for first, second in zip(paths(a, data), paths(b, data)):
+    for first, second in zip(both_checkpoints(a, data), both_checkpoints(b, data)):
         first, second = models.load_checkpoint(first), models.load_checkpoint(second)
         for key in ("encoder", "decoder", "optimizer", "update", "word_map"):
             assert same(first[key], second[key]), key
@@ -166,7 +169,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_been(kills, own_d
         ("SIGINT", train.Trainer, "advance", 4, ["--checkpoint_every", 2]),
         ("SIGUSR1", train, "validate", 1, []),
         ("SIGTERM", models, "save_checkpoint", 1, []),  # while it writes
-        ("SIGTERM", train, "write_reports", 2, []),
+        ("SIGTERM", train.Trainer, "write_reports", 2, []),
     ],
 )
 def test_a_stop_signal_saves_and_says_how_to_go_on(
@@ -239,7 +242,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Trainer, "advance", killed)
         run(training_data, tmp_path, "--checkpoint_every", 1)
-    assert models.load_checkpoint(paths(tmp_path, training_data)[0])["update"] == update
+    assert models.load_checkpoint(both_checkpoints(tmp_path, training_data)[0])["update"] == update
     run(training_data, tmp_path, "--resume")
     equal_runs(whole, tmp_path, training_data)
 
@@ -248,14 +251,14 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(
 
 
 def test_two_runs_do_not_write_to_one_place(training_data, tmp_path, fails):
-    latest, _ = paths(tmp_path, training_data)
+    latest, _ = both_checkpoints(tmp_path, training_data)
     with (
-        utils.locked(datasets.lock_path(latest), "it"),
+        files.locked(datasets.lock_path(latest), "it"),
         fails("is being written by another run; wait for it, or choose"),
     ):
         run(training_data, tmp_path)
     assert not list(tmp_path.iterdir())
-    with utils.locked(
+    with files.locked(
         datasets.lock_path(datasets.word_map_path(tmp_path, "x_5_cap_per_img_1_min_word_freq")),
         "it",
     ):
@@ -275,15 +278,15 @@ def test_resume_falls_back_to_the_best_checkpoint(
     damage, training_data, tmp_path, monkeypatch, capsys
 ):
     scores = {1: 2.0, 2: 1.0, 3: 1.5}  # the first of three epochs is the best
-    score_captions, made = utils.score_captions, []
+    score_captions, made = metrics.score_captions, []
 
     def scored(*args):
         made.append(None)
         return {**score_captions(*args), "BLEU-4": scores[len(made)]}
 
-    monkeypatch.setattr(utils, "score_captions", scored)
+    monkeypatch.setattr(metrics, "score_captions", scored)
     whole = run(training_data, tmp_path, "--epochs", 3)
-    latest, best = paths(tmp_path, training_data)
+    latest, best = both_checkpoints(tmp_path, training_data)
     latest.write_bytes(damage(latest.read_bytes()))
     kept = best.read_bytes()
     del made[1:]
@@ -300,7 +303,7 @@ def test_resume_falls_back_to_the_best_checkpoint(
 
 def test_the_best_checkpoint_is_not_lost_with_the_last_one(training_data, tmp_path, fails):
     run(training_data, tmp_path)
-    latest, best = paths(tmp_path, training_data)
+    latest, best = both_checkpoints(tmp_path, training_data)
     latest.unlink()
     kept = best.read_bytes()
     with fails("BEST_.*holds an earlier run"):
@@ -330,7 +333,9 @@ except utils.UserError as error:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"cannot write {path}: ") and done.stdout.count("\n") == 1
-    assert len(models.load_tensors(path)["weights"]) == 9 and len(list(tmp_path.iterdir())) == 1
+    assert (
+        len(tensor_files.load_tensors(path)["weights"]) == 9 and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_a_feature_store_that_finds_no_room_ends_in_one_line(training_data, tmp_path):
@@ -360,8 +365,8 @@ def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
     path, made = tmp_path / "features.npy", []
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
     script = (
-        "import time, numpy, utils\n"
-        f"with utils.locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
+        "import time, numpy\nfrom captioning.run.files import locked\n"
+        f"with locked({str(datasets.lock_path(path))!r}, 'it'):\n print(flush=True)\n"
         f" time.sleep(2)\n numpy.save({str(path)!r}, numpy.ones(({len(data)}, 4, 3), 'float16'))"
     )
     other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
@@ -377,7 +382,7 @@ def test_two_runs_on_one_data_set_share_the_features(training_data, tmp_path):
 
 def poisoned(monkeypatch, numbers, value=float("nan")):
     """Let the features of some training images be nonsense."""
-    frozen_features = train.frozen_features
+    frozen_features = starting.frozen_features
 
     def spoiled(*args):
         features, val_features = frozen_features(*args)
@@ -385,7 +390,7 @@ def poisoned(monkeypatch, numbers, value=float("nan")):
         features[numbers] = value
         return features, val_features
 
-    monkeypatch.setattr(train, "frozen_features", spoiled)
+    monkeypatch.setattr(starting, "frozen_features", spoiled)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -406,11 +411,11 @@ def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(
     training_data, tmp_path, monkeypatch, fails
 ):
     run(training_data, tmp_path, "--batch_size", 2, "--epochs", 1)
-    kept = [path.read_bytes() for path in paths(tmp_path, training_data)]
+    kept = [path.read_bytes() for path in both_checkpoints(tmp_path, training_data)]
     poisoned(monkeypatch, slice(None))
     with fails("not finite in the last 10 updates: lower --learning_rate"):
         run(training_data, tmp_path, "--batch_size", 2, "--epochs", 3, "--resume")
-    assert [path.read_bytes() for path in paths(tmp_path, training_data)] == kept
+    assert [path.read_bytes() for path in both_checkpoints(tmp_path, training_data)] == kept
 
 
 @pytest.mark.parametrize(
@@ -426,9 +431,10 @@ def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(
 def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(raising, tmp_path):
     code = f"""
 import torch, utils
+from captioning.run.command_line import ArgumentParser
 def main(args):
     {raising}
-utils.run(main, utils.ArgumentParser(prog="train.py"))
+utils.run(main, ArgumentParser(prog="train.py"))
 """
     done = subprocess.run(
         [sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

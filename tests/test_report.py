@@ -16,6 +16,8 @@ import eval as evaluation
 import models
 import train
 import utils
+from captioning.report import metrics as metrics_room
+from captioning.run import files, paths
 
 ROOT = Path(utils.__file__).resolve().parent
 
@@ -71,7 +73,7 @@ def test_every_table_stands_in_a_page():
 def test_a_run_is_taken_in_with_its_options_and_scores(
     trained, best_checkpoint, training_data, copy, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(utils, "_meteor", lambda gts, res: None)
+    monkeypatch.setattr(metrics_room, "_meteor", lambda gts, res: None)
     for name in ("mine-seed0", "gru-seed2"):
         shutil.copytree(trained, tmp_path / name)
     (log,) = (tmp_path / "gru-seed2").glob("log_*.jsonl")
@@ -95,7 +97,7 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
     assert run["parameters"] == sum(
         p.numel() for p in models.load_captioner(best_checkpoint).decoder.parameters()
     )
-    metrics = utils.read_json(datasets.metrics_path(folder, training_data[1], "test"))
+    metrics = files.read_json(paths.metrics_path(folder, training_data[1], "test"))
     assert run["test"]["beams"]["5"]["CIDEr"] == round(metrics["beam_sizes"]["5"]["CIDEr"], 4)
 
     page = copy / "docs/experiments.md"

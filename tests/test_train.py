@@ -17,24 +17,26 @@ import datasets
 import models
 import train
 import utils
+from captioning.model import schedules, starting
+from captioning.report import curves as curves_room
+from captioning.report import log, metrics
+from captioning.run import command_line, files, paths
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing takes longer than the training; the run behind ``trained`` draws."""
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(curves_room, "draw_curves", lambda *_: None)
 
 
-def paths(folder, data):
-    return datasets.checkpoint_path(folder, data[1]), datasets.checkpoint_path(
-        folder, data[1], best=True
-    )
+def both_checkpoints(folder, data):
+    return paths.checkpoint_path(folder, data[1]), paths.checkpoint_path(folder, data[1], best=True)
 
 
 def run(data, folder, *flags):
     """Train; return the last checkpoint."""
     train.main(train_args(data, folder, *flags))
-    return models.load_checkpoint(paths(folder, data)[0])
+    return models.load_checkpoint(both_checkpoints(folder, data)[0])
 
 
 def same(a, b):
@@ -59,9 +61,9 @@ def without_times(history):
 
 
 def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
-    latest, best = paths(trained, training_data)
-    log = datasets.log_path(trained, training_data[1])
-    curves = datasets.curves_path(trained, training_data[1])
+    latest, best = both_checkpoints(trained, training_data)
+    log = paths.log_path(trained, training_data[1])
+    curves = paths.curves_path(trained, training_data[1])
     assert sorted(trained.iterdir()) == sorted([latest, best, log, curves])
     with Image.open(curves) as image:
         assert image.width > 600
@@ -118,14 +120,14 @@ def test_a_run_says_what_it_is_and_shows_captions(training_data, tmp_path, capsy
     assert (
         out.count("(true: ") == 3
         and "BLEU-4" in out
-        and str(paths(tmp_path, training_data)[1]) in out
+        and str(both_checkpoints(tmp_path, training_data)[1]) in out
     )
     assert checkpoint["history"][0]["epoch"] == 1
 
 
 def test_validation_is_on_captions_that_the_model_makes_alone(trained, training_data):
     """The score in the log is that of beam search, not of teacher forcing."""
-    latest, _ = paths(trained, training_data)
+    latest, _ = both_checkpoints(trained, training_data)
     record = models.load_checkpoint(latest)["history"][-1]
     captioner = models.load_captioner(latest)
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
@@ -135,13 +137,13 @@ def test_validation_is_on_captions_that_the_model_makes_alone(trained, training_
         length_penalty=0.7,
         max_decode_steps=12,
     )
-    scores = utils.score_captions(data.references, [captioner.text(h) for (h,) in found])
+    scores = metrics.score_captions(data.references, [captioner.text(h) for (h,) in found])
     assert {name: record[name] for name in scores} == pytest.approx(scores, abs=1e-3)
 
 
 def test_validation_loss_is_that_of_the_true_words(trained, training_data):
     """Computed anew, one caption at a time, with steps of the decoder alone."""
-    latest, _ = paths(trained, training_data)
+    latest, _ = both_checkpoints(trained, training_data)
     captioner = models.load_captioner(latest)
     data = datasets.CaptionDataset(datasets.split_path(training_data[0], "val", training_data[1]))
     total = words = 0
@@ -176,7 +178,7 @@ def test_curves_show_whole_epochs_the_best_one_and_both_losses(tmp_path, monkeyp
         for i in (1, 2, 3)
     ]
     for count in (1, 3):
-        train.draw_curves(tmp_path / "curves.png", history[:count], "CIDEr")
+        curves_room.draw_curves(tmp_path / "curves.png", history[:count], "CIDEr")
         losses, *scores = figures[-1].axes
         assert [line.get_label() for line in losses.lines][:2] == ["training", "validation"]
         alone = [axes for axes in scores if "CIDEr" in axes.get_title()]
@@ -191,7 +193,7 @@ def test_curves_show_whole_epochs_the_best_one_and_both_losses(tmp_path, monkeyp
 def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
     training_data, tmp_path, trained
 ):
-    shutil.copy(paths(trained, training_data)[0], tmp_path / "copy.pth.tar")
+    shutil.copy(both_checkpoints(trained, training_data)[0], tmp_path / "copy.pth.tar")
     checkpoint = run(
         training_data, tmp_path / "out", "--resume", tmp_path / "copy.pth.tar", "--epochs", 3
     )
@@ -200,7 +202,7 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
 
 def test_a_preset_changes_defaults_and_a_flag_beside_it_wins(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--preset", "focus", "--grounding", "0.1"])
-    args = train.with_preset(train.get_args_parser()).parse_args()
+    args = command_line.with_preset(train.get_args_parser(), train.PRESETS).parse_args()
     assert (args.alpha_c, args.attend_word, args.deep_output) == (0.0, True, True)
     assert args.grounding == 0.1
 
@@ -231,7 +233,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "print_epoch", killed)  # after the first epoch's checkpoint
+        patch.setattr(log, "print_epoch", killed)  # after the first epoch's checkpoint
         run(training_data, tmp_path / "parts", *flags)
     torch.rand(7)  # what came in between must not matter
     parts = run(training_data, tmp_path / "parts", *flags, "--resume")
@@ -239,7 +241,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_pat
         assert same(parts[key], whole[key]), key
     assert without_times(parts["history"]) == without_times(whole["history"])
     best = [
-        models.load_checkpoint(paths(tmp_path / name, training_data)[1])
+        models.load_checkpoint(both_checkpoints(tmp_path / name, training_data)[1])
         for name in ("whole", "parts")
     ]
     assert same(best[0]["decoder"], best[1]["decoder"])
@@ -282,14 +284,14 @@ def test_a_run_of_another_device_goes_on_with_this_ones_optimizer(
     checkpoint = run(training_data, tmp_path / "parts", "--lr_schedule", "constant")
     for group in checkpoint["optimizer"]["param_groups"]:
         group |= {"lr": 7.0, "capturable": True}
-    models.save_checkpoint(paths(tmp_path / "parts", training_data)[0], checkpoint)
+    models.save_checkpoint(both_checkpoints(tmp_path / "parts", training_data)[0], checkpoint)
     run(training_data, tmp_path / "parts", "--lr_schedule", "constant", "--epochs", 3, "--resume")
     whole, resumed = optimizers[0].param_groups, optimizers[-1].param_groups
     assert [group["lr"] for group in resumed] == [group["lr"] for group in whole] and not resumed[
         0
     ]["capturable"]
     both = [
-        models.load_checkpoint(paths(tmp_path / name, training_data)[0])
+        models.load_checkpoint(both_checkpoints(tmp_path / name, training_data)[0])
         for name in ("whole", "parts")
     ]
     assert same(both[0]["decoder"], both[1]["decoder"])
@@ -309,10 +311,11 @@ def test_killed_between_best_and_latest_the_epoch_is_repeated(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(models, "save_checkpoint", killed_at_third)
         run(training_data, tmp_path)
-    assert saved[0] == paths(tmp_path, training_data)[1]  # BEST first
+    assert saved[0] == both_checkpoints(tmp_path, training_data)[1]  # BEST first
     resumed = run(training_data, tmp_path, "--resume")
     assert same(
-        resumed["decoder"], models.load_checkpoint(paths(trained, training_data)[0])["decoder"]
+        resumed["decoder"],
+        models.load_checkpoint(both_checkpoints(trained, training_data)[0])["decoder"],
     )
 
 
@@ -323,7 +326,7 @@ def test_resume_and_init_from_take_a_runs_folder(training_data, trained, tmp_pat
     assert "resuming after epoch 2" in capsys.readouterr().out
     flags = ["--epochs", 1, "--learning_rate", 0]
     started = run(training_data, tmp_path / "started", "--init_from", trained, *flags)
-    best = models.load_checkpoint(paths(trained, training_data)[1])
+    best = models.load_checkpoint(both_checkpoints(trained, training_data)[1])
     assert len(started["history"]) == 1 and same(started["decoder"], best["decoder"])
 
 
@@ -349,7 +352,7 @@ def test_starting_from_a_checkpoint_does_not_overwrite_its_run(
     training_data, trained, tmp_path, fails
 ):
     shutil.copytree(trained, tmp_path / "run")
-    latest, best = paths(tmp_path / "run", training_data)
+    latest, best = both_checkpoints(tmp_path / "run", training_data)
     before = latest.read_bytes(), best.read_bytes()
     with fails("holds an earlier run"):
         run(
@@ -404,7 +407,7 @@ def test_a_new_run_goes_on_with_the_attention_teacher(grounding, training_data, 
 def test_a_run_of_a_revision_that_did_not_know_a_flag_can_be_resumed(
     training_data, trained, tmp_path
 ):
-    for path in paths(trained, training_data):
+    for path in both_checkpoints(trained, training_data):
         checkpoint = models.load_checkpoint(path)
         del checkpoint["config"]["grounding"]
         models.save_checkpoint(tmp_path / path.name, checkpoint)
@@ -425,11 +428,11 @@ def test_another_word_map_is_refused(trained, training_data, tmp_path, fails):
     other = tmp_path, training_data[1]
     for flag in ("--resume", "--init_from"):
         with fails("was trained with another word map"):
-            run(other, tmp_path / "out", flag, paths(trained, training_data)[0])
+            run(other, tmp_path / "out", flag, both_checkpoints(trained, training_data)[0])
 
 
 def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained, tmp_path):
-    start = paths(trained, training_data)[1]
+    start = both_checkpoints(trained, training_data)[1]
     before = models.load_checkpoint(start)
     flags = [
         "--fine_tune_encoder",
@@ -456,7 +459,7 @@ def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained,
     # it began with the weights of the frozen run
     assert (
         after["history"][0]["nll"]
-        < models.load_checkpoint(paths(trained, training_data)[0])["history"][0]["nll"]
+        < models.load_checkpoint(both_checkpoints(trained, training_data)[0])["history"][0]["nll"]
     )
     flags[-1] = "2"
     assert len(run(training_data, tmp_path, "--resume", *flags)["history"]) == 2
@@ -482,7 +485,7 @@ def test_mirror_shows_some_images_mirrored_but_none_whose_captions_say_left_or_r
         return batch
 
     monkeypatch.setattr(train.Trainer, "load", record)
-    start = paths(trained, training_data)[1]
+    start = both_checkpoints(trained, training_data)[1]
     flags = ["--fine_tune_encoder", "--mirror", "--batch_size", 12, "--epochs", 4]
     run(training_data, tmp_path, "--init_from", start, *flags)
     shown = [(both == image).all(1).nonzero()[0].item() for image in torch.cat(shown)]
@@ -498,7 +501,7 @@ def test_mirror_is_refused_where_features_are_computed_once(training_data, tmp_p
 
 
 def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, fails):
-    start = paths(trained, training_data)[1]
+    start = both_checkpoints(trained, training_data)[1]
     folder, name = training_data
     args = train.get_args_parser().parse_args(
         [
@@ -525,7 +528,7 @@ def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, 
         ]
     )
     train.main(args)
-    config = models.load_checkpoint(paths(tmp_path, training_data)[0])["config"]
+    config = models.load_checkpoint(both_checkpoints(tmp_path, training_data)[0])["config"]
     assert (config["encoder"], config["decoder_dim"], config["encoded_image_size"]) == (
         "resnet18",
         32,
@@ -561,7 +564,7 @@ def test_resume_or_init_from(training_data, tmp_path, fails):
 def test_a_checkpoint_that_cannot_be_resumed_is_refused(
     part, value, training_data, trained, tmp_path, fails
 ):
-    checkpoint = models.load_checkpoint(paths(trained, training_data)[0])
+    checkpoint = models.load_checkpoint(both_checkpoints(trained, training_data)[0])
     torch.save({**checkpoint, part: value}, tmp_path / "broken.pth.tar")
     with fails("broken.pth.tar is damaged.*cannot be resumed.*--init_from"):
         run(training_data, tmp_path / "out", "--resume", tmp_path / "broken.pth.tar")
@@ -570,14 +573,14 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(
 
 @pytest.mark.parametrize("flag", ["--resume", "--init_from"])
 def test_weights_that_do_not_fit_are_refused(flag, training_data, trained, tmp_path, fails):
-    checkpoint = models.load_checkpoint(paths(trained, training_data)[0])
+    checkpoint = models.load_checkpoint(both_checkpoints(trained, training_data)[0])
     torch.save({**checkpoint, "decoder": {}}, tmp_path / "broken.pth.tar")
     with fails("broken.pth.tar is damaged"):
         run(training_data, tmp_path / "out", flag, tmp_path / "broken.pth.tar")
 
 
 def test_pictures_of_another_size_are_refused(training_data, trained, tmp_path, fails):
-    checkpoint = models.load_checkpoint(paths(trained, training_data)[0])
+    checkpoint = models.load_checkpoint(both_checkpoints(trained, training_data)[0])
     checkpoint["config"]["image_size"] = 32
     torch.save(checkpoint, tmp_path / "small.pth.tar")
     with fails("found 64 pixels.*32 pixels in the run to resume"):
@@ -682,7 +685,7 @@ def test_every_variant_trains_and_captions(flags, training_data, tmp_path):
     assert records[1]["nll"] < records[0]["nll"]
     if "--scheduled_sampling" in flags:
         assert 1 >= records[0]["epsilon"] > records[1]["epsilon"] > 0
-    captioner = models.load_captioner(paths(tmp_path, training_data)[0])
+    captioner = models.load_captioner(both_checkpoints(tmp_path, training_data)[0])
     ((found,),) = captioner.caption(
         torch.zeros(1, 3, 64, 64, dtype=torch.uint8), beam_size=2, max_decode_steps=5
     )
@@ -711,7 +714,7 @@ def test_loss_keeps_falling(training_data, tmp_path):
 
 
 def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained, tmp_path, fails):
-    start = paths(trained, training_data)[1]
+    start = both_checkpoints(trained, training_data)[1]
     flags = [
         "--scst",
         "--epochs",
@@ -750,7 +753,7 @@ def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(
             tmp_path / "scst",
             "--scst",
             "--init_from",
-            paths(tmp_path / "hard", training_data)[0],
+            both_checkpoints(tmp_path / "hard", training_data)[0],
         )
 
 
@@ -781,7 +784,7 @@ def test_training_stops_when_nothing_is_gained(training_data, tmp_path):
     assert (
         len(checkpoint["history"]) == 3
     )  # the first is the best of equals, and two have passed since
-    assert len(models.load_checkpoint(paths(tmp_path, training_data)[1])["history"]) == 1
+    assert len(models.load_checkpoint(both_checkpoints(tmp_path, training_data)[1])["history"]) == 1
 
 
 # ---------------------------------------------------------------------------------------- schedules
@@ -795,7 +798,9 @@ def factors(updates=100, history=(), **config):
         "metric": "BLEU-4",
         **config,
     }
-    return [train.learning_rate_factor(config, update, list(history)) for update in range(updates)]
+    return [
+        schedules.learning_rate_factor(config, update, list(history)) for update in range(updates)
+    ]
 
 
 def test_learning_rate_rises_and_then_follows_its_schedule():
@@ -834,7 +839,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     monkeypatch.setattr(models.Encoder, "forward", None)  # nothing is encoded
-    monkeypatch.setattr(models, "calibrate", lambda *_: 1.0)
+    monkeypatch.setattr(starting, "calibrate", lambda *_: 1.0)
     with fails("MB"):
         run(training_data, tmp_path / "out")
 
@@ -913,6 +918,6 @@ def test_data_of_another_word_map_is_refused(training_data, tmp_path, fails):
     path = datasets.word_map_path(*data)
     word_map = datasets.load_word_map(path)
     word_map["red"], word_map["a"] = word_map["a"], word_map["red"]
-    utils.write_json(path, word_map)
+    files.write_json(path, word_map)
     with fails("encoded with another word map"):
         run(data, tmp_path / "out")

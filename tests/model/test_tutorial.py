@@ -25,6 +25,10 @@ import eval as evaluation
 import models
 import train
 import utils
+from captioning.model import checkpoints, encoders
+from captioning.model import tutorial as tutorial_room
+from captioning.report import metrics
+from captioning.run import files, paths
 
 # ---------------------------------------------------------------------------- the model, built anew
 
@@ -80,7 +84,7 @@ class DecoderWithAttention(nn.Module):
         return self.fc(self.dropout(state[0])), alpha, state
 
 
-RESNETS = [name for name, build in models.ENCODERS.items() if build is models.resnet]
+RESNETS = [name for name, build in models.ENCODERS.items() if build is encoders.resnet]
 TUTORIAL = {cls.__name__: cls for cls in (Encoder, Attention, DecoderWithAttention)}
 for cls in TUTORIAL.values():
     cls.__module__ = "models"  # under which name the tutorial pickles them
@@ -277,7 +281,7 @@ def test_a_model_of_an_old_gpu_is_read_without_one(tutorial, tmp_path, word_map_
 
 def stand_in(module):
     """What is unpickled in place of a module."""
-    made = models.StandIn()
+    made = tutorial_room.StandIn()
     children = {name: stand_in(child) for name, child in module.named_children()}
     made.state = {**vars(module), "_modules": children}
     return made
@@ -291,7 +295,7 @@ def test_the_resnet_is_told_by_its_layers(name, monkeypatch, word_map):
         decoder = DecoderWithAttention(len(word_map), encoder_dim=dim)
     pickled = {"encoder": stand_in(encoder), "decoder": stand_in(decoder)}
     monkeypatch.setattr(torch, "load", lambda *_, **__: pickled)
-    config = models.tutorial_checkpoint("x", word_map)["config"]
+    config = tutorial_room.tutorial_checkpoint("x", word_map)["config"]
     assert {
         key: config[key]
         for key in ("encoder", "encoder_dim", "attention_dim", "embed_dim", "decoder_dim")
@@ -353,7 +357,7 @@ def evaluate(data, tmp_path, *flags):
 
 
 def test_eval_py_uses_it(path, data, word_map_file, tutorial, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "_meteor", lambda gts, res: None)
+    monkeypatch.setattr(metrics, "_meteor", lambda gts, res: None)
     before = set(data[0].iterdir())
     evaluate(data, tmp_path, "--model", path, "--word_map", word_map_file, "--data_name", data[1])
     word_map = datasets.load_word_map(word_map_file)
@@ -361,7 +365,7 @@ def test_eval_py_uses_it(path, data, word_map_file, tutorial, tmp_path, monkeypa
     with torch.no_grad():
         expected = greedy(*tutorial[:2], torch.from_numpy(split.images(slice(None))), word_map, 6)
     names = sorted(word_map, key=word_map.get)
-    said = utils.read_json(datasets.captions_path(tmp_path, data[1], "test", 1))
+    said = files.read_json(paths.captions_path(tmp_path, data[1], "test", 1))
     assert [line["caption"].split() for line in said] == [
         [names[word] for word in words] for words, *_ in expected
     ]
@@ -473,7 +477,7 @@ def test_code_in_it_is_not_run(kind, legacy, tmp_path, fails, word_map):
     for checkpoint in (
         call,
         {"encoder": call, "decoder": call},
-        {**dict.fromkeys(models.CHECKPOINT_KEYS, {}), "x": call},
+        {**dict.fromkeys(checkpoints.CHECKPOINT_KEYS, {}), "x": call},
     ):
         save(path, checkpoint, legacy)
         for load in (models.load_checkpoint, lambda p: models.load_captioner(p, word_map=word_map)):
@@ -540,15 +544,17 @@ def test_a_value_is_made_of_nothing_but_stand_ins(path, word_map, monkeypatch):
         if id(value) in seen:
             continue
         seen.add(id(value))
-        kinds.add(next(kind for kind in (models.StandIn, type(value)) if isinstance(value, kind)))
+        kinds.add(
+            next(kind for kind in (tutorial_room.StandIn, type(value)) if isinstance(value, kind))
+        )
         if isinstance(value, dict):
             left += [*value, *value.values()]
         if isinstance(value, (list, tuple, set)):
             left += value
-        if isinstance(value, models.StandIn):
+        if isinstance(value, tutorial_room.StandIn):
             left.append(value.state)
     assert kinds <= {
-        models.StandIn,
+        tutorial_room.StandIn,
         dict,
         list,
         tuple,

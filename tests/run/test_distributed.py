@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_TRAINING, train_args
-from test_train import no_curves, paths, run  # noqa: F401 (no_curves is used by its name)
+from test_train import both_checkpoints, no_curves, run  # noqa: F401 (no_curves is used by its name)
 
 import eval as evaluation
 import models
 import train
 import utils
+from captioning.run import distributed
 
 ROOT = Path(utils.__file__).parent
 # dropout draws other masks in each process; without it a run of several processes is the run of one
@@ -80,7 +81,7 @@ def same_curves(a, b):
 
 
 def checkpoint_of(data, folder):
-    return models.load_checkpoint(paths(folder, data)[0])
+    return models.load_checkpoint(both_checkpoints(folder, data)[0])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_several_processes_train_and_evaluate_as_one(processes, flags, training_
         path.name for path in (tmp_path / "several").iterdir() if path.suffix != ".png"
     ) == sorted(path.name for path in (tmp_path / "one").iterdir())
 
-    best = paths(tmp_path / "one", training_data)[1]
+    best = both_checkpoints(tmp_path / "one", training_data)[1]
     scored = [
         "--model",
         best,
@@ -162,7 +163,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, second, training_
             finished(torchrun(processes, "train", *flags))
             break
         process = torchrun(processes, "train", *flags)
-        latest, _ = paths(tmp_path / "parts", training_data)
+        latest, _ = both_checkpoints(tmp_path / "parts", training_data)
         while not latest.exists():
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGTERM)
@@ -241,9 +242,9 @@ def test_one_process_runs_no_distributed_code(training_data, tmp_path, monkeypat
 def test_every_thing_has_one_process(monkeypatch):
     for count in (0, 1, 5, 8, 23):
         for size in (1, 2, 3, 8):
-            monkeypatch.setattr(utils, "world_size", lambda size=size: size)
+            monkeypatch.setattr(distributed, "world_size", lambda size=size: size)
             shares = []
             for rank in range(size):
-                monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
-                shares += range(count)[utils.share(count)]
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                shares += range(count)[distributed.share(count)]
             assert shares == list(range(count))

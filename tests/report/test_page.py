@@ -17,7 +17,12 @@ import caption
 import datasets
 import eval as evaluation
 import models
-import utils
+from captioning.model import checkpoints
+from captioning.report import metrics as metrics_room
+from captioning.report import page as page_room
+from captioning.report import sheets, tables
+from captioning.run import files as files_room
+from captioning.run import paths
 
 ATTACK = "</script><script>window.ran = 1</script><img src=x onerror='ran = 1'>"
 
@@ -42,7 +47,7 @@ def open_page(browser, tmp_path):
 
     def open_(data, width=1280, **options):
         path = tmp_path / "page.html"
-        utils.write_page(path, data)
+        page_room.write_page(path, data)
         size = {"width": width, "height": 800}
         contexts.append(browser.new_context(viewport=size, reduced_motion="reduce", **options))
         page = contexts[-1].new_page()
@@ -63,7 +68,7 @@ def say(words, scores, probability=0.5, alternatives=None, **more):
     """A caption whose word number i looks at place number i of nine, as the scripts hand it on."""
     alphas = torch.eye(9)[: len(words)] if words else torch.zeros(0, 9)
     found = types.SimpleNamespace(alphas=alphas, word_log_probs=[np.log(probability)] * len(words))
-    return utils.page_caption(words, found, scores, alternatives, **more)
+    return page_room.page_caption(words, found, scores, alternatives, **more)
 
 
 def read_page(path):
@@ -73,7 +78,7 @@ def read_page(path):
 
 
 def picture(name, *captions, seed=0, **more):
-    image = utils.page_picture(make_picture(seed, 90, 90), 90)
+    image = page_room.page_picture(make_picture(seed, 90, 90), 90)
     return {"name": name, "captions": list(captions)} | image | more
 
 
@@ -102,7 +107,7 @@ def lit(page):
 
 
 def test_the_template_is_short_and_the_page_needs_nothing_else():
-    text = utils.PAGE.read_text(encoding="utf-8")
+    text = page_room.PAGE.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 250 and text.count("{data}") == 1
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text)
     assert not re.search(r"(?:src|href)\s*=|@import|url\(|fetch|XMLHttp|https?:", text)
@@ -126,7 +131,7 @@ def test_what_is_no_text_of_ours_is_shown_and_never_run(open_page):
 
 def test_names_that_are_no_text_are_written_too(tmp_path):
     data = captions_page(picture("caf\udce9 \u2028 é", DOG))
-    utils.write_page(tmp_path / "page.html", data)
+    page_room.write_page(tmp_path / "page.html", data)
     assert read_page(tmp_path / "page.html")["pictures"][0]["name"] == "caf\udce9 \u2028 é"
 
 
@@ -326,7 +331,7 @@ def test_a_caption_without_words_and_one_picture_are_shown(open_page):
 def test_weights_keep_their_order_and_the_largest_is_all_light():
     alphas = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0]])
     found = types.SimpleNamespace(alphas=alphas, word_log_probs=[-1.0] * 3)
-    caption = utils.page_caption(["a", "b", "c"], found, {})
+    caption = page_room.page_caption(["a", "b", "c"], found, {})
     light = np.frombuffer(base64.b64decode(caption["alphas"]), np.uint8).reshape(3, 4)
     assert light.tolist() == [[26, 51, 76, 102], [64] * 4, [0, 0, 0, 255]]
     assert caption["words"] == [(word, 0.3679) for word in "abc"]
@@ -337,17 +342,17 @@ def test_only_a_page_of_ours_is_replaced_unasked(text, tmp_path, fails):
     path = tmp_path / "page.html"
     path.write_text(text)
     with fails("page.html exists and is no page of this suite"):
-        utils.output_path(path, page=True)
-    assert utils.output_path(path, force=True, page=True) == path
+        page_room.page_path(path)
+    assert page_room.page_path(path, force=True) == path
     for data in ({"pictures": []}, {"pictures": [1]}):
-        utils.write_page(path, data)
-        assert utils.output_path(path, page=True) == path
+        page_room.write_page(path, data)
+        assert page_room.page_path(path) == path
     path.write_text("")
-    assert utils.output_path(path, page=True) == path
+    assert page_room.page_path(path) == path
     with fails("there is no folder"):
-        utils.output_path(tmp_path / "no" / "page.html", page=True)
+        page_room.page_path(tmp_path / "no" / "page.html")
     with fails("is a folder.*page.html"):
-        utils.output_path(tmp_path, page=True)
+        page_room.page_path(tmp_path)
 
 
 # ---------------------------------------------------------------- what the scripts write
@@ -368,7 +373,7 @@ def captions_html(talkative, tmp_path, monkeypatch):
     flags = "--img 0.png 1.png --n_best 3 --no_plot --json said.json --html page.html --device cpu"
     argv = [*flags.split(), "--max_decode_steps", "6", "--model", str(talkative)]
     caption.main(caption.get_args_parser().parse_args(argv))
-    return utils.read_json("said.json"), read_page(Path("page.html"))
+    return files_room.read_json("said.json"), read_page(Path("page.html"))
 
 
 def test_captions_stand_with_their_words_chances_and_what_else_was_likely(captions_html, talkative):
@@ -400,7 +405,7 @@ def test_captions_stand_with_their_words_chances_and_what_else_was_likely(captio
 
 def test_what_is_done_is_on_the_page_if_the_rest_fails(talkative, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(caption, "draw", lambda *_: 1 / 0)
+    monkeypatch.setattr(sheets, "draw", lambda *_: 1 / 0)
     Image.fromarray(make_picture(0)).save("0.png")
     argv = ["--img", "0.png", "--html", "page.html", "--device", "cpu", "--model", str(talkative)]
     with pytest.raises(ZeroDivisionError):
@@ -412,14 +417,14 @@ def test_what_is_done_is_on_the_page_if_the_rest_fails(talkative, tmp_path, monk
 def evaluate(training_data, tmp_path, monkeypatch):
     """Function of flags: runs eval.py on the test split; returns (its metrics, its page)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "_meteor", lambda gts, res: (50.0, [0.5] * len(res)))
+    monkeypatch.setattr(metrics_room, "_meteor", lambda gts, res: (50.0, [0.5] * len(res)))
 
     def run(*flags):
         argv = ["--data_folder", training_data[0], "--output_folder", "out", "--device", "cpu"]
         argv += ["--max_decode_steps", 8, "--html", "page.html", *flags]
         evaluation.main(evaluation.get_args_parser().parse_args([str(arg) for arg in argv]))
         (metrics,) = Path("out").glob("metrics_*.json")
-        return utils.read_json(metrics), read_page(Path("page.html"))
+        return files_room.read_json(metrics), read_page(Path("page.html"))
 
     return run
 
@@ -430,10 +435,10 @@ def test_the_report_has_the_table_and_each_pictures_own_scores(evaluate, talkati
     assert [shown["name"] for shown in page["pictures"]] == data.image_names
     assert [shown["references"] for shown in page["pictures"]] == data.raw_references
     for number, beam_size in enumerate((2, 3)):
-        path = datasets.captions_path("out", training_data[1], "test", beam_size)
+        path = paths.captions_path("out", training_data[1], "test", beam_size)
         captions = [shown["captions"][number] for shown in page["pictures"]]
         texts = [" ".join(word for word, _ in caption["words"]) for caption in captions]
-        assert texts == [row["caption"] for row in utils.read_json(path)]
+        assert texts == [row["caption"] for row in files_room.read_json(path)]
         assert {caption["label"] for caption in captions} == {f"beam size {beam_size}"}
         own = [float(dict(caption["scores"])["CIDEr"]) for caption in captions]
         cider = metrics["beam_sizes"][str(beam_size)]["CIDEr"]
@@ -462,7 +467,7 @@ def test_compared_models_are_each_scored_as_if_alone(evaluate, talkative, best_c
     assert rows[0] == rows[1] != both["compared"][str(best_checkpoint)]
     labels = [caption["label"] for caption in page["pictures"][0]["captions"]]
     assert labels == [f"model {best_checkpoint}", f"model {talkative}"]
-    files = [row["caption"] for row in utils.read_json(sorted(Path("out").glob("capt*"))[1])]
+    files = [row["caption"] for row in files_room.read_json(sorted(Path("out").glob("capt*"))[1])]
     texts = [[word for word, _ in shown["captions"][1]["words"]] for shown in page["pictures"]]
     assert list(map(" ".join, texts)) == files
     with fails("--compare: expected several different --model"):
@@ -488,14 +493,14 @@ def test_compared_models_are_each_scored_as_if_alone(evaluate, talkative, best_c
     ],
 )
 def test_words_differ_that_another_caption_lacks_at_their_place(words, others, places):
-    assert evaluation.differing(words.split(), [other.split() for other in others]) == places
+    assert tables.differing(words.split(), [other.split() for other in others]) == places
 
 
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 def test_each_pictures_own_scores_are_those_of_the_metrics_alone():
     references = [[["a", "dog", "runs"]], [["two", "cats", "sit"]]]
     hypotheses = [["a", "dog", "runs"], ["a", "dog", "sits"]]
-    own = utils.score_captions(references, hypotheses, meteor=True, each=True)["each"]
+    own = metrics_room.score_captions(references, hypotheses, meteor=True, each=True)["each"]
     assert own["METEOR"][0] == pytest.approx(100) and own["METEOR"][1] < 50
     assert own["CIDEr"][0] > own["CIDEr"][1] >= 0
 
@@ -509,13 +514,13 @@ def test_without_a_model_the_captioner_of_the_suite_is_taken_and_named(
     own = tmp_path / "docs" / "captioner" / "flickr8k.pth.tar"
     own.parent.mkdir(parents=True)
     shutil.copy(best_checkpoint, own)
-    monkeypatch.setattr(models, "DEFAULT_CAPTIONER", own)
+    monkeypatch.setattr(checkpoints, "DEFAULT_CAPTIONER", own)
     Image.fromarray(make_picture(0)).save("0.png")
     argv = ["--img", "0.png", "--no_plot", "--device", "cpu", "--json", "said.json"]
     caption.main(caption.get_args_parser().parse_args(argv))
     said = capsys.readouterr().err
     assert said.count(f"without --model: taking {own}") == 1
-    assert utils.read_json("said.json")[0]["image"] == "0.png"
+    assert files_room.read_json("said.json")[0]["image"] == "0.png"
     metrics, page = evaluate("--output_folder", "out")
     assert metrics["models"] == [str(own)] and "the captioner of the suite" in page["lead"]
     assert {path.name for path in own.parent.iterdir()} == {own.name}
@@ -523,7 +528,7 @@ def test_without_a_model_the_captioner_of_the_suite_is_taken_and_named(
 
 def test_the_captioner_of_the_suite_that_is_gone_or_damaged_is_named(tmp_path, monkeypatch, fails):
     own = tmp_path / "flickr8k.pth.tar"
-    monkeypatch.setattr(models, "DEFAULT_CAPTIONER", own)
+    monkeypatch.setattr(checkpoints, "DEFAULT_CAPTIONER", own)
     for content in (None, b"half a file"):
         if content:
             own.write_bytes(content)

@@ -1,0 +1,93 @@
+"""Picture files: read as a person would see them, and squashed into squares."""
+
+import contextlib
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from captioning.run.messages import UserError, why
+
+MAX_PIXELS = 89_478_485  # of a decoded picture: 268 MB as RGB; Pillow warns beyond it
+
+
+def open_image(path, size=None):
+    """Read a picture as a person would see it: of every mode as RGB, rotated as its EXIF says.
+
+    Transparent pixels lie over white, 16-bit and float values are scaled, films give one picture.
+
+    :param path: of a file; a ``zipfile.Path`` too
+    :param size: side in pixels that the picture will be resized to, if known: a large JPEG is then
+        decoded at 1/2, 1/4 or 1/8 of its size, with at least ``2 * size`` pixels along each side
+    :return: ``PIL.Image.Image`` of mode RGB
+    :raises UserError: if it is missing, empty, truncated, no picture, or of too many pixels
+    """
+    try:
+        data = read_bytes(path)
+        # Image.open refuses 179 million pixels before it is known how many of a JPEG are decoded
+        opened = JpegImageFile if data.startswith(b"\xff\xd8\xff") else Image.open
+        with opened(io.BytesIO(data)) as image:
+            pixels = image.width * image.height
+            if size is not None:
+                image.draft(None, (2 * size, 2 * size))
+            if image.width * image.height > MAX_PIXELS or pixels > 4 * MAX_PIXELS:
+                raise UserError(f"it has {pixels:,} pixels, too many")
+            image.load()
+            with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
+        # the text of the first kind holds an address in memory
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not in a known format" if is_unknown else why(error)
+        raise UserError(
+            f"cannot read {path} as a picture: {reason}; expected a whole JPEG, PNG, GIF, WebP"
+            f" or TIFF file of at most {MAX_PIXELS:,} pixels"
+        ) from error
+
+
+def resize_image(image, size):
+    """Squash a whole picture into a square, so that an attention map covers all of it.
+
+    :param image: uint8 (height, width, 3), or a ``PIL.Image.Image`` of mode RGB
+    :param size: side in pixels
+    :return: uint8 (3, size, size), antialiased
+    """
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    resized = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))  # (size, size, 3)
+    return np.ascontiguousarray(resized.transpose(2, 0, 1))  # (3, size, size)
+
+
+MAX_BYTES = 2**28  # of a file of a picture or a text
+
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp", ".avif"}
+
+
+PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def read_bytes(path):
+    """The content of a file, or of a member of a zip archive."""
+    packed = isinstance(path, zipfile.Path)
+    path = path if packed else Path(path)
+    size = path.root.getinfo(path.at).file_size if packed else path.stat().st_size
+    if size > MAX_BYTES or not path.is_file():  # a named pipe would be waited for, for ever
+        raise UserError(f"it is no regular file of at most {MAX_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def _to_rgb(image):
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0).clip(0)
+        scales = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())
+        values = np.rint(values * (255 / next(top for top in scales if values.max() <= top)))
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,156 @@
+"""Sources of captioned pictures: one's own, or Flickr8k, as lists of records."""
+
+import collections
+import functools
+import hashlib
+import itertools
+import math
+
+from captioning.data.finding import Pictures, as_list, open_zip
+from captioning.data.formats import read_rows, read_text
+from captioning.data.pictures import open_image
+from captioning.data.records import SPLITS, Record, too_many_lost
+from captioning.run.messages import UserError
+
+
+def custom_records(images, captions, seed):
+    """The user's own pictures and captions, or a published data set in one of the known formats.
+
+    :param images: folder or zip archive of the pictures, or a list of them
+    :param captions: file of captions, or a list of them, see ``READERS`` and :func:`read_rows`
+    :param seed: pictures without a split are dealt out with it, see ``_deal_splits``
+    :return: list of :class:`Record`, list of notes for the user
+    :raises UserError: if a row is malformed (its line is named) or the pictures are not there
+    """
+    notes, captions = [], as_list(captions)
+    rows = itertools.chain.from_iterable(read_rows(path, notes) for path in captions)
+    pictures, where = Pictures(images), ", ".join(map(str, captions))
+    records, notes = _records(rows, pictures, where, seed, notes)
+    if pictures.count > len(records):
+        unused = f"{pictures.count - len(records):,} pictures of {pictures.places}"
+        notes.append(f"{unused} have no caption in {where}; they are left out")
+    return records, notes
+
+
+def flickr8k_records(folder, seed=0):
+    """Flickr8k, with its official split if the lists of it are there.
+
+    :param folder: holds ``Flickr8k_Dataset.zip`` and ``Flickr8k_text.zip`` (read in place), what
+        they unpack to, or Kaggle's ``Images`` and ``captions.txt``; or a list of such folders
+    :param seed: without lists the pictures are dealt out with it, see ``_deal_splits``
+    :return: list of :class:`Record`, list of notes for the user
+    :raises UserError: if something is missing or damaged
+    """
+    notes, captions = [], collections.defaultdict(list)
+    where = ", ".join(str(place.absolute()) for place in as_list(folder))
+    images, source, lists = flickr8k_files(folder)
+    if not images or not source:
+        raise UserError(
+            f"{where} is not the whole of Flickr8k: expected Flickr8k_Dataset.zip and "
+            "Flickr8k_text.zip, packed or unpacked, or Kaggle's Images and captions.txt"
+        )
+    for _, row in read_rows(source, notes):
+        captions[row.name] += row.captions
+    names = [(name.strip(), s) for s in lists for name in read_text(lists[s]).split("\n")]
+    names = names or [(name, None) for name in captions]
+    rows = [(where, Record(name, split, captions[name])) for name, split in names if name]
+    notes += _check_missing([row.name for _, row in rows if not row.captions], len(rows), source)
+    if not lists:
+        notes.append("for the official split put Flickr8k_text.zip beside captions.txt")
+    return _records(rows, Pictures(images), where, seed, notes)
+
+
+def flickr8k_files(folder):
+    """What there is of Flickr8k in a folder or a list of folders; texts may lie one folder above.
+
+    :return: path of the pictures, path of the captions (None for what is missing), and dict of
+        the official split's names to the paths of its lists (empty unless all are there)
+    """
+    places = as_list(folder)
+    texts = [*places, *(place.absolute().parent for place in places)]
+    archive = _first(texts, ["Flickr8k_text.zip"])
+    texts += [open_zip(archive)] if archive else []
+    text = lambda name: _first(texts, [name, f"Flickr8k_text/{name}"])
+    folders = ["Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"]
+    images = _first(places, [*folders, "Flickr8k_Dataset.zip"])
+    captions = text("Flickr8k.token.txt") or _first(places, ["captions.txt"])
+    lists = [text(f"Flickr_8k.{part}Images.txt") for part in ("train", "dev", "test")]
+    return images, captions, dict(zip(SPLITS, lists)) if all(lists) else {}
+
+
+def _first(places, names):
+    """The first path that exists in one of the folders, or is one of the places itself; or None."""
+    paths = (place if place.name == name else place / name for place in places for name in names)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _records(rows, pictures, where, seed, notes):
+    """Gather rows by picture, find the pictures, and deal out those without a split.
+
+    :param rows: iterable of (file and line, or another place; :class:`Record`)
+    :return: list of :class:`Record`, list of all notes
+    """
+    gathered, repeated = {}, 0
+    for line, row in rows:
+        known = gathered.setdefault(row.name, row)
+        if row.split and known.split and row.split != known.split:
+            message = f"{row.name} is in {row.split} here, but in {known.split} above"
+            raise UserError(f"{line}: {message}")
+        if known is not row:
+            new = [text for text in row.captions if text not in known.captions]
+            repeated += len(row.captions) - len(new)
+            captions, split = known.captions + new, known.split or row.split
+            gathered[row.name] = known._replace(captions=captions, split=split)
+    described = {name: row for name, row in gathered.items() if row.captions}
+    if not described:
+        raise UserError(f"{where} holds no caption; expected a row for each")
+    splits, dealt = _deal_splits({name: row.split for name, row in gathered.items()}, seed)
+    records, missing, used = [], [], {}
+    for name, row in described.items():
+        path = pictures.find(name)
+        if path is None:
+            missing.append(name)
+        elif used.setdefault(path, name) != name:
+            raise UserError(f"{where} calls {path} both {used[path]!r} and {name!r}; use one name")
+        else:
+            image = functools.partial(open_image, path)
+            records.append(row._replace(split=splits[name], image=image))
+    notes = [*notes, *dealt, *_check_missing(missing, len(described), pictures.places)]
+    if mute := len(gathered) - len(described):
+        notes.append(f"{mute:,} pictures have no caption in {where}; they are left out")
+    if repeated:
+        notes.append(f"{repeated:,} rows of {where} repeat a caption of the same picture; left out")
+    return records, notes
+
+
+def _check_missing(missing, total, where):
+    """Note a few missing pictures; refuse many."""
+    if missing and (total == len(missing) or too_many_lost(len(missing), total)):
+        raise UserError(
+            f"{len(missing):,} of {total:,} pictures are missing in {where} (or have no captions), "
+            f"such as {', '.join(map(repr, missing[:3]))}; is it the right folder, and whole?"
+        )
+    return [f"{name!r} is missing in {where} (or has no caption); left out" for name in missing]
+
+
+def _deal_splits(splits, seed):
+    """Deal out the pictures whose source names no split, by the order of their names' hashes.
+
+    Without any split: 80 % train, 10 % val, 10 % test. If there is a training split, but no val or
+    test, these get the pictures without a split, or else 10 % of the training pictures each.
+
+    :param splits: dict of names to splits or None
+    :return: the same without None, list of notes
+    """
+    lacking = [split for split in ("test", "val") if split not in splits.values()]
+    train, pool = ([n for n, split in splits.items() if split == s] for s in ("train", None))
+    size = max(1, round(len(pool or train) / 10))  # of each part but the last, in pictures
+    if pool and lacking and train:
+        size = math.ceil(len(pool) / len(lacking))
+    pool, parts = pool or (train if lacking else []), lacking or ["test", "val"]
+    pool.sort(key=lambda n: hashlib.sha256(f"{seed}/{n}".encode("utf-8", "replace")).digest())
+    dealt = {name: [*parts, "train"][min(i // size, len(parts))] for i, name in enumerate(pool)}
+    counts = collections.Counter(dealt.values())
+    said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
+    note = f"no split is named for {len(pool):,} pictures: dealt out by --seed {seed} as {said}"
+    return {**splits, **dealt}, [note] * bool(pool)

@@ -1,0 +1,164 @@
+"""Checkpoints: what they hold, what is checked before they are used, means and exports of them."""
+
+from pathlib import Path
+
+import torch
+
+from captioning.data.words import END, PAD, START, UNK
+from captioning.model.tensor_files import load_tensors, save_checkpoint
+from captioning.model.tutorial import tutorial_checkpoint
+from captioning.run.messages import UserError, note
+from captioning.run.paths import checkpoint_path
+
+
+def average_weights(captioners):
+    """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups").
+
+    Weights can be averaged if the trainings started from one checkpoint, for example before and
+    after self-critical training. Averaging models that do not share a starting point gives noise.
+
+    :return: the first ``Captioner``, whose tensors are overwritten
+    :raises UserError: if they are not of one architecture
+    """
+    kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError("the models are not of one architecture: their weights have no mean")
+    for part in ("encoder", "decoder"):
+        states = [getattr(captioner, part).state_dict() for captioner in captioners]
+        for key, tensor in states[0].items():
+            if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
+                tensors = torch.stack([state[key].cpu() for state in states])
+                tensor.copy_(tensors.double().mean(dim=0))
+    return captioners[0]
+
+
+# What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
+ARCHITECTURE = (
+    "encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim",
+    "decoder_dim", "deep_output", "position_encoding", "attend_word",
+)  # fmt: skip
+
+
+DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
+
+
+DEFAULT_CAPTIONER = Path(__file__).parents[2] / "docs" / "captioner" / "flickr8k.pth.tar"
+
+
+CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
+CHECKPOINT_KEYS["history"] = list
+
+
+def run_checkpoint(path, name=None):
+    """The checkpoint that a path names: itself, or the best one of a run's folder.
+
+    :param path: None: the captioner that comes with the suite
+    :param name: the data's name, which tells several runs in one folder apart
+    :raises UserError: if a folder holds none, or several that nothing tells apart
+    """
+    if path is None:
+        note(f"without --model: taking {DEFAULT_CAPTIONER}, which comes with the suite")
+        return DEFAULT_CAPTIONER
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if name and checkpoint_path(path, name, best=True).exists():
+        return checkpoint_path(path, name, best=True)
+    found = sorted(path.glob("BEST_checkpoint_*.pth.tar"))
+    if len(found) != 1:
+        what = "no BEST_checkpoint_*.pth.tar" if not found else ", ".join(p.name for p in found)
+        raise UserError(f"the folder {path} holds {what}; expected one run: name its checkpoint")
+    return found[0]
+
+
+def export_captioner(captioner, path):
+    """Write a captioner to caption with, at half its size and without what only training needs.
+
+    Matrices and kernels become float16; loading makes them float32 again. Paths of the machine that
+    it was trained on are left out.
+    """
+    checkpoint = {key: getattr(captioner, key) for key in CHECKPOINT_KEYS}
+    own = ("data_folder", "output_folder", "init_from", "resume", "embeddings", "encoder_weights")
+    checkpoint["config"] = {k: v for k, v in captioner.config.items() if k not in own}
+    for part in ("encoder", "decoder"):
+        state = checkpoint[part].state_dict()
+        checkpoint[part] = {key: t.half() if t.dim() > 1 else t for key, t in state.items()}
+    save_checkpoint(path, checkpoint)
+
+
+def read_checkpoint(path, build, word_map=None):
+    """Read and check a checkpoint of this suite or of the PyTorch captioning tutorial, on the CPU.
+
+    :param build: function of a configuration and the number of words: encoder and decoder
+    :param word_map: what should be its word map; the tutorial's checkpoints keep none and need it
+    :return: dict with at least ``CHECKPOINT_KEYS``
+    :raises UserError: if it is missing, damaged, something else, or of another word map
+    """
+    checkpoint = load_tensors(path, lambda path: tutorial_checkpoint(path, word_map))
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
+    ):
+        raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
+    checkpoint["config"].setdefault("attend_word", False)  # earlier revisions did not know it
+    check_checkpoint(checkpoint, path, build)
+    own = checkpoint["word_map"]
+    if word_map not in (None, own):
+        raise UserError(
+            f"--word_map has {len(word_map)} words and differs from the one that {path} was "
+            f"trained with ({len(own)} words); leave the flag out: the checkpoint holds its own"
+        )
+    return checkpoint
+
+
+def check_checkpoint(checkpoint, path, build):
+    """Hold a checkpoint's parts against each other before anything of the size it claims is built.
+
+    :raises UserError: if word map, configuration and weights do not fit each other, or weights are
+        not finite
+    """
+    config, word_map = checkpoint["config"], checkpoint["word_map"]
+    try:
+        check_config(config, word_map)
+        with torch.device("meta"):  # which has shapes, and no memory
+            encoder, decoder = build(config, len(word_map))
+        check_weights("encoder", encoder.state_dict(), checkpoint["encoder"])
+        check_weights("decoder", decoder.state_dict(), checkpoint["decoder"])
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        missing = isinstance(error, KeyError)
+        reason = f"{error} is missing" if missing else str(error).partition("\n")[0][:160]
+        raise UserError(
+            f"{path} is damaged, or of another version of the suite: {reason}; train it again, or "
+            "take another checkpoint"
+        ) from error
+
+
+def check_config(config, word_map):
+    """:raises ValueError: if the word map is none, or a value of the configuration out of range"""
+    special = {PAD, UNK, START, END}
+    are_words = special <= word_map.keys() and all(isinstance(word, str) for word in word_map)
+    if not are_words or set(word_map.values()) != set(range(len(word_map))):
+        raise ValueError("its word map is none")
+    bounds = {
+        **dict.fromkeys(DROPOUTS, (float, 0, 1)),
+        "image_size": (int, 1, 4096),
+        "encoded_image_size": (int, 0, 64),
+        "fine_tune_encoder": (bool, False, True),
+        "data_name": (str, "", "\U0010ffff"),
+    }
+    for key, (kind, low, high) in bounds.items():
+        if type(config[key]) is not kind or not low <= config[key] <= high:
+            raise ValueError(f"its configuration says {key}={config[key]!r}")
+
+
+def check_weights(name, expected, given):
+    """:raises ValueError: if weights have other shapes than expected, or are not all there"""
+    kinds = lambda state: {key: (t.shape, t.is_floating_point()) for key, t in state.items()}
+    tensors, fault = given.values(), None
+    if kinds(expected) != kinds(given):
+        fault = "do not fit its own configuration"
+    elif any(t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in tensors):
+        fault = "claim more than the file holds"
+    elif not all(t.isfinite().all() for t in tensors):
+        fault = "are not all finite, as after a training that diverged"
+    if fault:
+        raise ValueError(f"the weights of its {name} {fault}")

@@ -1,0 +1,139 @@
+"""CNNs and transformers that see the image: torchvision's, EfficientNet-Lite, timm's."""
+
+import contextlib
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from captioning.data.features import feature_key
+from captioning.model.grid import compute_dtype
+from captioning.run.messages import UserError
+from captioning.run.paths import features_path
+
+
+class Backbone(NamedTuple):
+    """A classifier, and what an encoder takes of it."""
+
+    classifier: nn.Module  # the whole network, as files of weights describe it
+    blocks: list  # its layers from the image to the grid
+    frozen_blocks: int  # edges and colours, which serve any photograph: fine-tuning leaves them
+    mean: tuple = (0.485, 0.456, 0.406)  # of the colour channels in [0, 1], as in its own training
+    std: tuple = (0.229, 0.224, 0.225)
+
+
+def resnet(name):
+    """A ResNet without average pooling and classifier; stem and first stage stay frozen."""
+    model = torchvision.models.get_model(name, weights=None)
+    return Backbone(model, list(model.children())[:-2], frozen_blocks=5)
+
+
+def vgg(name):
+    """A VGG before its last max-pool (paper: section 4.3); its first block stays frozen."""
+    model = torchvision.models.get_model(name, weights=None)
+    is_pool = [isinstance(layer, nn.MaxPool2d) for layer in model.features]
+    return Backbone(model, list(model.features)[:-1], frozen_blocks=is_pool.index(True) + 1)
+
+
+class TimmGrid(nn.Module):
+    """The last grid of a network of timm: float (B, 3, height, width) to (B, channels, n, n).
+
+    Images are scaled to the size of the network if it takes no other, as most transformers.
+    """
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name, self.size = model, name, None
+        if model.pretrained_cfg["fixed_input_size"]:
+            self.size = model.pretrained_cfg["input_size"][1:]
+
+    def forward(self, images):
+        if self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        grid, channels_last = None, getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        with contextlib.suppress(AssertionError):  # with which timm refuses an image's size
+            grid = self.model.forward_features(images)
+        if torch.is_tensor(grid) and grid.dim() == 3:  # tokens, (B, n * n, channels)
+            grid = grid[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            side, channels_last = math.isqrt(grid.shape[1]), True
+            grid = grid.unflatten(1, (side, side)) if side**2 == grid.shape[1] else None
+        if not torch.is_tensor(grid):
+            size = " x ".join(map(str, images.shape[2:]))
+            raise UserError(f"timm's {self.name} gives no grid for {size} pixels; take another one")
+        return grid.permute(0, 3, 1, 2) if channels_last else grid
+
+
+def timm_network(name, pretrained=False):
+    """Any CNN or vision transformer of timm, with timm's own mean and deviation; all of it learns.
+
+    :raises UserError: if timm does not know it
+    """
+    import timm  # takes more than a second, and only these networks need it
+
+    name = name.removeprefix("timm/")
+    try:  # other names would be looked for in the internet
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise UserError(f"timm has no network {name!r}, see timm.list_models(): {error}") from error
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    model.head = nn.Identity()  # its layers stand behind the grid
+    return Backbone(model, [TimmGrid(model, name)], 0, config.mean, config.std)
+
+
+def efficientnet_lite(name):
+    """An EfficientNet-Lite of timm; stem and three of seven stages stay frozen."""
+    network = timm_network(f"tf_{name}")
+    model = network.classifier  # layer by layer, as its checkpoints have always named them
+    blocks = [model.conv_stem, model.bn1, *model.blocks, model.conv_head, model.bn2]
+    return network._replace(blocks=blocks, frozen_blocks=5)
+
+
+EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
+# To add an encoder, add an entry: a function that takes the name and returns a ``Backbone``.
+ENCODERS = {
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet),
+    **dict.fromkeys([f"vgg{n}{bn}" for bn in ("", "_bn") for n in (11, 13, 16, 19)], vgg),
+    **dict.fromkeys(EFFICIENTNETS, efficientnet_lite),
+    "timm/NAME": timm_network,  # of any name after the stroke
+}
+
+
+def feature_store(captioner, dataset, folder):
+    """Path of the features of a split; it tells encoder, weights, images and arithmetic apart."""
+    digest, dtype = encoder_digest(captioner.encoder), compute_dtype(captioner.device)
+    key = feature_key(digest, dataset.images_digest, dtype)
+    return features_path(folder, dataset.name, dataset.split, key)
+
+
+def encoder_digest(encoder):
+    """SHA-256 of architecture and weights, in hex; a feature depends on them and on the image."""
+    digest = hashlib.sha256(encoder.name.encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def calibrate(encoder, batches):
+    """Set BatchNorm's statistics of an encoder with random weights from a few batches of images.
+
+    Without it they are those of no image at all, and features of a deep CNN all but vanish.
+
+    :param encoder: ``Encoder``
+    :param batches: iterable of uint8 (B, 3, S, S) on the encoder's device
+    :return: float, how much features differ between images: their deviation over the images, over
+        their deviation over everything; near 0, every image looks the same to the decoder
+    """
+    for norm in encoder.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # the mean over the batches
+    means = torch.cat([encoder(x).float().mean(dim=1) for x in batches])  # (N, encoder_dim)
+    encoder.eval()
+    return (means.std(dim=0).mean() / means.std().clamp_min(1e-12)).item()

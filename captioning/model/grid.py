@@ -1,0 +1,47 @@
+"""The grid of places that attention weighs: its pooling, its code of positions, its number type."""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+
+def compute_dtype(device):
+    """Type of the matrix products: bfloat16 under ``torch.autocast`` (``--amp``), else float32."""
+    device = torch.device(device)
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+
+
+@lru_cache(maxsize=8)
+def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
+    """Adaptive average pooling of a square grid, written as a matrix.
+
+    Pooling is linear, so it commutes with the attention's projection and with the weighted sum of
+    the features. Both run on the CNN's own grid, 8 x 8 for example, and only this matrix stands
+    between it and the grid that attention sees, 14 x 14 for example: a third of the work.
+
+    :param size, encoded_image_size: side of the grid that comes in, and of the one that comes out
+    :return: (encoded_image_size^2, size^2), rows sum to 1
+    """
+    side = F.adaptive_avg_pool1d(torch.eye(size).unsqueeze(0), encoded_image_size)[0].T.contiguous()
+    return torch.kron(side, side).to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def position_code(size, channels, device="cpu", dtype=torch.float32):
+    """A fixed code of row and column for each place of a square grid (Vaswani et al. 2017, in 2-D).
+
+    A CNN's features tell little of where in the image they are. With the code added, attention and
+    decoder can tell left from right. The wavelengths run from twice the image's side down to two
+    cells.
+
+    :return: (size^2, channels), in [-0.1, 0.1]: waves along the rows, then along the columns
+    """
+    place = (torch.arange(size) + 0.5) / size
+    waves = torch.logspace(math.log10(0.5), math.log10(max(size / 2, 0.5)), math.ceil(channels / 4))
+    angles = 2 * math.pi * place.unsqueeze(1) * waves
+    code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (size, at least channels / 2)
+    code = torch.cat([code.repeat_interleave(size, dim=0), code.repeat(size, 1)], dim=1)
+    return (0.1 * code[:, :channels]).to(device, dtype)

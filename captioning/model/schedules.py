@@ -1,0 +1,83 @@
+"""What changes as a training goes on: the true word's probability, the learning rate, patience."""
+
+import math
+from typing import NamedTuple
+
+from captioning.run.messages import look_up
+
+
+def scheduled_sampling_epsilon(name, update, schedule):
+    """Probability of feeding the ground truth at an update (Bengio et al. 2015, section 2.4).
+
+    :param name: a key of ``SCHEDULES``
+    :return: float in [schedule.minimum, 1]
+    """
+    epsilon = look_up(SCHEDULES, name, "schedule")(update / schedule.updates, schedule)
+    return min(1.0, max(schedule.minimum, epsilon))
+
+
+class Schedule(NamedTuple):
+    """The constants of a schedule; None: such that ``minimum`` is reached at the last update."""
+
+    updates: int  # updates of the whole training
+    minimum: float = 0.0  # the probability never falls below this
+    k: float | None = None  # of the formula
+    slope: float | None = None  # linear only: fall per update
+
+
+def linear(progress, schedule):
+    """k - slope * i at update i."""
+    k = 1.0 if schedule.k is None else schedule.k
+    slope = (k - schedule.minimum) / schedule.updates if schedule.slope is None else schedule.slope
+    return k - slope * progress * schedule.updates
+
+
+def exponential(progress, schedule):
+    """k^i at update i, with k < 1."""
+    k = max(schedule.minimum, 1e-3) ** (1 / schedule.updates) if schedule.k is None else schedule.k
+    return k ** (progress * schedule.updates)
+
+
+def inverse_sigmoid(progress, schedule):
+    """k / (k + exp(i / k)) at update i, with k >= 1."""
+    from scipy.special import lambertw  # solves x * exp(x) = y
+
+    k, updates = schedule.k, schedule.updates
+    if k is None:
+        last = min(max(schedule.minimum, 1e-3), 0.99)
+        k = updates / lambertw(updates * (1 - last) / last).real.item()
+    return k / (k + math.exp(min(progress * updates / k, 700)))  # e^700: near the largest float
+
+
+# To add a schedule, add an entry: a function of the training's progress, from 0 to 1.
+SCHEDULES = {
+    "none": lambda progress, schedule: 1.0,
+    "linear": linear,
+    "exponential": exponential,
+    "inverse_sigmoid": inverse_sigmoid,
+}
+
+
+def best_score(history, metric):
+    """The best score of the epochs so far."""
+    return max((record[metric] for record in history), default=-1.0)
+
+
+def epochs_without_gain(history, metric):
+    """How many epochs ago the best score was."""
+    scores = [record[metric] for record in history]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+
+def learning_rate_factor(config, update, history):
+    """Share of the peak learning rate at an update; follows from the log, so nothing is resumed."""
+    if update < config["warmup"]:
+        return (update + 1) / config["warmup"]
+    if config["lr_schedule"] == "constant":
+        return 1.0
+    if config["lr_schedule"] == "plateau":
+        pasts = (history[: n + 1] for n in range(len(history)))
+        stale = [epochs_without_gain(past, config["metric"]) for past in pasts]
+        return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
+    done = (update - config["warmup"]) / max(1, config["total_updates"] - config["warmup"])
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,149 @@
+"""What a training starts from: an interrupted run, another model's weights, or random ones."""
+
+import argparse
+import itertools
+import os
+from pathlib import Path
+
+import torch
+
+from captioning.data.words import load_embeddings
+from captioning.model.checkpoints import ARCHITECTURE, run_checkpoint
+from captioning.model.encoders import calibrate
+from captioning.run.machine import autocast
+from captioning.run.messages import UserError, note
+from captioning.run.paths import checkpoint_path
+
+
+def find_start(folder, name, resume, init_from, read):
+    """The checkpoint to go on with or to start from.
+
+    :param folder, name: the run's own folder, and its data's name
+    :param resume: of ``--resume``: "auto", a checkpoint, a run's folder, or None
+    :param init_from: of ``--init_from``, or None
+    :param read: function of a path: its checkpoint
+    :return: (path, checkpoint, whether to go on with its run); (None, None, False) starts anew
+    :raises UserError: if it cannot be used, or an earlier run would be overwritten
+    """
+    own = [checkpoint_path(folder, name, best) for best in (False, True)]
+    found = [path for path in own if path.exists()]
+    # torchrun --max_restarts repeats the command after a process has died
+    if found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = resume or "auto"
+    if resume == "auto":
+        if not found:
+            print(f"nothing to resume at {own[0].absolute()}: starting anew")
+            return None, None, False
+        return *first_readable(found, read), True
+    if resume:
+        path = Path(resume)
+        path = checkpoint_path(path, name) if path.is_dir() else path  # of a run: its latest
+        return path, read(path), True
+    if found:
+        raise UserError(
+            f"{found[0]} holds an earlier run: add --resume to go on with it, or choose another "
+            "--output_folder"
+        )
+    if not init_from:
+        return None, None, False
+    path = run_checkpoint(init_from, name)
+    return path, read(path), False
+
+
+def first_readable(paths, read):
+    """(path, checkpoint) of the first file, or, where it is damaged, of the next."""
+    for path, other in itertools.pairwise(paths):
+        try:
+            return path, read(path)
+        except UserError as error:
+            print(f"{error}; going on from {other} instead")
+    return paths[-1], read(paths[-1])
+
+
+def as_built(args, parser, config, path, may_change=None):
+    """The flags, with the architecture of a checkpoint, which says itself what it is.
+
+    :param args, parser: the flags, and what declares them
+    :param config, path: the checkpoint's configuration, and its name for messages
+    :param may_change: its run is to be resumed, and no other flags than these may differ from it
+    :raises UserError: if a flag contradicts the checkpoint, or if others have changed
+    """
+    flags, defaults = vars(args), vars(parser.parse_args([]))
+    for key in ARCHITECTURE:  # a flag may agree or be left out
+        given, built = flags[key], config[key]
+        if given not in (built, defaults[key]):
+            raise UserError(f"--{key} {given}: {path} was built with {built}; leave the flag out")
+    flags = flags | {key: config[key] for key in ARCHITECTURE}
+    if flags["scst"] and flags["attention"] == "hard":
+        raise UserError("--scst does not train hard attention: start from soft attention")
+    fixed = [] if may_change is None else [key for key in defaults if key not in may_change]
+    changed = [
+        f"--{key} {flags[key]} (was {config.get(key)})"
+        for key in fixed
+        if flags[key] != config.get(key, defaults[key])
+    ]
+    if changed:
+        raise UserError(
+            f"--resume goes on with the run as it was, but these differ: {', '.join(changed)}; "
+            "give the same flags, or start a new run from its weights with --init_from"
+        )
+    return argparse.Namespace(**flags)
+
+
+def check_sizes(train_data, val_data, checkpoint):
+    """:raises UserError: if images of both splits, and of a run to resume, are not of one size"""
+    sizes = {"the training images": train_data.image_size}
+    sizes["the validation images"] = val_data.image_size
+    if checkpoint:
+        sizes["the run to resume"] = checkpoint["config"]["image_size"]
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{size} pixels in {what}" for what, size in sizes.items())
+        raise UserError(
+            f"expected images of one size, found {found}; prepare the data with one --image_size"
+        )
+
+
+def restore_optimizer(optimizer, state):
+    """Load a saved state, but keep what belongs to the device, which may be another one now."""
+    own = [{key: group[key] for key in ("lr", "capturable")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, own):
+        kept["lr"].fill_(float(group["lr"]))
+        group.update(kept)
+
+
+def fill_embedding(embedding, path, word_map):
+    """Put a file's word vectors into an ``nn.Embedding``; words that it lacks keep theirs."""
+    vectors, found = load_embeddings(path, word_map, embedding.embedding_dim)
+    with torch.no_grad():
+        embedding.weight[torch.from_numpy(found)] = torch.from_numpy(vectors[found])
+    print(f"{path}: vectors for {found.sum()} of {len(word_map)} words")
+
+
+def calibrate_on(encoder, dataset, device, learns):
+    """Set a random encoder's BatchNorm statistics from some of the images, and say if it is blind.
+
+    :param learns: whether it will be trained, too
+    """
+    starts = range(0, min(64, len(dataset)), 16)
+    batches = (torch.from_numpy(dataset.images(slice(i, i + 16))) for i in starts)
+    if calibrate(encoder, (batch.to(device) for batch in batches)) < 0.05 and not learns:
+        note(
+            "with random weights this CNN gives nearly the same features for every image, so "
+            "captions cannot depend on it: take --encoder_weights imagenet, or train the CNN with "
+            "--fine_tune_encoder"
+        )
+
+
+def frozen_features(captioner, splits, folder, amp, workers):
+    """Features of splits, float16 (N, n, encoder_dim) each: on the GPU if all fit there.
+
+    :param splits: tuple of ``CaptionDataset``
+    """
+    device = captioner.device
+    with autocast(device, amp):
+        found = [captioner.features(data, folder, workers=workers) for data in splits]
+    size = sum(features.nbytes for features in found)
+    if device.type == "cuda" and size < 0.6 * torch.cuda.mem_get_info(device)[0]:
+        found = [features.to(device) for features in found]
+    return found

@@ -1,0 +1,77 @@
+"""The teacher of attention (``--grounding``), and the network that is trained, as one module."""
+
+import math
+
+import torch.nn.functional as F
+from torch import nn
+
+from captioning.data.words import PAD_ID
+from captioning.model.grid import compute_dtype, pooling_matrix
+
+
+class CaptioningNetwork(nn.Module):
+    """What is trained, as one module, whose gradients DistributedDataParallel can average.
+
+    The encoder is None where features are given, the teacher (``AttentionTeacher``) without one.
+    """
+
+    def __init__(self, encoder, decoder, teacher=None):
+        super().__init__()
+        self.encoder, self.decoder, self.teacher = encoder, decoder, teacher
+
+    def forward(self, images, captions, decode_lengths, image_index, *sampling):
+        """``images`` or, without an encoder, features; the rest as in the decoder's ``forward``."""
+        if not decode_lengths:  # fewer images in the last batch than processes
+            return None
+        encoder_out = images if self.encoder is None else self.encoder(images)
+        output = self.decoder(encoder_out, captions, decode_lengths, image_index, *sampling)
+        if self.teacher is None:
+            return output
+        loss = self.teacher(encoder_out, output.alphas, captions, image_index)
+        return output._replace(grounding=loss)
+
+
+class AttentionTeacher(nn.Module):
+    """Shows attention where to look, in training alone (``--grounding``).
+
+    Each place of the grid guesses the word to come. The loss is the negative log-likelihood of the
+    true word when attention chooses whose guess counts, the marginal likelihood of a latent
+    alignment (Shankar et al. 2018; Deng et al. 2018). Its gradient draws attention to the places
+    from which the word can be read, which the decoder's own loss hardly does: it can live on the
+    mean feature.
+
+    A place's guess is the product of two distributions, made one again (Hinton 2002): of the words
+    that its own feature shows, and of those that follow the word before, in any picture. So words
+    that follow from language alone draw attention nowhere. The guesses at the words before and
+    after count half: "red" and "circle" are then read at one place, which is on the circle.
+    """
+
+    def __init__(self, encoder_dim, vocab_size):
+        super().__init__()
+        self.place_words = nn.Linear(encoder_dim, vocab_size)
+        self.next_words = nn.Sequential(nn.Embedding(vocab_size, 64), nn.Linear(64, vocab_size))
+
+    def forward(self, encoder_out, alphas, captions, image_index):
+        """
+        :param encoder_out: float (num_images, n, encoder_dim)
+        :param alphas: float (B, max_decode_length, num_pixels)
+        :return: scalar, summed over the real words
+        """
+        side, new_side = math.isqrt(encoder_out.shape[1]), math.isqrt(alphas.shape[2])
+        if side != new_side:  # what attention weighs are means of the encoder's places
+            alphas = alphas @ pooling_matrix(side, new_side, alphas.device)  # (B, steps, n)
+        steps, dtype = alphas.shape[1], compute_dtype(encoder_out.device)
+        targets = captions[:, 1 : steps + 1]  # (B, steps)
+        seen = self.place_words(encoder_out.to(dtype)).float().softmax(dim=2)
+        seen = seen.transpose(1, 2)  # (num_images, vocab_size, n)
+        usual = self.next_words(captions[:, :steps]).float().softmax(2)  # (B, steps, vocab_size)
+        total = usual.to(dtype) @ seen.to(dtype).index_select(0, image_index)  # (B, steps, n)
+        rows = image_index.unsqueeze(1) * seen.shape[1] + targets  # (B, steps)
+        of_word = seen.flatten(0, 1).index_select(0, rows.flatten()).view(alphas.shape)
+        of_word = of_word * usual.gather(2, targets.unsqueeze(2))  # (B, steps, n)
+        guesses = of_word.clamp_min(1e-20).log() - total.float().clamp_min(1e-20).log()
+        guesses = guesses.masked_fill((targets == PAD_ID).unsqueeze(2), 0)  # (B, steps, n)
+        around = F.pad(guesses, (0, 0, 1, 1))  # (B, steps + 2, n)
+        guesses = guesses + 0.5 * (around[:, :-2] + around[:, 2:])  # (B, steps, n)
+        log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)  # (B, steps)
+        return -(log_likelihood * (targets != PAD_ID)).sum()

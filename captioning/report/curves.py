@@ -1,0 +1,33 @@
+"""A training's curves, as a picture and for TensorBoard."""
+
+import math
+
+from captioning.run.files import atomic_path
+
+
+def draw_curves(path, history, metric):
+    """Losses and validation scores over the epochs, the best epoch marked, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [record["epoch"] for record in history]
+    best = max(history, key=lambda record: record[metric])["epoch"]
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    panels = {
+        "loss (nll per word)": ["nll", "val_nll"],
+        "validation: BLEU": ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"],
+        "validation: ROUGE-L": ["ROUGE-L"], "validation: CIDEr": ["CIDEr"],
+    }  # fmt: skip
+    names = {"nll": "training", "val_nll": "validation"}
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for key in keys:
+            values = [record.get(key, math.nan) for record in history]
+            axes.plot(epochs, values, "o-", markersize=4, label=names.get(key, key))
+        axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
+        axes.legend(edgecolor="none", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,74 @@
+"""What a training says of itself: on the terminal, in its log, and for TensorBoard."""
+
+import json
+import math
+
+import numpy as np
+import torch
+
+from captioning.run.files import atomic_path
+
+
+def print_header(captioner, train_data, val_data, options):
+    """What runs, on what, and the options that are not the defaults; all stand in the log.
+
+    :param options: dict of the flags' groups to dicts of flags that are not as when left out
+    """
+    config, modules = captioner.config, (captioner.encoder, captioner.decoder)
+    encoder, decoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in modules)
+    print(
+        f"{config['machine']}\nmodel: {config['encoder']}, {encoder:.1f} M parameters; "
+        f"{config['attention']} attention and {config['decoder']}, {decoder:.1f} M parameters\n"
+        f"data: {config['data_name']}: {len(train_data):,} training images with "
+        f"{len(train_data.captions):,} captions, {len(val_data):,} validation images; "
+        f"{len(captioner.word_map) - 4:,} words and 4 special tokens"
+    )
+    for group, changed in options.items():
+        shown = (
+            f"--{key}" if value is True else f"--{key} {value}" for key, value in changed.items()
+        )
+        print(f"{group}: {' '.join(shown)}")
+
+
+def print_epoch(record, beam_size, is_best, val_data, hypotheses):
+    """A line for the epoch and three captions of validation images, always the same ones."""
+    print(
+        f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | "
+        f"validation: nll {record['val_nll']:.3f}; beam {beam_size}: BLEU-4 "
+        f"{record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, CIDEr {record['CIDEr']:.1f}"
+        f"{' *' if is_best else ''} | {record['words_per_second']:,} words/s, "
+        f"{record['seconds']:.0f} s since start"
+    )
+    for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
+        caption, true = " ".join(hypotheses[i]), val_data.raw_references[i][0]
+        print(f"    {val_data.image_names[i]}: {caption}   (true: {true})")
+
+
+def write_log(path, config, history):
+    """The log, as JSON lines: the configuration, then a record per epoch."""
+    lines = [{"config": config}, *history]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_tensorboard(folder, captioner, data, record, options):
+    """An epoch's record and three validation images, word by word, for TensorBoard.
+
+    :param options: those of ``beam_search``
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    step = record["update"]
+    numbers = np.linspace(0, len(data) - 1, min(3, len(data))).astype(int)
+    images = torch.from_numpy(data.images(numbers))  # (3, 3, S, S)
+    with SummaryWriter(folder / "tensorboard") as writer:
+        for name, value in record.items():
+            writer.add_scalar(name, value, step)
+        for number, image, (best, *_) in zip(numbers, images, captioner.caption(images, **options)):
+            side = math.isqrt(best.alphas.shape[1])
+            alphas = best.alphas.view(-1, 1, side, side)  # (num_words, 1, rows, columns)
+            light = torch.nn.functional.interpolate(alphas, image.shape[1:], mode="bilinear")
+            light = 0.2 + 0.8 * light / light.amax(dim=(2, 3), keepdim=True)
+            strip = torch.cat([image / 255, *(image / 255 * light)], dim=2)
+            writer.add_image(data.image_names[number], strip, step)
+            writer.add_text(data.image_names[number], " ".join(captioner.text(best)), step)

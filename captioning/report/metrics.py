@@ -1,0 +1,123 @@
+"""Metrics of captions against references, and what these do not show: variety."""
+
+import collections
+import contextlib
+import os
+import shutil
+
+from captioning.run.messages import UserError, note
+
+
+def score_captions(references, hypotheses, meteor=False, each=False):
+    """Corpus metrics on the 0–100 scale, computed on words that were tokenised alike.
+
+    BLEU-1..4 from nltk (Papineni et al. 2002), ROUGE-L, CIDEr and METEOR 1.5 from pycocoevalcap.
+    nltk's BLEU-n counts one n-gram for a caption shorter than n words, where coco-caption counts
+    none; on captions of at least four words the two agree.
+
+    :param references: list (pictures) of lists (captions) of lists of words
+    :param hypotheses: list of lists of words, one per picture
+    :param meteor: METEOR too; it needs Java and takes some seconds
+    :param each: the pictures' own too: "each", a dict of lists, CIDEr and METEOR if it is to be had
+    :return: dict of floats: BLEU-1, …, BLEU-4, [METEOR,] ROUGE-L, CIDEr; METEOR may be None
+    :raises UserError: if there is nothing to score
+    """
+    from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    if not references or len(references) != len(hypotheses):
+        counts = f"{len(references)} pictures with references, {len(hypotheses)} captions"
+        raise UserError(f"{counts}: expected as many of both, and at least one")
+    # nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
+    smooth = SmoothingFunction(epsilon=1e-12).method1
+    weights = [(1 / n,) * n for n in range(1, 5)]
+    bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
+    gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
+    res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
+    cider, own_cider = Cider().compute_score(gts, res)
+    found = (_meteor(gts, res) if meteor else None) or (None, [])
+    own = {"CIDEr": own_cider, "METEOR": found[1]}
+    own = {name: [100 * float(score) for score in scores] for name, scores in own.items()}
+    return {
+        **{f"BLEU-{n}": 100 * score for n, score in enumerate(bleu, 1)},
+        **({"METEOR": found[0]} if meteor else {}),
+        "ROUGE-L": 100 * float(Rouge().compute_score(gts, res)[0]),
+        "CIDEr": 100 * float(cider),
+        **({"each": {name: scores for name, scores in own.items() if scores}} if each else {}),
+    }
+
+
+def _meteor(gts, res):
+    """METEOR 1.5 (Denkowski and Lavie 2014), 0-100, and a list of the captions' own, 0-1.
+
+    :return: None where Java is missing or fails
+    """
+    from unittest import mock
+
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    if not shutil.which("java"):
+        return None
+    # the Java program reads and writes numbers by the user's language, some of which have 0,5
+    options = "-Duser.language=en -Duser.country=US -Duser.language.format=en"
+    options = f"{os.environ.get('_JAVA_OPTIONS', '')} {options} -Dfile.encoding=UTF-8"
+    with mock.patch.dict(os.environ, {"_JAVA_OPTIONS": options, "LC_ALL": "C"}):
+        scorer = Meteor()
+    try:
+        score, own = scorer.compute_score(gts, res)
+        return 100 * score, own
+    except (OSError, ValueError) as error:  # Java is there but does not run the program
+        scorer.lock.release()  # else its destructor waits for ever, or complains
+        with contextlib.suppress(OSError):
+            scorer.meteor_p.stdin.close()
+        note(f"METEOR left out, it failed in Java ({error}): see whether java -version works")
+
+
+COLOR_WORDS = """black blond blonde blue brown gray green grey orange pink purple red tan white
+    yellow""".split()  # noqa: SIM905
+
+
+NUMERALS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905
+
+
+def score_variety(references, captions):
+    """What metrics of overlap do not show: whether a model says the same of everything, or guesses.
+
+    :param references: list (pictures) of lists (captions) of lists of words
+    :param captions: list of lists of words
+    :return: dict. "words per caption"; "words used": how many different ones; in percent: "distinct
+        captions"; "commonest caption" (pictures that get it); "repeats itself" (captions that say a
+        word twice in a row or three words twice); "colours agreed" and "numbers agreed" (colour
+        words and numerals that stand in at least one of the picture's references, None where none
+        is said, or nobody says any)
+    """
+    counts = collections.Counter(map(tuple, captions))
+    known = [set().union(*described) for described in references]
+
+    def agreed(words):
+        pairs = [(w, said) for said, caption in zip(known, captions) for w in caption if w in words]
+        if all(said.isdisjoint(words) for _, said in pairs):
+            return None  # nobody says any where the captions do
+        return percentage([word in said for word, said in pairs])
+
+    return {
+        "words per caption": sum(map(len, captions)) / len(captions),
+        "words used": len(set().union(*captions)),
+        "distinct captions": 100 * len(counts) / len(captions),
+        "commonest caption": 100 * max(counts.values()) / len(captions),
+        "repeats itself": percentage([repeats_itself(caption) for caption in captions]),
+        "colours agreed": agreed(COLOR_WORDS),
+        "numbers agreed": agreed(NUMERALS),
+    }
+
+
+def repeats_itself(caption):
+    """Whether a list of words has a word twice in a row, or the same three in a row twice."""
+    threes = list(zip(caption, caption[1:], caption[2:]))
+    return len(set(threes)) < len(threes) or any(a == b for a, b in zip(caption, caption[1:]))
+
+
+def percentage(values):
+    """Mean of numbers or truth values in percent, None of none."""
+    return 100 * sum(values) / len(values) if values else None

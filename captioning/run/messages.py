@@ -1,0 +1,72 @@
+"""What the user is told: errors of one line, notes that are said once, progress."""
+
+import functools
+import os
+import sys
+
+from captioning.run.distributed import is_main
+from captioning.run.lazy import lazy
+
+difflib, tqdm = lazy("difflib", "tqdm")
+
+
+class UserError(ValueError):
+    """What the user can mend, such as a wrong value: shown as one line, without a traceback."""
+
+    def __init__(self, message=""):
+        super().__init__(one_line(message))
+
+
+def printable(text):
+    """A text as one line that any terminal can show: names of files may hold line breaks."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def one_line(message):
+    """A printable message of bearable length; what to do stands at its end."""
+    message = printable(message)
+    return message if len(message) <= 1000 else f"{message[:500]} … {message[-400:]}"
+
+
+@functools.cache
+def note(text):
+    """Say something on standard error, once."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def cannot(do, path, error):
+    """A ``UserError`` for an ``OSError`` that a file met."""
+    advice = "check the disk's space and your rights"
+    return UserError(f"cannot {do} {path}: {error.strerror or error}; {advice}")
+
+
+def why(error):
+    """What an exception means to the user, in at most 160 letters of one line."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return text[:160] or type(error).__name__
+
+
+def did_you_mean(name, known):
+    """A hint for the end of an error, if one of the known names is near."""
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def progress(iterable=None, **options):
+    """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
+    look = {"dynamic_ncols": True}
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        layout = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n"
+        look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": layout}
+    return tqdm.tqdm(iterable, **{"disable": not is_main(), **look, **options})
+
+
+def look_up(table, name, what):
+    """An entry of a table of ``models.py``; the entry ``x/NAME`` stands for all ``x/...``.
+
+    :raises UserError: if there is none of this name; the message lists the known ones
+    """
+    entry = table.get(name, table.get(f"{name.partition('/')[0]}/NAME"))
+    if entry is None:
+        raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
+    return entry

@@ -1,0 +1,37 @@
+"""Tests of ``captioning/model/teacher.py``."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import CAPTIONS, LENGTHS, PICTURES, features
+
+import models
+
+
+@pytest.mark.parametrize("side", [3, 2])
+def test_attention_teacher_is_a_plain_loop_over_words_and_places(side):
+    teacher, encoder_out = models.AttentionTeacher(6, 10), features(side=side)
+    alphas = torch.randn(4, 6, 9).softmax(2)  # of a grid of 3 x 3
+    pool = models.pooling_matrix(side, 3) if side != 3 else torch.eye(9)
+    expected = 0
+    for row, length in enumerate(LENGTHS):
+        guesses = [torch.ones(side**2)]  # before the first word, and after <end>
+        for previous, target in itertools.pairwise(CAPTIONS[row, : length + 1]):
+            seen = teacher.place_words(encoder_out[PICTURES[row]]).softmax(1)  # (n, words)
+            both = seen * teacher.next_words(previous).softmax(0)
+            guesses.append(both[:, target] / both.sum(1))
+        guesses.append(guesses[0])
+        for step in range(length):
+            before, now, after = guesses[step : step + 3]
+            likelihood = alphas[row, step] @ pool * now * (before * after).sqrt()
+            expected = expected - likelihood.sum().log()
+    torch.testing.assert_close(teacher(encoder_out, alphas, CAPTIONS, PICTURES), expected)
+
+
+def test_words_that_follow_from_language_alone_draw_attention_nowhere():
+    teacher, alphas = models.AttentionTeacher(6, 10), torch.randn(4, 6, 9).softmax(2)
+    nothing_seen = features()[:, :1].expand(-1, 9, -1)  # the same at every place
+    moved = alphas.roll(1, dims=2)
+    loss, after = (teacher(nothing_seen, a, CAPTIONS, PICTURES) for a in (alphas, moved))
+    torch.testing.assert_close(loss, after)
