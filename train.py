@@ -465,11 +465,11 @@ def get_args_parser():
     add("--embed_dim", type=width, default=512, help="width of the word embedding")
     add("--decoder_dim", type=width, default=512, help="width of the recurrent state")
     text = "score words from word, state and context (paper, eq. 7), not from the state alone"
-    add("--deep_output", action="store_true", help=text)
+    add("--deep_output", action=command_line.Switch, help=text)
     text = "add a code of row and column to the features: tells left from right (not in the paper)"
-    add("--position_encoding", action="store_true", help=text)
+    add("--position_encoding", action=command_line.Switch, help=text)
     text = "let attention see the previous word, which the state has not read (not in the paper)"
-    add("--attend_word", action="store_true", help=text)
+    add("--attend_word", action=command_line.Switch, help=text)
     add("--embeddings", type=Path, metavar="FILE", help="word vectors in GloVe's text format")
 
     add = parser.add_argument_group("training").add_argument

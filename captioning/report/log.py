@@ -24,10 +24,13 @@ def print_header(captioner, train_data, val_data, options):
         f"{len(captioner.word_map) - 4:,} words and 4 special tokens"
     )
     for group, changed in options.items():
-        shown = (
-            f"--{key}" if value is True else f"--{key} {value}" for key, value in changed.items()
-        )
-        print(f"{group}: {' '.join(shown)}")
+        print(f"{group}: {' '.join(as_typed(*flag) for flag in changed.items())}")
+
+
+def as_typed(key, value):
+    """A flag as one types it."""
+    switches = {"True": f"--{key}", "False": f"--no_{key}"}
+    return switches.get(str(value), f"--{key} {value}")
 
 
 def print_epoch(record, beam_size, is_best, val_data, hypotheses):

@@ -59,6 +59,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return "FOLDER" if action.dest.endswith("folder") else kind
 
 
+class Switch(argparse.Action):
+    """A flag that is on or off, with a second one to switch it off: ``--amp``, ``--no_amp``."""
+
+    def __init__(self, option_strings, dest, default=False, help=None, **_):
+        names = [*option_strings, f"--no_{dest}"]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string != self.option_strings[-1])
+
+
 def bounded(kind, low, high):
     """Type of a flag that takes an int or float from low to high: ``type=bounded(int, 1, 64)``."""
 
@@ -79,14 +90,16 @@ def add_device_flags(parser):
     text = "auto, cpu, cuda, cuda:N (GPU number N) or mps; auto is the first GPU if there is one"
     add("--device", type=_device_name, default="auto", help=text)
     text = "do matrix products in bfloat16, which is faster on recent GPUs and CPUs than float32"
-    add("--amp", action="store_true", help=text)
+    add("--amp", action=Switch, help=text)
     text = "threads that read pictures; raise it if the device waits for them"
     add("--workers", type=bounded(int, 1, 256), default=min(8, len(own_cores())), help=text)
 
 
-def add_search_flags(parser, several=False):
-    """Flags of every script that utters captions; ``several``: --beam_size takes several values.
+def add_search_flags(parser, several=False, no_repeat=False):
+    """Flags of every script that utters captions.
 
+    :param several: --beam_size takes several values
+    :param no_repeat: the default of --no_repeat
     :return: function that adds flags to the same group
     """
     add = parser.add_argument_group("beam search").add_argument
@@ -97,15 +110,19 @@ def add_search_flags(parser, several=False):
     add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
     text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
     add("--sample_location", action="store_true", help=text)
-    text = "say no word twice in succession, and no three words in a row a second time"
-    add("--no_repeat", action="store_true", help=text)
+    text = "say no word twice in succession, and no three words in a row a second time (default: "
+    text += "on)" if no_repeat else "off, as in published tables)"
+    add("--no_repeat", action=Switch, default=no_repeat, help=text)
     text = "longest caption, in words"
     add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
     return add
 
 
 def add_captioning_flags(parser, several=False):
-    """Flags of the scripts that caption with a trained model; ``several``: or with more of them."""
+    """Flags of the scripts that caption with a trained model.
+
+    :param several: or with more of them, to score them
+    """
     add = parser.add_argument
     text = "checkpoint of train.py, or the folder of a run, for its best (default: the suite's own)"
     add("--model", type=Path, nargs="+" if several else None, help=text)
@@ -120,7 +137,8 @@ def add_captioning_flags(parser, several=False):
         "this x their CIDEr-D to the score (Mao et al. 2015); 0 is off, 0.8 with --beam_size 20 "
         "--length_penalty 1 does well; needs the training data in --data_folder"
     )
-    add = add_search_flags(parser, several)
+    # who looks at captions wants the better ones; who scores them, what others scored
+    add = add_search_flags(parser, several, no_repeat=not several)
     add("--consensus", type=bounded(float, 0, 1000), default=0.0, metavar="WEIGHT", help=text)
     add_device_flags(parser)
 

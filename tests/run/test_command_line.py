@@ -73,6 +73,17 @@ def test_hyphens_in_flags_are_underscores_and_those_in_values_stay(parser):
     assert args.dropout == -0.1
 
 
+def test_a_switch_can_be_set_and_unset_and_its_default_may_be_on():
+    parser = command_line.ArgumentParser(prog="script.py")
+    parser.add_argument("--amp", action=command_line.Switch, help="faster")
+    parser.add_argument("--no_repeat", action=command_line.Switch, default=True, help="once")
+    said = lambda *flags: tuple(vars(parser.parse_args(flags)).values())
+    assert said() == (False, True) and said("--amp", "--no_amp") == (False, True)
+    assert said("--amp", "--no-no_repeat") == (True, False)
+    parser.set_defaults(amp=True)  # as a preset does
+    assert said() == (True, True) and said("--no_amp") == (False, True)
+
+
 def test_help_says_each_default_once_and_ends_in_the_examples(parser, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = parser.format_help()
