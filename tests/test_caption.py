@@ -100,7 +100,13 @@ def test_the_consensus_of_the_training_data_can_be_asked(describe, talkative, tr
     consensus = models.Consensus.of([captioner], known, weight=3, workers=1)
     square = torch.from_numpy(datasets.resize_image(make_picture(0), 64))[None]
     expected = captioner.caption(
-        square, beam_size=5, n_best=5, length_penalty=1, max_decode_steps=6, consensus=consensus
+        square,
+        beam_size=5,
+        n_best=5,
+        length_penalty=1,
+        max_decode_steps=6,
+        consensus=consensus,
+        no_repeat=True,
     )[0]
     assert [said["score"] for said in chosen["captions"]] == pytest.approx(
         [h.score for h in expected], rel=1e-4
