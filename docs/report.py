@@ -6,7 +6,8 @@
     python docs/report.py --add runs/lstm-seed0 runs/lstm-seed1
 
 A run is called as its folder. Runs whose names differ in "-seed0", "-seed1" alone are one row: mean
-± half of the range. A page has a table where the marks <!-- name --> and <!-- end --> stand.
+± half of the range. A page has a table where the marks <!-- name --> and <!-- end --> stand. What
+its sentences say of runs is held against them, too (docs/claims.py).
 """
 
 import argparse
@@ -20,13 +21,18 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # run as a script, from anywhere
+
+import claims
 
 import models
 import train
 from captioning.run import files
 
-PAGES = ("README.md", "docs/results.md", "docs/experiments.md")
+PAGES = (
+    "README.md", "docs/results.md", "docs/experiments.md", "docs/guide.md",
+    "docs/captioner/README.md",
+)  # fmt: skip
 ELSEWHERE = "data_folder output_folder device workers resume init_from data_name".split()  # noqa: SIM905
 
 
@@ -392,7 +398,7 @@ def with_tables(runs, text):
             raise SystemExit(f"<!-- {found[1]} -->: expected one of {', '.join(TABLES)}")
         return f"<!-- {found[1]} -->\n{TABLES[found[1]](runs)}\n<!-- end -->"
 
-    return re.sub(r"<!-- ([^>]*?) -->\n.*?<!-- end -->", draw, text, flags=re.S)
+    return re.sub(r"<!-- ([^>\n]*?) -->\n(?:(?!<!--).)*<!-- end -->", draw, text, flags=re.S)
 
 
 # ---------------------------------------------------------------------------------------- the plots
@@ -534,13 +540,17 @@ def main():
     runs = files.read_json(path) | {f.resolve().name: read_run(f) for f in args.add}
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
     texts = {path: "{\n" + ",\n".join(lines) + "\n}\n"}
+    wrong = []
     for page in (args.folder / name for name in PAGES):
         texts[page] = with_tables(runs, page.read_text(encoding="utf-8"))
+        wrong += [f"{page.name}: {line}" for line in claims.wrong_claims(runs, texts[page])]
     for path, text in texts.items():
         with files.atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     for name, draw in PLOTS.items():
         draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)
+    if wrong:
+        raise SystemExit("\n".join(["all is drawn, but these sentences do not hold:", *wrong]))
 
 
 if __name__ == "__main__":

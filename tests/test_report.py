@@ -32,14 +32,15 @@ def script(name):
 
 scripts = "report", "knowledge", "exposure", "ablations"
 report, knowledge, exposure, ablations = map(script, scripts)
+claims = report.claims
 TEXTS = ["docs/runs.json", *report.PAGES]
 
 
 @pytest.fixture
 def copy(tmp_path):
     """The pages and runs.json in a folder of their own."""
-    (tmp_path / "docs").mkdir()
     for name in TEXTS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -131,6 +132,87 @@ def test_an_unknown_table_ends_in_one_line(copy, monkeypatch):
     page.write_text("<!-- nonsense -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="nonsense.*expected one of encoders, decoders, "):
         run_report(copy, monkeypatch)
+
+
+@pytest.mark.parametrize("page", report.PAGES)
+def test_sentences_say_what_the_runs_say(page):
+    runs = json.loads((ROOT / "docs/runs.json").read_text())
+    assert claims.wrong_claims(runs, (ROOT / page).read_text()) == []
+
+
+def two_runs():
+    """Two seeds of "a" and "b" each, and a run "one"."""
+    scores = {"a-seed0": 50.0, "a-seed1": 52.0, "b-seed0": 48.6, "b-seed1": 52.4, "one": 51.0}
+    runs = {k: {"test": {"beams": {"5": {"CIDEr": v}}}} for k, v in scores.items()}
+    runs["a-seed0"] |= {"parameters": 1_500_000, "epochs": [{"nll": 3.0}, {"nll": 2.5}]}
+    return runs | {"xe-seed0": {"test": {"people": {"CIDEr": 79.25, "words used": 1507}}}}
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "CIDEr: a = 51.0",
+        "CIDEr: a = 51.0 ± 1.0",
+        "CIDEr: a, b = 48.6 to 52.4",
+        "CIDEr: a - b = 1.4 and -0.4",
+        "CIDEr: a - b = 0.5",
+        "CIDEr, test, beam 5: one / 2 = 25.5",
+        "CIDEr: one > b-seed0",
+        "CIDEr: a, b, one < people",
+        "CIDEr: a overlaps b",
+        "parameters: a / 1e6 = 1.5",
+        "nll, epoch 2: a = 2.5",
+        "words used: people = 1,507",
+    ],
+)
+def test_a_true_sentence_holds(claim):
+    text = "51.0 ± 1.0, 48.6 to 52.4, 1.4 and −0.4, 0.5, 25.5, 1.5, 2.5, 1,507"
+    assert claims.wrong_claims(two_runs(), f"{text}\n<!-- holds\n{claim}\n-->\n") == []
+
+
+@pytest.mark.parametrize(
+    "claim, why",
+    [
+        ("CIDEr: a = 51.1", "the runs give 51"),
+        ("CIDEr: a = 51.0 ± 0.9", "the runs give 51, 1"),
+        ("CIDEr: a - b = -0.4 and 1.4", "the runs give 1.4, -0.4"),
+        ("CIDEr: a, b = 50.0 to 52.4", "the runs give 48.6, 52.4"),
+        ("CIDEr: a = 50.0, 52.0 and 53.0", "expected N, N ± N"),
+        ("CIDEr: a > b", r"a: \[50.0, 52.0\], b: \[48.6, 52.4\]"),
+        ("CIDEr: one overlaps b-seed0", "51.0.*48.6"),
+        ("CIDEr: one = 51", "does not say 51"),
+        ("CIDEr: c = 51.0", "no run 'c'"),
+        ("METEOR: a = 51.0", "no run 'a'"),
+        ("CIDEr, val: a = 51.0", "no run 'a'"),
+        ("CIDEr, beams 3: a = 51.0", "expected val, test"),
+        ("CIDEr: a -b = 0.5", "between runs"),
+        ("CIDEr is 51.0", "expected COLUMN"),
+    ],
+)
+def test_a_wrong_sentence_is_found(claim, why):
+    text = "51.0 ± 0.9, 51.1, −0.4, 1.4, 50.0, 52.4, 0.5"
+    (found,) = claims.wrong_claims(two_runs(), f"{text}\n<!-- holds\n{claim}\n-->\n")
+    assert re.search(why, found), found
+
+
+def test_a_sentence_is_held_against_the_text_before_it_alone():
+    page = "51.0\n<!-- holds\nCIDEr: a = 51.0\n-->\n50.0\n<!-- holds\nCIDEr: a = 51.0\n-->\n"
+    assert len(claims.wrong_claims(two_runs(), page)) == 1
+    assert len(claims.wrong_claims(two_runs(), page.replace("50.0", "\n## 51.0\n"))) == 1
+
+
+def test_sentences_that_no_longer_hold_are_named_when_all_is_drawn(copy, monkeypatch):
+    page = copy / "docs/guide.md"
+    page.write_text("51.0\n<!-- holds\nCIDEr: resnet50 = 51.0\n-->\n")
+    with pytest.raises(SystemExit, match="guide.md: CIDEr: resnet50 = 51.0: the runs give 59.5"):
+        run_report(copy, monkeypatch)
+    assert (copy / "docs/recipe.png").exists()
+
+
+def test_figures_without_a_source_are_found():
+    table = "| 2.5 |\n|---|\n<!-- x -->\n| 3.5 |\n<!-- end -->"
+    page = f"A 1.5.\n\n{table}\n4.5\n<!-- from: b -->\n# 6\n5.5"
+    assert list(claims.without_source(page)) == ["A 1.5.", "5.5"]
 
 
 def test_a_figure_has_no_digit_that_its_spread_makes_worthless():
