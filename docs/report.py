@@ -27,6 +27,7 @@ import claims
 
 import models
 import train
+from captioning.report import plots
 from captioning.run import files
 
 PAGES = (
@@ -547,10 +548,12 @@ def main():
     for path, text in texts.items():
         with files.atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    for name, draw in PLOTS.items():
-        draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)
+    with plots.default_settings():
+        for name, draw in PLOTS.items():
+            draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)
     if wrong:
-        raise SystemExit("\n".join(["all is drawn, but these sentences do not hold:", *wrong]))
+        raise SystemExit("
+".join(["all is drawn, but these sentences do not hold:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,19 @@ import warnings
 
 import numpy as np
 
+from captioning.report.plots import check_script, default_settings, font_families
 from captioning.run.files import atomic_path
 
 
+@default_settings()
 def draw_contact_sheet(path, dataset, number=6):
     """Draw a few pictures spread over a split, as they are stored, with their captions."""
     from matplotlib.figure import Figure
 
     chosen = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)
+    letters = "".join("".join(dataset.raw_references[i][:5]) for i in chosen)
+    check_script(letters)
+    style = {"family": font_families(letters), "parse_math": False}
     rows = -(-len(chosen) // 3)
     figure = Figure(figsize=(12, 0.5 + 5.6 * rows), layout="constrained")
     figure.suptitle(f"{dataset.name}: {dataset.split}\n", fontsize=11, parse_math=False)
@@ -23,11 +28,11 @@ def draw_contact_sheet(path, dataset, number=6):
         shown, below = axes[2 * (place // 3), place % 3], axes[2 * (place // 3) + 1, place % 3]
         shown.imshow(image.transpose(1, 2, 0), interpolation="antialiased")
         title = textwrap.shorten(dataset.image_names[i], 48)
-        shown.set_title(title, fontsize=8, parse_math=False)
+        shown.set_title(title, fontsize=8, **style)
         texts = (textwrap.shorten(text, 150) for text in dataset.raw_references[i][:5])
         marks = {"initial_indent": "– ", "subsequent_indent": "   "}
         text = "\n".join(textwrap.fill(text, 54, **marks) for text in texts)
-        below.text(0, 1, text, fontsize=9, va="top", parse_math=False)
+        below.text(0, 1, text, fontsize=9, va="top", **style)
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, dpi=100)

@@ -2,9 +2,11 @@
 
 import math
 
+from captioning.report.plots import default_settings
 from captioning.run.files import atomic_path
 
 
+@default_settings()
 def draw_curves(path, history, metric):
     """Losses and validation scores over the epochs, the best epoch marked, as a PNG."""
     from matplotlib.figure import Figure
@@ -12,7 +14,7 @@ def draw_curves(path, history, metric):
 
     epochs = [record["epoch"] for record in history]
     best = max(history, key=lambda record: record[metric])["epoch"]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     panels = {
         "loss (nll per word)": ["nll", "val_nll"],
         "validation: BLEU": ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"],
@@ -25,7 +27,9 @@ def draw_curves(path, history, metric):
             axes.plot(epochs, values, "o-", markersize=4, label=names.get(key, key))
         axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
         axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
-        axes.legend(edgecolor="none", fontsize=8)
+        # below the panel, where it covers no curve
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
+        axes.legend(**place, edgecolor="none", fontsize=8, columnspacing=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,8 @@
 """Drawings: attention sheets and animations."""
 
-import functools
 import hashlib
 import io
 import itertools
-import logging
 import math
 import os
 import sys
@@ -14,17 +12,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from captioning.report.plots import check_script, default_settings, font_families
 from captioning.run.files import atomic_path
-from captioning.run.messages import note, printable
+from captioning.run.messages import printable
 from captioning.run.paths import attention_path
 
 INK, FAINT = "#1e1e22", "#787880"
 
 
+@default_settings()
 def draw(path, picture, captioner, hypothesis, args, say):
     """Write the attention sheet (and animation) of one caption into the output folder."""
     words, alphas = captioner.text(hypothesis), hypothesis.alphas
     fonts, file = font_families("".join(captioner.words)), io.BytesIO()
+    check_script("".join(words))
     png, source = sheet_path(path, args.output_folder)
     # encoded in memory and written once, so that a full disk is one message
     sheet = attention_sheet(picture, words, alphas, fonts)
@@ -64,31 +65,6 @@ def sheet_path(path, folder):
             continue  # no picture, and so not ours to replace
 
 
-@functools.cache
-def font_families(letters):
-    """Fonts that have these letters: DejaVu Sans, and the system's best for those that it lacks."""
-    from matplotlib import font_manager
-    from matplotlib.ft2font import FT2Font
-
-    logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)  # else it tells of weights
-    own = "DejaVu Sans"  # comes with matplotlib and speaks most alphabets
-    missing = set(map(ord, letters)) - FT2Font(font_manager.findfont(own)).get_charmap().keys()
-    if not missing:
-        return [own]
-    fonts = [font for font in font_manager.fontManager.ttflist if os.path.exists(font.fname)]
-    fonts = [font for font in fonts if "Last Resort" not in font.name]  # boxes for every letter
-    lacks = {font.name: missing - FT2Font(font.fname).get_charmap().keys() for font in fonts}
-    best = min(lacks, key=lambda name: len(lacks[name]))
-    if lacks[best]:
-        letters = "".join(map(chr, sorted(lacks[best])[:8]))
-        note(
-            f"no font here has {letters}, drawn as boxes; install one that has, such as Noto "
-            "(Debian, Ubuntu: apt install fonts-noto-cjk for Chinese, Japanese and Korean, else "
-            "fonts-noto-core)"
-        )
-    return [own] if lacks[best] == missing else [own, best]
-
-
 def spotlight(picture, alpha):
     """The picture, lit where attention was; the brightest place is the largest weight.
 
@@ -105,11 +81,12 @@ def spotlight(picture, alpha):
     return (light * pixels + (1 - light) * dim).astype(np.uint8)
 
 
+@default_settings()
 def attention_sheet(picture, words, alphas, fonts=None):
     """One panel per word, the picture lit where the model looked as it said the word.
 
     :param alphas: float tensor (num_words, num_pixels)
-    :param fonts: see :func:`font_families`
+    :param fonts: see :func:`captioning.report.plots.font_families`
     :return: matplotlib figure, 100 dots per inch
     """
     scale = 230 / math.sqrt(picture.width * picture.height)  # panels have the area of 230 x 230
@@ -124,6 +101,7 @@ def attention_sheet(picture, words, alphas, fonts=None):
     return _page(panels, columns, " ".join(words) or "(no words)", note, fonts)
 
 
+@default_settings()
 def attention_frames(picture, words, alphas, fonts=None):
     """Frames of an animation: the light moves word by word over the picture.
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import models
-import utils
 from captioning.report import sheets
 
 SIZES = st.sampled_from(
@@ -114,43 +113,6 @@ def test_a_gif_stays_below_600_kb(words, side, describe, monkeypatch):
     assert gif.stat().st_size < 600_000
     with Image.open(gif) as animation:
         assert animation.format == "GIF" and animation.n_frames == words + 2
-
-
-def test_letters_without_a_font_are_named_with_what_to_install(capsys):
-    utils.note.cache_clear()
-    assert sheets.font_families("a dog é") == ["DejaVu Sans"]
-    assert capsys.readouterr().err == ""
-    assert sheets.font_families("dog \U0001f9ff\ue000")[0] == "DejaVu Sans"
-    note = capsys.readouterr().err
-    assert note.count("\n") == 1 and "install" in note and "fonts-noto" in note
-
-
-def test_a_font_of_the_system_is_taken_for_the_letters_that_dejavu_lacks(monkeypatch):
-    from matplotlib import font_manager, ft2font
-
-    class Font:
-        def __init__(self, name):
-            self.name = name
-
-        def get_charmap(self):
-            letters = {
-                "DejaVu": "abc",
-                "Serif": "abc狗",
-                "Han": "狗草地",
-                "Last Resort": "abc狗草地",
-            }
-            return {
-                ord(letter): 1 for key in letters if key in self.name for letter in letters[key]
-            }
-
-    class System:
-        ttflist = [type("", (), {"name": n, "fname": "/"}) for n in ("Serif", "Han", "Last Resort")]
-
-    names = iter(["DejaVu", "Serif", "Han"])
-    monkeypatch.setattr(ft2font, "FT2Font", lambda path: Font(next(names)))
-    monkeypatch.setattr(font_manager, "fontManager", System)
-    monkeypatch.setattr(font_manager, "findfont", lambda name: name)
-    assert sheets.font_families("a狗草") == ["DejaVu Sans", "Han"]
 
 
 def test_a_model_that_says_nothing_is_drawn_too(best_checkpoint, describe, tmp_path_factory):

@@ -1,0 +1,152 @@
+"""Tests of ``captioning/report/plots.py``, and of all that is drawn with it."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from conftest import make_picture
+from PIL import Image
+
+import datasets
+import train
+import utils
+from captioning.report import contact_sheet, curves, plots, sheets
+
+ROOT = Path(utils.__file__).resolve().parent
+SETTINGS = {  # as people have them in their matplotlibrc
+    "savefig.dpi": 300, "savefig.bbox": "tight", "figure.dpi": 55, "font.size": 30,
+    "font.family": "serif", "axes.facecolor": "black", "text.color": "white",
+    "text.usetex": True, "savefig.transparent": True, "image.cmap": "hot", "lines.linewidth": 9,
+}  # fmt: skip
+HISTORY = [
+    {"epoch": i, "nll": 3 / i, "val_nll": 3 / i + 0.1, **dict.fromkeys(train.METRICS, 30 + i)}
+    for i in (1, 2, 3)
+]
+
+
+def draw_curves(folder, data):
+    curves.draw_curves(folder / "curves.png", HISTORY, "CIDEr")
+    return (folder / "curves.png").read_bytes()
+
+
+def draw_contact_sheet(folder, data):
+    dataset = datasets.CaptionDataset(datasets.split_path(data[0], "test", data[1]))
+    contact_sheet.draw_contact_sheet(folder / "sheet.png", dataset)
+    return (folder / "sheet.png").read_bytes()
+
+
+def draw_sheet(folder, data):
+    picture = Image.fromarray(make_picture(1))
+    sheet = sheets.attention_sheet(picture, ["a", "dog"], torch.eye(4)[:2])
+    return np.asarray(sheet.canvas.buffer_rgba()).tobytes()
+
+
+def draw_frames(folder, data):
+    picture = Image.fromarray(make_picture(1))
+    return np.stack(sheets.attention_frames(picture, ["a", "dog"], torch.eye(4)[:2])).tobytes()
+
+
+DRAWINGS = draw_curves, draw_contact_sheet, draw_sheet, draw_frames
+
+
+@pytest.mark.parametrize("draw", DRAWINGS, ids=lambda draw: draw.__name__)
+def test_the_users_own_settings_change_no_drawing(draw, training_data, tmp_path):
+    expected = draw(tmp_path, training_data)
+    with matplotlib.rc_context(SETTINGS):
+        before = dict(matplotlib.rcParams)
+        assert draw(tmp_path, training_data) == expected
+        assert dict(matplotlib.rcParams) == before  # they are the user's again
+
+
+def test_the_users_own_settings_change_no_file_of_caption_py(describe):
+    files = []
+    for settings in ({}, SETTINGS):
+        Path("pictures").mkdir(exist_ok=True)
+        Image.fromarray(make_picture(1)).save("pictures/photo.png")
+        with matplotlib.rc_context(settings):
+            describe("--img", "pictures/photo.png", "--gif")
+        files.append([path.read_bytes() for path in sorted(Path("out").iterdir())])
+    assert len(files[0]) == 2 and files[0] == files[1]
+
+
+def test_whoever_makes_a_figure_asks_for_the_default_settings():
+    drawing = [
+        path
+        for folder in ("captioning", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+        if "import Figure" in path.read_text(encoding="utf-8")
+    ]
+    assert len(drawing) >= 4
+    assert all("default_settings()" in path.read_text(encoding="utf-8") for path in drawing)
+
+
+def test_no_legend_of_the_curves_covers_a_curve(tmp_path, monkeypatch):
+    figures, savefig = [], matplotlib.figure.Figure.savefig
+    keep = lambda self, *args, **options: figures.append(self) or savefig(self, *args, **options)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    draw_curves(tmp_path, None)
+    for axes in figures[0].axes:
+        legend, panel = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.y1 < panel.y0 and legend.y0 >= 0 and len(axes.get_legend().get_texts()) >= 2
+
+
+@pytest.mark.parametrize(
+    "text, version, said",
+    [
+        ("كلب يجري", (3, 10), True),
+        ("כלב רץ", (3, 8), True),
+        ("कुत्ता दौड़ता है", (3, 10), True),
+        ("كلب يجري", (3, 11), False),
+        ("a dog runs, 狗 собака é", (3, 8), False),
+    ],
+)
+def test_letters_that_an_old_matplotlib_cannot_set_are_named_once(
+    text, version, said, monkeypatch, capsys
+):
+    utils.note.cache_clear()
+    monkeypatch.setattr(matplotlib, "__version_info__", (*version, 0, "final", 0))
+    plots.check_script(text)
+    plots.check_script(text)
+    err = capsys.readouterr().err
+    assert err.count("\n") == said and (not said or re.search(r"matplotlib>=3\.11.*--html", err))
+
+
+def test_letters_without_a_font_are_named_with_what_to_install(capsys):
+    utils.note.cache_clear()
+    assert plots.font_families("a dog é") == ["DejaVu Sans"]
+    assert capsys.readouterr().err == ""
+    assert plots.font_families("dog \U0001f9ff\ue000")[0] == "DejaVu Sans"
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "install" in note and "fonts-noto" in note
+
+
+def test_a_font_of_the_system_is_taken_for_the_letters_that_dejavu_lacks(monkeypatch):
+    from matplotlib import font_manager, ft2font
+
+    class Font:
+        def __init__(self, name):
+            self.name = name
+
+        def get_charmap(self):
+            letters = {
+                "DejaVu": "abc",
+                "Serif": "abc狗",
+                "Han": "狗草地",
+                "Last Resort": "abc狗草地",
+            }
+            return {
+                ord(letter): 1 for key in letters if key in self.name for letter in letters[key]
+            }
+
+    class System:
+        ttflist = [type("", (), {"name": n, "fname": "/"}) for n in ("Serif", "Han", "Last Resort")]
+
+    names = iter(["DejaVu", "Serif", "Han"])
+    monkeypatch.setattr(ft2font, "FT2Font", lambda path: Font(next(names)))
+    monkeypatch.setattr(font_manager, "fontManager", System)
+    monkeypatch.setattr(font_manager, "findfont", lambda name: name)
+    assert plots.font_families("a狗草") == ["DejaVu Sans", "Han"]
