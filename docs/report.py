@@ -552,8 +552,7 @@ def main():
         for name, draw in PLOTS.items():
             draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)
     if wrong:
-        raise SystemExit("
-".join(["all is drawn, but these sentences do not hold:", *wrong]))
+        raise SystemExit("\n".join(["all is drawn, but these sentences do not hold:", *wrong]))
 
 
 if __name__ == "__main__":
