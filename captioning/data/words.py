@@ -22,7 +22,22 @@ PAD_ID = 0
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&\p{L}]"
 
 
-WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACELESS}]+", regex.V1)
+_LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACELESS}]+"
+
+
+WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|{_LETTERS}(?:[\u200c\u200d]{_LETTERS})*", regex.V1)
+
+
+# Format characters (Cf), such as the soft hyphen, are invisible and part no words: they are removed.
+# The two joiners stay where they are spelling: after a virama (Hindi, Sinhala) or an Arabic letter
+_NOT_SPELLED = r"(?<![\p{Canonical_Combining_Class=Virama}\p{Arabic}]\p{M}*)"
+
+
+_FORMAT = regex.compile(rf"[\p{{Cf}}--[\u200c\u200d]]|{_NOT_SPELLED}[\u200c\u200d]", regex.V1)
+
+
+# Python makes of a Turkish capital I with a dot a small i with a second one
+_DOTS = regex.compile("i\u0307+")
 
 
 def tokenize(text):
@@ -31,7 +46,9 @@ def tokenize(text):
     :return: list of lower-case words: runs of letters, marks and digits (Unicode NFC), or single
         letters in scripts without spaces; punctuation and underscores are dropped
     """
-    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
+    text = _FORMAT.sub("", unicodedata.normalize("NFC", text.lower()))
+    text = _DOTS.sub("i", text)
+    return WORD.findall(unicodedata.normalize("NFC", text))
 
 
 def build_word_map(token_lists, min_word_freq):

@@ -13,7 +13,10 @@ from datasets import END, PAD, START, UNK
 REAL_FLICKR8K = Path(__file__).parents[3] / "shared" / "flickr8k"
 
 
-@given(st.text(max_size=60))
+JOINTS = "aiİ\u0307\u0301\u0327\u094d\u093c\u200c\u200d\xad\u200bگकត\u17d2 "
+
+
+@given(st.text(max_size=60) | st.text(JOINTS, max_size=9))
 @example("Straße_und CAFÉ's ①②\u0301 नमस्ते 漢字 İ ǅ")
 def test_tokens_are_words_and_splitting_again_changes_nothing(text):
     tokens = datasets.tokenize(text)
@@ -106,3 +109,18 @@ def test_words_with_spaces_among_embeddings_are_passed_over(tmp_path, fails):
 )
 def test_scripts_without_spaces_are_split_by_letter(text, words):
     assert datasets.tokenize(text) == words
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Foot\xadball, cat\u2060s \u200eof\u200f \ufeffTürkiye", "football cats of türkiye"),
+        ("foot\u200dball foot\u200cball foot\u200bball", "football football football"),
+        ("ශ්\u200dරී ලංකා", "ශ්\u200dරී ලංකා"),  # Sinhala spells it with a joiner
+        ("क्\u200dष", "क्\u200dष"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("İKİ iki i\u0307ki I\u0307ki", "iki iki iki iki"),
+    ],
+)
+def test_invisible_characters_part_no_words(text, words):
+    assert datasets.tokenize(text) == words.split()
