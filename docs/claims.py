@@ -14,11 +14,12 @@ A line is a claim: a column of runs.json, where to look (test and beam 5 unless 
 * ``= 6.7`` is the mean, ``= 55.8 ± 0.7`` the mean and half of the range, ``= 1.4 and 1.3`` each
   seed in turn, ``= 3.5 to 5.2`` the lowest and the highest of all seeds and terms. The figures must
   stand in the text since the comment or heading before, where a sign need not stand.
+* ``NAME@20`` is that run at another beam than the claim's (or another epoch, where it names one).
 * ``<`` and ``>`` hold for every seed and term; ``overlaps`` says that the seeds' ranges do.
 * ``epoch 6`` looks into the training's log; ``parameters`` and ``updates`` belong to the run.
 
-Figures that no run in runs.json has come ``from`` somewhere else, which the comment names:
-``<!-- from: python docs/knowledge.py -->``.
+Figures that no run in runs.json has are from somewhere else, which the comment names, in a line
+``from: python docs/knowledge.py`` or all by itself: ``<!-- from: python docs/knowledge.py -->``.
 """
 
 import operator
@@ -60,6 +61,9 @@ def where_to_look(text):
 
 def operand(runs, name, where):
     """Figures by seed, a dict; a number and a single run have one figure, at the seed None."""
+    name, _, place = name.partition("@")
+    if place:
+        where = where | {"epoch" if where["epoch"] else "beam": place}
     if re.fullmatch(r"[\d.]+(e\d+)?", name):
         return {None: float(name)}
     if name == "people":
@@ -174,8 +178,8 @@ def wrong_claims(runs, page):
     for text, comment in passages(page):
         if comment.startswith("holds\n"):
             for claim in comment.splitlines()[1:]:
-                why = why_wrong(runs, claim.strip(), text)
-                lines += [f"{claim.strip()}: {why}"] if why else []
+                why = None if claim.startswith("from: ") else why_wrong(runs, claim, text)
+                lines += [f"{claim}: {why}"] if why else []
     return lines
 
 

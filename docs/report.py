@@ -199,9 +199,15 @@ CONSENSUS = {
     "three models, beam 20, consensus": "mean-three-consensus",
     "three models, ensemble, beam 20, consensus": "ensemble-three-consensus",
 }
-RECIPE_50 = dict(zip(RECIPE, ("xe50", "fine50", "fine50-scst", "mean50"))) | {
+STAGE_1, STAGE_2, STAGE_3, STAGE_4 = RECIPE
+RECIPE_50 = {
+    STAGE_1: "xe50",
+    STAGE_2: "fine50",
+    "2c. as a control, three epochs in which it does not": "longer50",
+    STAGE_3: "fine50-scst",
     "3e. eight self-critical epochs instead": "fine50-scst8",
     "3c. as 3, but the CNN learns too": "fine50-scst-cnn",
+    STAGE_4: "mean50",
     "4e. mean of the weights of 2 and 3e": "mean50-scst8",
 }
 BEST = RECIPE_50 | {
@@ -509,7 +515,7 @@ def recipe_plot(runs):
     names = ["cross-entropy", "CNN fine-tuned", "self-critical", "mean of weights", "consensus"]
     encoders = {
         "EfficientNet-Lite0": (*RECIPE.values(), "mean-consensus"),
-        "ResNet-50": (*list(RECIPE_50.values())[:4], "mean50-consensus"),
+        "ResNet-50": (*map(RECIPE_50.get, RECIPE), "mean50-consensus"),
     }
     for (label, stages), color in zip(encoders.items(), FOUR):
         for y, name in enumerate(stages):
