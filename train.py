@@ -46,7 +46,10 @@ def train(trainer, args):
         # DistributedDataParallel averages the gradients, but the processes' losses add up
         (loss * distributed.world_size()).backward()
         norm = torch.nn.utils.clip_grad_norm_(trainer.parameters, args.grad_clip)
-        # the fused optimizer changes nothing where found_inf is 1: nobody waits for the GPU
+        # The fused optimizer reads found_inf on the device, as torch.amp.GradScaler would set it:
+        # where it is 1 (a gradient was not finite), weights, moments and counts stay as they are.
+        # To ask "is the norm finite?" in Python would make the host wait for the GPU at each
+        # update. No gradients were scaled, so there is no grad_scale to undo.
         optimizer.found_inf, optimizer.grad_scale = 1 - norm.isfinite().float(), None
         optimizer.step()
         trainer.count(loss.detach(), nll, batch)
@@ -404,16 +407,13 @@ def build_optimizer(args, captioner, teacher=None):
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
-
 MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
     "encoder_weights", "init_from", "embeddings", "checkpoint_every", "tensorboard",
 )  # fmt: skip
 
-
 FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
-
 
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from captioning.data.words import END, PAD_ID, START, special_tokens
 from captioning.model.attentions import sample
@@ -37,9 +38,28 @@ class Beams(NamedTuple):
 
     def append(self, log_prob, score, word, word_log_prob, alpha):
         """The hypotheses one word longer; what is given has a value for each of them."""
-        last = (word, word_log_prob, alpha)
-        longer = (torch.cat([x, y.unsqueeze(2)], dim=2) for x, y in zip(self[2:], last))
-        return Beams(log_prob, score, *longer)
+        return Beams(
+            log_prob,
+            score,
+            torch.cat([self.seqs, word.unsqueeze(2)], dim=2),
+            torch.cat([self.word_log_probs, word_log_prob.unsqueeze(2)], dim=2),
+            torch.cat([self.alphas, alpha.unsqueeze(2)], dim=2),
+        )
+
+    def padded(self):
+        """The same hypotheses and a <pad>, as wide as those that are one word longer."""
+        return self._replace(
+            seqs=F.pad(self.seqs, (0, 1), value=PAD_ID),
+            word_log_probs=F.pad(self.word_log_probs, (0, 1)),
+            alphas=F.pad(self.alphas, (0, 0, 0, 1)),
+        )
+
+    def only(self, wanted):
+        """The same hypotheses; those not in a bool mask (B, K) as good as none."""
+        return self._replace(
+            log_prob=self.log_prob.masked_fill(~wanted, -math.inf),
+            score=self.score.masked_fill(~wanted, -math.inf),
+        )
 
 
 def empty_beams(batch_size, count, num_pixels, device):
@@ -51,20 +71,17 @@ def empty_beams(batch_size, count, num_pixels, device):
 
 
 def best_ended(ended, grown, is_end, beam_size):
-    """The best of what had ended before and of the beam_size best hypotheses that end now.
+    """The best of what had ended before, and of those of the beam_size likeliest that end now.
 
-    :param ended, grown: ``Beams`` of (B, n) and (B, 2K) hypotheses, the second one word longer
+    :param ended, grown: ``Beams`` of (B, n) and (B, 2K) hypotheses, the second one word longer and
+        in decreasing order of probability
     :param is_end: bool (B, 2K), which of the second end
     :return: ``Beams`` of (B, n) hypotheses, best first
     """
-    goes_on = ~is_end[:, :beam_size]  # (B, K)
-    ending = Beams(*(x[:, :beam_size] for x in grown))
-    log_prob, score = (x.masked_fill(goes_on, -math.inf) for x in ending[:2])
-    ending = ending._replace(log_prob=log_prob, score=score)
-    nothing = [x.new_zeros(*ended.score.shape, *x.shape[3:]) for x in grown[2:]]
-    before = ended.append(ended.log_prob, ended.score, *nothing)
-    both = Beams(*(torch.cat(pair, dim=1) for pair in zip(before, ending)))
-    return both.take(both.score.topk(ended.score.shape[1], dim=1).indices)
+    ending = Beams(*(x[:, :beam_size] for x in grown)).only(is_end[:, :beam_size])  # (B, K)
+    both = Beams(*(torch.cat(pair, dim=1) for pair in zip(ended.padded(), ending)))  # (B, n + K)
+    _, best = both.score.topk(ended.score.shape[1], dim=1)  # (B, n)
+    return both.take(best)
 
 
 def score_words(decoders, words, states, contexts):

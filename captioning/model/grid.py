@@ -29,6 +29,17 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     return torch.kron(side, side).to(device, dtype)
 
 
+def on_encoder_grid(alphas, n):
+    """What attention's weights give to each place of the encoder's own grid.
+
+    :param alphas: float (..., num_pixels), of the grid that attention sees
+    :param n: places of the encoder's grid
+    :return: float (..., n), with the same sums
+    """
+    side, new_side = math.isqrt(n), math.isqrt(alphas.shape[-1])
+    return alphas if side == new_side else alphas @ pooling_matrix(side, new_side, alphas.device)
+
+
 @lru_cache(maxsize=8)
 def position_code(size, channels, device="cpu", dtype=torch.float32):
     """A fixed code of row and column for each place of a square grid (Vaswani et al. 2017, in 2-D).

@@ -1,12 +1,11 @@
 """The teacher of attention (``--grounding``), and the network that is trained, as one module."""
 
-import math
-
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from captioning.data.words import PAD_ID
-from captioning.model.grid import compute_dtype, pooling_matrix
+from captioning.model.grid import compute_dtype, on_encoder_grid
 
 
 class CaptioningNetwork(nn.Module):
@@ -57,21 +56,41 @@ class AttentionTeacher(nn.Module):
         :param alphas: float (B, max_decode_length, num_pixels)
         :return: scalar, summed over the real words
         """
-        side, new_side = math.isqrt(encoder_out.shape[1]), math.isqrt(alphas.shape[2])
-        if side != new_side:  # what attention weighs are means of the encoder's places
-            alphas = alphas @ pooling_matrix(side, new_side, alphas.device)  # (B, steps, n)
+        alphas = on_encoder_grid(alphas, encoder_out.shape[1]).float()  # (B, steps, n)
         steps, dtype = alphas.shape[1], compute_dtype(encoder_out.device)
-        targets = captions[:, 1 : steps + 1]  # (B, steps)
-        seen = self.place_words(encoder_out.to(dtype)).float().softmax(dim=2)
+        previous, targets = captions[:, :steps], captions[:, 1 : steps + 1]  # (B, steps)
+        seen = below_highest(self.place_words(encoder_out.to(dtype)))  # (num_images, n, vocab_size)
         seen = seen.transpose(1, 2)  # (num_images, vocab_size, n)
-        usual = self.next_words(captions[:, :steps]).float().softmax(2)  # (B, steps, vocab_size)
-        total = usual.to(dtype) @ seen.to(dtype).index_select(0, image_index)  # (B, steps, n)
-        rows = image_index.unsqueeze(1) * seen.shape[1] + targets  # (B, steps)
-        of_word = seen.flatten(0, 1).index_select(0, rows.flatten()).view(alphas.shape)
-        of_word = of_word * usual.gather(2, targets.unsqueeze(2))  # (B, steps, n)
-        guesses = of_word.clamp_min(1e-20).log() - total.float().clamp_min(1e-20).log()
+        usual = below_highest(self.next_words(previous))  # (B, steps, vocab_size)
+        # a guess is the softmax over the vocabulary of usual + seen, at the true word
+        total = usual.exp().to(dtype) @ seen.exp().to(dtype).index_select(0, image_index)
+        true = words_of_images(seen, image_index, targets) + usual.gather(2, targets.unsqueeze(2))
+        guesses = true - total.float().log()  # (B, steps, n), log-probabilities
         guesses = guesses.masked_fill((targets == PAD_ID).unsqueeze(2), 0)  # (B, steps, n)
         around = F.pad(guesses, (0, 0, 1, 1))  # (B, steps + 2, n)
         guesses = guesses + 0.5 * (around[:, :-2] + around[:, 2:])  # (B, steps, n)
-        log_likelihood = (alphas.clamp_min(1e-9).log() + guesses).logsumexp(dim=2)  # (B, steps)
+        # a weight may be 0, of whose logarithm there is no gradient
+        weights = alphas.clamp_min(torch.finfo(alphas.dtype).tiny).log()  # (B, steps, n)
+        log_likelihood = (weights + guesses).logsumexp(dim=2)  # (B, steps)
         return -(log_likelihood * (targets != PAD_ID)).sum()
+
+
+def below_highest(scores):
+    """Scores less the highest of their row, as float32: their softmax is the same, exp is safe.
+
+    What is subtracted needs no gradient, since the softmax does not depend on it.
+    """
+    return scores.float().sub_(scores.detach().amax(dim=-1, keepdim=True))
+
+
+def words_of_images(scores, image_index, words):
+    """``scores[image_index[:, None], words]``, whose gradient is summed in a fixed order.
+
+    :param scores: float (num_images, vocab_size, n), of each word at each place
+    :param image_index: int64 (B,), the image of each caption
+    :param words: int64 (B, steps)
+    :return: float (B, steps, n)
+    """
+    row = image_index.unsqueeze(1) * scores.shape[1] + words  # (B, steps), among all images' words
+    rows = scores.flatten(0, 1).index_select(0, row.flatten())  # (B * steps, n)
+    return rows.unflatten(0, words.shape)  # (B, steps, n)

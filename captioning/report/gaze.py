@@ -4,8 +4,11 @@ import collections
 import math
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from captioning.data.words import START
+from captioning.data.words import PAD_ID, START
+from captioning.model.grid import on_encoder_grid
 from captioning.run.distributed import all_gather
 
 # all other words count as content: nouns, verbs, adjectives, numerals; "front" and "next" are here
@@ -49,59 +52,71 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
         nothing); the other words' "function places"; and "num_pixels"
     """
-    rows = [i for i in range(len(features)) if hypotheses[i].words]
+    spoken = [i for i in range(len(features)) if hypotheses[i].words]
     generator, found = torch.Generator().manual_seed(0), collections.defaultdict(list)
-    for i in range(0, len(rows), batch_size):
-        images = features[rows[i : i + batch_size]].to(captioner.device)
-        spoken = [torch.tensor(hypotheses[row].words) for row in rows[i : i + batch_size]]
+    for start in range(0, len(spoken), batch_size):
+        batch = spoken[start : start + batch_size]
+        images = features[batch].to(captioner.device)
+        captions = [torch.tensor(hypotheses[i].words) for i in batch]
         with torch.no_grad():
-            for name, values in _gaze_of(captioner, images, spoken, generator).items():
+            for name, values in _gaze_of(captioner, images, captions, generator).items():
                 found[name].append(values.cpu())
     means = {"num_pixels": captioner.decoder.encoded_image_size**2 or features.shape[1]}
     means |= {name: torch.cat(values).mean().item() for name, values in found.items()}
     means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
-    if means.get("random fall", 0) > 0:
+    if (means.get("random fall") or 0) > 0:
         means["deletion ratio"] = means["fall"] / means["random fall"]
     return means
 
 
-def _gaze_of(captioner, images, spoken, generator):
-    """The figures of :func:`measure_gaze` for each word of a batch, as a dict of tensors."""
-    functional, decoder = torch.nn.functional, captioner.decoder
-    row = torch.repeat_interleave(torch.tensor([len(words) for words in spoken]))
-    step = torch.cat([torch.arange(len(words)) for words in spoken])
-    content = torch.tensor([captioner.words[i] not in FUNCTION_WORDS for i in torch.cat(spoken)])
-    spoken = torch.nn.utils.rnn.pad_sequence(spoken, batch_first=True).to(images.device)  # (B, T)
-    inputs = functional.pad(spoken, (1, 0), value=captioner.word_map[START])
-    context, state = decoder.init_hidden_state(images)
-    states, alphas, scores = [], [], []
-    for t in range(spoken.shape[1]):
-        states.append(state)
-        score, attention, state = decoder.step(inputs[:, t : t + 1], state, context)
-        scores.append(score[:, 0])
-        alphas.append(attention.alpha[:, 0])
-    alphas = torch.stack(alphas, dim=1).float()  # (B, T, num_pixels)
-    places = torch.special.entr(alphas).sum(dim=2).exp()[row, step]
-    found = {"places": places[content], "function places": places[~content]}
-    row, step = row[content], step[content]
-    if not len(row):
-        return found
-    alpha, words = alphas[row, step], spoken[row, step].unsqueeze(1)  # (W, num_pixels), (W, 1)
-    moved = (alpha[1:] - alpha[:-1]).abs().sum(dim=1) / 2
-    found |= {"peak": alpha.amax(dim=1), "movement": moved[row[1:] == row[:-1]]}
+def _gaze_of(captioner, images, captions, generator):
+    """The figures of :func:`measure_gaze` for each word of a batch, as a dict of tensors.
 
-    side, size = math.isqrt(images.shape[1]), math.isqrt(alpha.shape[1])
-    if side != size:  # the places that are taken away are those of the encoder's own grid
-        alpha = functional.interpolate(alpha.view(-1, 1, size, size), (side, side), mode="area")
-    chance = torch.rand(len(row), side * side, generator=generator)
-    before = tuple(torch.stack(parts)[step, row] for parts in zip(*states))  # (W, 1, decoder_dim)
-    log_prob = torch.stack(scores, dim=1)[row, step].float().log_softmax(dim=1).gather(1, words)
-    for name, order in (("fall", alpha.flatten(1)), ("random fall", chance.to(alpha))):
-        most = order.topk(max(1, round(side * side / 10))).indices
-        deleted = torch.zeros_like(order, dtype=torch.bool).scatter(1, most, True).unsqueeze(2)
-        less = torch.where(deleted, images.mean(dim=1, keepdim=True)[row], images[row])
-        context, _ = decoder.init_hidden_state(less)
-        score, _, _ = decoder.step(inputs[row, step].unsqueeze(1), before, context)
-        after = score[:, 0].float().log_softmax(dim=1).gather(1, words)
-        found[name] = (log_prob - after).squeeze(1)
-    return found
+    :param images: float (B, n, encoder_dim)
+    :param captions: list of B int64 tensors of at least one word id each
+    """
+    decoder, said = captioner.decoder, pad_sequence(captions, batch_first=True)  # (B, T)
+    functional = torch.tensor([word in FUNCTION_WORDS for word in captioner.words])[said]
+    content = ~functional & (said != PAD_ID)  # (B, T)
+    chance = torch.zeros(*said.shape, images.shape[1])  # (B, T, n)
+    chance[content] = torch.rand(int(content.sum()), images.shape[1], generator=generator)
+    inputs = F.pad(said, (1, 0), value=captioner.word_map[START]).to(images.device)  # (B, T + 1)
+    alphas, falls = [], {"fall": [], "random fall": []}
+    context, state = decoder.init_hidden_state(images)
+    for t in range(said.shape[1]):
+        scores, attention, new_state = decoder.step(inputs[:, t : t + 1], state, context)
+        alphas.append(attention.alpha[:, 0].float())  # (B, num_pixels)
+        rows = content[:, t].nonzero()[:, 0].to(images.device)  # captions with a content word here
+        previous, word = inputs[rows, t : t + 2].split(1, dim=1)  # (rows, 1) each
+        log_prob = _log_prob(scores[rows], word)  # (rows,)
+        before = tuple(s[rows] for s in state)
+        shares = on_encoder_grid(alphas[-1], images.shape[1])  # (B, n)
+        for name, weights in (("fall", shares), ("random fall", chance[:, t].to(shares))):
+            deleted = _without_heaviest(images[rows], weights[rows])
+            changed, _ = decoder.init_hidden_state(deleted)
+            new_scores, _, _ = decoder.step(previous, before, changed)
+            falls[name].append(log_prob - _log_prob(new_scores, word))
+        state = new_state
+    alphas = torch.stack(alphas, dim=1).cpu()  # (B, T, num_pixels)
+    places = torch.special.entr(alphas).sum(dim=2).exp()  # (B, T)
+    spoken = [alpha[is_content] for alpha, is_content in zip(alphas, content)]
+    figures = {
+        "places": places[content],
+        "function places": places[functional],
+        "peak": alphas.amax(dim=2)[content],
+        "movement": torch.cat([(a[1:] - a[:-1]).abs().sum(dim=1) / 2 for a in spoken]),
+    }
+    return figures | {name: torch.cat(values) for name, values in falls.items()}
+
+
+def _log_prob(scores, word):
+    """Log-probability of a word, int64 (B, 1), from scores (B, 1, vocab_size): float32 (B,)."""
+    return scores[:, 0].float().log_softmax(dim=1).gather(1, word)[:, 0]
+
+
+def _without_heaviest(images, weights):
+    """Images (B, n, encoder_dim) whose heaviest tenth by weights (B, n) is their mean feature."""
+    count = max(1, round(weights.shape[1] / 10))
+    heaviest = weights.topk(count).indices  # (B, count)
+    gone = torch.zeros_like(weights, dtype=torch.bool).scatter(1, heaviest, True)  # (B, n)
+    return torch.where(gone.unsqueeze(2), images.mean(dim=1, keepdim=True), images)

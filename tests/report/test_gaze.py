@@ -19,14 +19,16 @@ SAID = [[7, 4, 5], [7, 4, 6, 7, 5], [], [4]]
 def gaze():
     """Function of a change to a decoder, of features and options: the figures of its gaze."""
 
-    def measure(change=lambda decoder: None, features=None, said=SAID, grid=0, **options):
+    def measure(
+        change=lambda decoder: None, features=None, said=SAID, grid=0, wrap=lambda d: d, **options
+    ):
         torch.manual_seed(0)
         decoder = models.DecoderWithAttention(len(WORDS), 12, 8, 8, 8, encoded_image_size=grid)
         with torch.no_grad():
             change(decoder.eval())
         word_map = {word: i for i, word in enumerate(WORDS)}
         captioner = types.SimpleNamespace(
-            decoder=decoder, words=WORDS, word_map=word_map, device=torch.device("cpu")
+            decoder=wrap(decoder), words=WORDS, word_map=word_map, device=torch.device("cpu")
         )
         if features is None:
             features = torch.randn(4, 16, 12, generator=torch.Generator().manual_seed(1))
@@ -85,9 +87,53 @@ def test_the_first_pictures_are_measured_whatever_process_holds_their_features(m
     assert gaze_room.gaze_features([captioner], shares[0], 0) is None
 
 
-def test_a_grid_of_another_size_than_the_encoders_is_measured_too(gaze):
-    found = gaze(grid=2)
-    assert found["num_pixels"] == 4 and 1 <= found["places"] <= 4 and found["fall"] != 0
+@torch.no_grad()
+def plain_falls(decoder, features, weights_of):
+    """The fall of each content word when the places with the largest weights are deleted."""
+    falls = []
+    for words, image in zip(SAID, features):
+        context, state = decoder.init_hidden_state(image.unsqueeze(0))
+        for previous, word in zip([WORDS.index("<start>"), *words], words):
+            previous = torch.tensor([[previous]])
+            scores, attention, new_state = decoder.step(previous, state, context)
+            if WORDS[word] not in gaze_room.FUNCTION_WORDS:
+                changed = image.clone()
+                changed[weights_of(attention.alpha[0, 0]).topk(2).indices] = image.mean(dim=0)
+                context_then, _ = decoder.init_hidden_state(changed.unsqueeze(0))
+                then, _, _ = decoder.step(previous, state, context_then)
+                falls.append((scores.log_softmax(2) - then.log_softmax(2))[0, 0, word].item())
+            state = new_state
+    return falls
+
+
+@pytest.mark.parametrize("grid", [0, 2, 7])
+def test_the_places_deleted_are_those_that_the_model_weighs_most(grid, gaze):
+    """Of the encoder's grid of 4 x 4, whatever grid attention sees."""
+    decoders, features = [], torch.randn(4, 16, 12, generator=torch.Generator().manual_seed(1))
+    found = gaze(decoders.append, features, grid=grid)
+    pool = models.pooling_matrix(4, grid) if grid else torch.eye(16)
+    falls = plain_falls(decoders[0], features, lambda alpha: alpha @ pool)
+    assert len(falls) == 5 and found["num_pixels"] == (grid or 4) ** 2
+    assert found["fall"] == pytest.approx(sum(falls) / 5, rel=1e-4) and found["fall"] != 0
+
+
+class Remembering:
+    """A decoder whose state grows with every word, and has four dimensions."""
+
+    def __init__(self, decoder):
+        self.decoder, self.encoded_image_size = decoder, decoder.encoded_image_size
+
+    def init_hidden_state(self, encoder_out):
+        context, state = self.decoder.init_hidden_state(encoder_out)
+        return context, tuple(s.unsqueeze(2) for s in state)  # (B, 1, 1, decoder_dim)
+
+    def step(self, words, state, context):
+        *output, new = self.decoder.step(words, tuple(s[:, :, -1] for s in state), context)
+        return *output, tuple(torch.cat([s, n.unsqueeze(2)], dim=2) for s, n in zip(state, new))
+
+
+def test_a_decoder_whose_state_grows_is_measured_like_any_other(gaze):
+    assert gaze(wrap=Remembering) == gaze()
 
 
 @pytest.mark.parametrize("said", [[[7], [6], [7], [6]], [[], [], [], []]])
