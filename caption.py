@@ -21,8 +21,8 @@ from captioning.run.lazy import lazy
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
-finding, page, sheets = lazy(
-    "captioning.data.finding", "captioning.report.page", "captioning.report.sheets"
+finding, utterances, page, sheets = lazy(
+    "data.finding", "model.utterances", "report.page", "report.sheets", within="captioning"
 )
 
 
@@ -111,7 +111,7 @@ def load(args):
     """The captioner that ``--model`` names, and the options of its beam search, as a dict."""
     device = machine.pick_device(args.device)
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
-    captioner = models.load_captioner(models.run_checkpoint(args.model), device, word_map)
+    captioner = models.load_captioner(args.model, device, word_map)
     captioner.decoder.sample_location = args.sample_location
     options = command_line.search_options(args) | {
         "beam_size": args.beam_size,
@@ -170,30 +170,11 @@ def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
     captions = []
     for hypothesis in hypotheses:
         with machine.autocast(captioner.device, args.amp):
-            likely = alternatives(captioner, encoder_out, hypothesis)
+            likely = utterances.alternatives(captioner, encoder_out, hypothesis)
         score, log_prob = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
         scores, words = {"score": score, "log-probability": log_prob}, captioner.text(hypothesis)
         captions.append(page.page_caption(words, hypothesis, scores, likely))
     return {"name": str(path), "captions": captions} | page.page_picture(picture, 480)
-
-
-def alternatives(captioner, encoder_out, hypothesis, count=5):
-    """What a model could have said at each word of a caption, after the words before it.
-
-    :param encoder_out: float (n, encoder_dim), of the picture
-    :return: list (words) of lists of (word, probability), likeliest first
-    """
-    word_map, device = captioner.word_map, encoder_out.device
-    said = [word_map[datasets.START], *hypothesis.words, word_map[datasets.END]]
-    caption = torch.tensor([said], device=device), [len(said) - 1]
-    only = torch.zeros(1, dtype=torch.long, device=device)  # the one picture of the caption
-    with torch.no_grad():
-        scores = captioner.decoder(encoder_out.unsqueeze(0), *caption, only).scores
-    probabilities = scores.softmax(dim=1)  # (num_words + 1, vocab_size), the last of the end
-    probabilities[:, datasets.special_tokens(word_map)] = 0  # which are never said
-    best = probabilities[:-1].topk(min(count, len(word_map)))  # (num_words, count)
-    pairs = zip(best.values.tolist(), best.indices.tolist())
-    return [[(captioner.words[i], round(p, 4)) for p, i in zip(*pair)] for pair in pairs]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 An image becomes a grid of features (``Encoder``). For every word a small network weighs the grid
 (``Attention``), and an LSTM or GRU scores the next word (``DecoderWithAttention.step``).
 
-    captioner = load_captioner(run_checkpoint("checkpoints"))
-    captioner.caption(images)[0][0].words
+    captioner = load_captioner("checkpoints")
+    captioner("photo.jpg").text
 
 What scripts and students take from here and is not defined here stands in the room of
 ``captioning/model`` that it is imported from.
@@ -12,12 +12,14 @@ What scripts and students take from here and is not defined here stands in the r
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 from captioning.data.features import encode_split
+from captioning.data.pictures import square_of
 from captioning.data.words import END, PAD_ID, START, special_tokens
 from captioning.model.attentions import AttentionOutput, NoAttention, hard, sample
 from captioning.model.beams import (
@@ -47,6 +49,8 @@ from captioning.model.schedules import SCHEDULES, Schedule, scheduled_sampling_e
 from captioning.model.self_critical import sample_and_reward, self_critical_loss
 from captioning.model.teacher import AttentionTeacher, CaptioningNetwork
 from captioning.model.tensor_files import save_checkpoint
+from captioning.model.utterances import Caption
+from captioning.run.command_line import BEAM_SIZE, LENGTH_PENALTY, MAX_DECODE_STEPS
 from captioning.run.messages import look_up, progress
 
 
@@ -331,8 +335,8 @@ def caption_loss(
 
 @torch.no_grad()
 def beam_search(
-    decoders, encoder_outs, word_map, beam_size=5, length_penalty=0.0, max_decode_steps=50,
-    n_best=1, with_alphas=True, consensus=None, no_repeat=False,
+    decoders, encoder_outs, word_map, beam_size=BEAM_SIZE, length_penalty=LENGTH_PENALTY,
+    max_decode_steps=MAX_DECODE_STEPS, n_best=1, with_alphas=True, consensus=None, no_repeat=False,
 ):  # fmt: skip
     """Find the likeliest captions of a batch of images.
 
@@ -429,8 +433,27 @@ class Captioner:
         """Features on the encoder's own grid: uint8 (B, 3, S, S) to float (B, n, encoder_dim)."""
         return self.encoder(images.to(self.device))
 
+    def __call__(self, pictures, no_repeat=True, **options):
+        """Caption pictures as caption.py does; ``options`` are those of :func:`beam_search`.
+
+        :param pictures: a path, a PIL image, an array uint8 (height, width, 3), or a list of them
+        :return: a ``Caption``, of a list a list; with n_best above 1 lists of them, best first
+        :raises UserError: if one is no picture
+        """
+        if not (isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 0) == 4):
+            return self([pictures], no_repeat, **options)[0]
+        captions, options = [], {"no_repeat": no_repeat, **options}
+        for i in range(0, len(pictures), 32):
+            squares = [square_of(picture, self.image_size) for picture in pictures[i : i + 32]]
+            encoder_out = self.encode(torch.from_numpy(np.stack(squares)))
+            found = beam_search([self.decoder], [encoder_out], self.word_map, **options)
+            for out, hypotheses in zip(encoder_out, found):
+                best = [Caption.of(self, hypothesis, out) for hypothesis in hypotheses]
+                captions.append(best if options.get("n_best", 1) > 1 else best[0])
+        return captions
+
     def caption(self, images, **options):
-        """Caption images, uint8 (B, 3, S, S); ``options`` are those of :func:`beam_search`."""
+        """The hypotheses about images, uint8 (B, 3, S, S), as :func:`beam_search` finds them."""
         return beam_search([self.decoder], [self.encode(images)], self.word_map, **options)
 
     def text(self, hypothesis):
@@ -466,9 +489,9 @@ def load_checkpoint(path, word_map=None):
     return read_checkpoint(path, build_model, word_map)
 
 
-def load_captioner(path, device="cpu", word_map=None):
-    """The ``Captioner`` of a file that :func:`load_checkpoint` reads, on a device."""
-    checkpoint = load_checkpoint(path, word_map)
+def load_captioner(path=None, device="cpu", word_map=None):
+    """The ``Captioner`` of a checkpoint or a run's folder (None: the suite's own), on a device."""
+    checkpoint = load_checkpoint(run_checkpoint(path), word_map)
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = build_model(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])

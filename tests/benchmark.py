@@ -266,7 +266,8 @@ def section_beam(device, args):
         decoder.fc.bias.data[WORD_MAP["<end>"]] = 5.4  # captions of about 10 words
     count = 64 if device.type == "cpu" else 1024
     features = torch.randn(count, 64, 2048, device=device).relu()
-    search = functools.partial(models.beam_search, [ours], word_map=WORD_MAP, beam_size=5)
+    options = {"word_map": WORD_MAP, "beam_size": 5, "length_penalty": 0}
+    search = functools.partial(models.beam_search, [ours], **options)
     allow_tf32(False)
     for i, (found, *_) in enumerate(search([features[:4]])):
         score, _ = textbook.search(pooled(features[i : i + 1]), 5)

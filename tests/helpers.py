@@ -123,6 +123,8 @@ def features(num_pictures=3, side=3, seed=5, encoder_dim=6):
 
 
 def search(decoder, encoder_out, word_map, **options):
+    """The plain search: the likeliest captions, whatever their length."""
+    options = {"length_penalty": 0, **options}
     return models.beam_search([decoder], [encoder_out], word_map, **options)
 
 

@@ -30,8 +30,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         "error:" in text or "Traceback" in text for text in shown
     )  # a script that fails stops no cell
     assert (
-        sum("image/png" in text for text in shown) == 6
-    )  # contact sheet, curves, three captioned pictures, comparison
+        sum("image/png" in text for text in shown) == 7
+    )  # contact sheet, curves, three captioned pictures, one from Python, comparison
     table = next(text for text in shown if "variant" in text and "relation" in text)
     assert all(
         table.count(variant) == 2 for variant in ("lstm", "gru", "resnet18", "scheduled")

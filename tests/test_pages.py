@@ -308,6 +308,23 @@ def remove_what_an_earlier_command_wrote(script, args):
         path.unlink(missing_ok=True)
 
 
+def test_what_the_guide_types_in_python_runs(trained, tmp_path, monkeypatch, capsys):
+    section = re.search(r"^## From Python\n(.*?)^## ", text_of("docs/guide.md"), re.S | re.M)[1]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2 and len([line for line in blocks[0].splitlines() if line]) <= 5
+    shutil.copytree(trained, tmp_path / "checkpoints")
+    save_pictures(tmp_path / "photos")
+    shutil.copy(tmp_path / "photos/0.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile("".join(blocks), "guide", "exec"), names)
+    caption, said = names["captioner"]("photo.jpg"), capsys.readouterr().out
+    assert said.startswith(caption.text) and names["best"].text == caption.text
+    rows = next(rows for header, rows in tables(section) if header[0] == "of a caption")
+    fields = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(fields) == sorted(vars(caption))
+
+
 @pytest.mark.slow
 def test_every_command_of_readme_and_guide_runs(few_shapes, tmp_path, monkeypatch):
     """In their order, at toy sizes: few small pictures, narrow models, random CNNs, one epoch."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -59,6 +60,42 @@ def resize_image(image, size):
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     resized = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))  # (size, size, 3)
     return np.ascontiguousarray(resized.transpose(2, 0, 1))  # (3, size, size)
+
+
+def square_of(picture, size):
+    """A picture as a person has it, as a model sees it.
+
+    :param picture: path, PIL image of any mode, or array of uint8: (height, width), with 1, 3 or 4
+        channels last, or RGB with the channels first, as a data set's
+    :return: uint8 (3, size, size)
+    :raises UserError: if it is none, or cannot be read
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return resize_image(open_image(picture, size), size)
+    expected = "expected a path, a PIL image, or an array of uint8 (height, width, 3)"
+    if not isinstance(picture, Image.Image):
+        try:
+            picture = np.asarray(picture)
+        except (TypeError, RuntimeError) as error:  # such as a tensor on a GPU
+            raise UserError(f"{type(picture).__name__}: {why(error)}; {expected}") from error
+        if picture.ndim == 3 and picture.shape[0] == 3 and picture.shape[2] not in (3, 4):
+            picture = picture.transpose(1, 2, 0)  # (height, width, 3)
+        if (
+            picture.dtype != np.uint8
+            or picture.size == 0
+            or picture.ndim not in (2, 3)
+            or picture.shape[2:] not in ((), (1,), (3,), (4,))
+        ):
+            kind = f"an array of {picture.dtype}, {picture.shape}"
+            raise UserError(f"{kind if picture.ndim else 'no picture'}: {expected}")
+        flat = picture.shape[2:] == (1,)
+        picture = Image.fromarray(picture[..., 0] if flat else np.ascontiguousarray(picture))
+    try:
+        with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
+            picture = ImageOps.exif_transpose(picture)
+        return resize_image(_to_rgb(picture), size)
+    except OSError as error:
+        raise UserError(f"cannot read the picture: {why(error)}; {expected}") from error
 
 
 MAX_BYTES = 2**28  # of a file of a picture or a text

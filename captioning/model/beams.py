@@ -118,9 +118,9 @@ def read_beams(ended, live, word_map, with_alphas):
     ended, live = Beams(*(x.cpu() for x in ended)), Beams(*(x.cpu() for x in live))
     for image in range(len(ended.score)):
         has_ended, found = bool(ended.score[image, 0] > -math.inf), []
-        for k in range(ended.score.shape[1]):
-            hypothesis = (x[image, k] for x in (ended if has_ended else live))
-            log_prob, score, seq, word_log_probs, alphas = hypothesis
+        beams = ended if has_ended else live  # of which there may be fewer than captions wanted
+        for k in range(beams.score.shape[1]):
+            log_prob, score, seq, word_log_probs, alphas = (x[image, k] for x in beams)
             if log_prob > -math.inf:
                 n = seq.tolist().index(word_map[END]) if has_ended else len(seq)
                 words, log_probs = seq[:n].tolist(), word_log_probs[:n].tolist()

@@ -95,6 +95,10 @@ def add_device_flags(parser):
     add("--workers", type=bounded(int, 1, 256), default=min(8, len(own_cores())), help=text)
 
 
+# what a search does unless it is told otherwise, from the prompt and from Python alike
+BEAM_SIZE, LENGTH_PENALTY, MAX_DECODE_STEPS = 5, 0.7, 50
+
+
 def add_search_flags(parser, several=False, no_repeat=False):
     """Flags of every script that utters captions.
 
@@ -103,18 +107,18 @@ def add_search_flags(parser, several=False, no_repeat=False):
     :return: function that adds flags to the same group
     """
     add = parser.add_argument_group("beam search").add_argument
-    text = "hypotheses kept per picture; 1 is greedy (default: 5)"
-    size, several = bounded(int, 1, 100), {"nargs": "+", "default": [5]} if several else {}
-    add("--beam_size", **{"type": size, "default": 5, "help": text, **several})
+    text = f"hypotheses kept per picture; 1 is greedy (default: {BEAM_SIZE})"
+    size, several = bounded(int, 1, 100), {"nargs": "+", "default": [BEAM_SIZE]} if several else {}
+    add("--beam_size", **{"type": size, "default": BEAM_SIZE, "help": text, **several})
     text = "rank by log-probability / length^this: raise it if captions are too short; 0 is plain"
-    add("--length_penalty", type=bounded(float, 0, 10), default=0.7, help=text)
+    add("--length_penalty", type=bounded(float, 0, 10), default=LENGTH_PENALTY, help=text)
     text = "hard attention: look at a location drawn by its weight, instead of the likeliest"
     add("--sample_location", action="store_true", help=text)
     text = "say no word twice in succession, and no three words in a row a second time (default: "
     text += "on)" if no_repeat else "off, as in published tables)"
     add("--no_repeat", action=Switch, default=no_repeat, help=text)
     text = "longest caption, in words"
-    add("--max_decode_steps", type=bounded(int, 1, 1000), default=50, help=text)
+    add("--max_decode_steps", type=bounded(int, 1, 1000), default=MAX_DECODE_STEPS, help=text)
     return add
 
 

@@ -1,5 +1,6 @@
 """Tests of ``captioning/model/beams.py``."""
 
+import inspect
 import itertools
 import math
 
@@ -8,6 +9,8 @@ import torch
 from conftest import make_decoder
 from helpers import END, PAD, START, UNK, features, search
 
+import caption
+import eval as evaluation
 import models
 from captioning.run import machine
 
@@ -173,7 +176,21 @@ def test_a_batch_is_searched_as_its_pictures_alone(word_map):
     assert len({len(found[0].words) for found in together}) > 1  # they do not all end together
 
 
-@pytest.mark.parametrize("beam_size, n_best", [(1, 1), (3, 3), (5, 2)])
+def test_a_search_from_python_is_the_prompts():
+    flags = vars(evaluation.get_args_parser().parse_args([]))
+    parameters = inspect.signature(models.beam_search).parameters.items()
+    shared = {name: p.default for name, p in parameters if name in flags}
+    del shared["consensus"], shared["word_map"]  # which are objects here
+    assert shared.keys() == {"beam_size", "length_penalty", "max_decode_steps", "no_repeat"}
+    assert shared == {name: flags[name] for name in shared} | {"beam_size": flags["beam_size"][0]}
+    flags = vars(caption.get_args_parser().parse_args(["--img", "photo.jpg"]))
+    shared["no_repeat"] = (
+        inspect.signature(models.Captioner.__call__).parameters["no_repeat"].default
+    )
+    assert shared == {name: flags[name] for name in shared}
+
+
+@pytest.mark.parametrize("beam_size, n_best", [(1, 1), (3, 3), (5, 2), (1, 2), (2, 7)])
 def test_a_decoder_that_never_ends_returns_what_it_has(beam_size, n_best, word_map):
     decoder, encoder_out = make_decoder(), features(2)
     with torch.no_grad():
@@ -189,7 +206,7 @@ def test_a_decoder_that_never_ends_returns_what_it_has(beam_size, n_best, word_m
             length_penalty=0.5,
         )
     ):
-        assert len(found) == n_best
+        assert len(found) == min(beam_size, n_best)
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
         for h in found:
             assert len(h.words) == 5 and not h.ended and h.alphas.shape == (5, 9)
@@ -222,7 +239,7 @@ def test_an_ensemble_votes(word_map):
         make_decoder(seed=2, attention="mean", decoder="gru", encoder_dim=4),
     )
     outs = [features(5), features(5, side=2, encoder_dim=4)]
-    options = {"beam_size": 3, "max_decode_steps": 10}
+    options = {"beam_size": 3, "max_decode_steps": 10, "length_penalty": 0}
     alone = search(one, outs[0], word_map, **options)
     twice = models.beam_search([one, one], [outs[0], outs[0]], word_map, **options)
     for (a,), (b,) in zip(alone, twice):
@@ -266,10 +283,7 @@ def test_without_alphas_the_captions_are_the_same(word_map):
 def test_a_split_is_captioned_whole_and_in_order(best_checkpoint, batch_size):
     captioner = models.load_captioner(best_checkpoint)
     out = torch.randn(5, 4, 512)
-    found = models.caption_split(
-        [captioner], [out.half()], batch_size=batch_size, beam_size=2, max_decode_steps=6
-    )
-    expected = search(
-        captioner.decoder, out.half().float(), captioner.word_map, beam_size=2, max_decode_steps=6
-    )
+    options = {"beam_size": 2, "max_decode_steps": 6, "length_penalty": 0.7}
+    found = models.caption_split([captioner], [out.half()], batch_size=batch_size, **options)
+    expected = search(captioner.decoder, out.half().float(), captioner.word_map, **options)
     assert [f[0].words for f in found] == [f[0].words for f in expected]
