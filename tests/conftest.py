@@ -118,19 +118,22 @@ def fails():
 # -------------------------------------------------------------------------------------- tiny models
 
 
+def build_decoder(vocab_size=10, **options):
+    """A tiny decoder without dropout, built as train.py and checkpoints build it.
+
+    :param options: what differs from train.py's flags and from the sizes here
+    """
+    config = vars(train.get_args_parser().parse_args([])) | dict.fromkeys(models.DROPOUTS, 0.0)
+    config |= {"encoder_dim": 6, "attention_dim": 5, "embed_dim": 4, "decoder_dim": 7}
+    config |= {"encoded_image_size": 0}
+    assert options.keys() <= config.keys()
+    return models.build_decoder(config | options, vocab_size)
+
+
 def make_decoder(vocab_size=10, seed=0, scale=3.0, **options):
-    """A tiny decoder in eval mode without dropout; ``scale`` makes its word choices distinct."""
+    """A tiny decoder in eval mode; ``scale`` makes its word choices distinct."""
     torch.manual_seed(seed)
-    options = {
-        "encoder_dim": 6,
-        "attention_dim": 5,
-        "embed_dim": 4,
-        "decoder_dim": 7,
-        "encoded_image_size": 0,
-        "dropout": 0.0,
-        **options,
-    }
-    decoder = models.DecoderWithAttention(vocab_size, **options)
+    decoder = build_decoder(vocab_size, **options)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.copy_(scale * torch.empty_like(parameter).uniform_(-0.5, 0.5))

@@ -10,7 +10,8 @@ import pytest
 import test_encoders
 import test_models
 import torch
-from conftest import make_picture, train_args
+from conftest import make_decoder, make_picture, train_args
+from helpers import CAPTIONS, LENGTHS, PICTURES, features
 from PIL import Image
 
 import caption
@@ -139,6 +140,47 @@ def test_a_changed_decoder_equals_the_textbook(what, deep_output, side, change):
     options = {"deep_output": deep_output, "encoded_image_size": side, what: CHANGES[what][1]}
     test_models.test_decoder_equals_the_textbook(options, 1.0)
     test_models.test_decoder_equals_the_textbook(options, torch.tensor(1.0))
+
+
+class Sharper(models.Attention):
+    """The paper's scores, twice as large."""
+
+    def forward(self, encoder_att, h):
+        return 2 * super().forward(encoder_att, h)
+
+
+def upside_down(energies, decoder):
+    """Look where the scores are lowest."""
+    return models.soft(-energies, decoder)
+
+
+@pytest.mark.parametrize("entry", [(Sharper, models.soft), (models.Attention, upside_down)])
+def test_an_own_attention_is_held_to_its_own_formula(entry, monkeypatch):
+    monkeypatch.setitem(models.ATTENTIONS, "own", entry)
+    test_models.test_decoder_equals_the_textbook({"attention": "own"}, 1.0)
+    own, plain = make_decoder(attention="own"), make_decoder()
+    batch = features(), CAPTIONS, LENGTHS, PICTURES
+    assert not torch.allclose(own(*batch).alphas, plain(*batch).alphas, atol=1e-3)
+
+
+class Forgetful(models.DecoderWithAttention):
+    """Begins every word anew."""
+
+    def step(self, words, state, context):
+        return super().step(words, tuple(map(torch.zeros_like, state)), context)
+
+
+def test_an_own_decoder_is_built_and_held_to_its_own_step(monkeypatch):
+    build = models.build_decoder
+
+    def build_own(config, vocab_size):
+        decoder = build(config, vocab_size)
+        decoder.__class__ = Forgetful
+        return decoder
+
+    monkeypatch.setattr(models, "build_decoder", build_own)
+    assert type(make_decoder()) is Forgetful
+    test_models.test_decoder_equals_the_textbook({}, 1.0)
 
 
 def test_a_changed_encoder_sees_the_pictures(change):
