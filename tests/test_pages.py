@@ -68,8 +68,24 @@ def test_files_of_the_suite_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page, words", [("README.md", 1400), ("docs/results.md", 4000)])
 def test_the_first_pages_stay_short(page, words):
-    """In words that a reader sees: comments, which name the runs, are none."""
-    assert len(re.sub(r"<!--.*?-->", "", text_of(page), flags=re.S).split()) <= words
+    """In words that a reader sees: comments, which name the runs, and a table's rules are none."""
+    text = re.sub(r"<!--.*?-->", "", text_of(page), flags=re.S)
+    assert len(re.findall(r"\S*\w\S*", text)) <= words
+
+
+def test_each_question_is_first_answered_in_three_sentences():
+    _, *sections = re.split(r"^## ", text_of("docs/results.md"), flags=re.M)
+    for section in sections:
+        title, _, body = section.partition("\n")
+        answer = re.match(r"\s*\*\*Answer\.\*\* (.*?)\n(?:\n|<!--)", body, re.S)
+        assert answer, title
+        assert 1 <= len(re.findall(r"[.?!](?=\s|$)", answer[1])) <= 3, title
+
+
+def test_the_guides_contents_name_every_section():
+    contents, *sections = re.split(r"^## .*$", text_of("docs/guide.md"), flags=re.M)
+    linked = re.findall(r"\]\(#([\w-]+)\)", contents)
+    assert set(anchors("docs/guide.md")[1:]) == set(linked) and len(linked) == len(sections)
 
 
 def test_the_changes_that_readme_shows_are_those_that_are_tested():
@@ -259,7 +275,7 @@ def token_lines():
     write(Path("captions.token.txt"), *(f"{n}#0\t{SAID}" for n in names))
 
 
-HAVE = {  # how a row of the guide's first table begins, and what it says that one has
+HAVE = {  # how a row of the guide's table of data begins, and what it says that one has
     "nothing": lambda: make_flickr8k(Path("data")),
     "`Flickr8k_Dataset.zip`": lambda: make_flickr8k(Path("FOLDER")),
     "Kaggle's Flickr8k": kaggles_flickr8k,
@@ -282,7 +298,8 @@ def few_shapes(monkeypatch):
 
 @pytest.mark.parametrize("have", HAVE)
 def test_what_you_have_takes_the_command_of_its_row(have, few_shapes, tmp_path, monkeypatch):
-    rows = next(tables(text_of("docs/guide.md")))[1]
+    every = tables(text_of("docs/guide.md"))
+    rows = next(rows for header, rows in every if header == ["what you have", "the command"])
     assert len(rows) == len(HAVE)
     (row,) = [row for row in rows if row[0].startswith(have)]
     monkeypatch.chdir(tmp_path)
