@@ -31,9 +31,8 @@ def main(args):
     check_flags(args)
     image_paths = finding.find_pictures(args.img, args.recursive)
     captioner, options = load(args)
-    bar = utils.progress(
-        total=len(image_paths), unit="picture", disable=len(image_paths) <= args.batch_size
-    )
+    count, few = len(image_paths), len(image_paths) <= args.batch_size
+    bar = utils.progress(total=count, desc="captioning", unit="picture", disable=few)
     say = functools.partial(bar.write, file=sys.stderr if str(args.json) == "-" else sys.stdout)
     read = functools.partial(read_picture, captioner.image_size, options["with_alphas"], bar.write)
     pictures = machine.read_ahead(read, image_paths, args.workers, ahead=args.batch_size)
@@ -69,7 +68,7 @@ def main(args):
 
 
 def get_args_parser():
-    description, _, examples = __doc__.strip().partition("\n\n")
+    description, _, examples = (__doc__ or "").strip().partition("\n\n")
     parser = command_line.ArgumentParser(description=description, examples=examples)
     flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
     text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"

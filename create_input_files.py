@@ -84,7 +84,7 @@ NUMBERS = {  # flags: lowest, highest and default value, help
 
 
 def get_args_parser():
-    description, _, examples = __doc__.strip().partition("\n\n")
+    description, _, examples = (__doc__ or "").strip().partition("\n\n")
     parser = command_line.ArgumentParser(description=description, examples=examples)
     group = parser.add_argument_group("where the pictures and captions come from")
     known = lambda name: name.lower() if name.lower() in KNOWN else name

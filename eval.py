@@ -76,7 +76,7 @@ def score(data, captions, alphas):
 
 
 def get_args_parser():
-    description, _, examples = __doc__.strip().partition("\n\n")
+    description, _, examples = (__doc__ or "").strip().partition("\n\n")
     parser = command_line.ArgumentParser(description=description, examples=examples)
     command_line.add_captioning_flags(parser, several=True)
     flag = parser.add_argument

@@ -429,7 +429,7 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
 
 
 def get_args_parser():
-    examples = __doc__.partition("\n\n")[2]
+    examples = (__doc__ or "").partition("\n\n")[2]
     parser = command_line.ArgumentParser(
         description="Train Show, Attend and Tell.", examples=examples
     )

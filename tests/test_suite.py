@@ -176,8 +176,6 @@ def end_of(script, *argv):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
         patch.setattr(sys, "argv", [f"{script}.py", *NEEDED[script], *argv])
-        said.reconfigure = lambda **_: None
-        patch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
         patch.setattr(machine, "busy_cores", lambda: 0.0)  # which takes a tenth of a second
         with pytest.raises(SystemExit) as ended:
             utils.run(module.main, module.get_args_parser())
@@ -312,6 +310,51 @@ def test_train_evaluate_and_caption_as_a_user_does(shapes_data, tmp_path):
     done = as_user("caption", "--img=other.jpeg", f"--model={best}", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"caption\.py: error: --img other\.jpeg: [^\n]*\n", done.stderr)
+
+
+IN_A_NOTEBOOK = """
+import io, shlex, sys
+class Cell(io.TextIOBase):  # what stands for standard output there: no file
+    def __init__(self, stream):
+        self.stream = stream
+    def write(self, text):
+        return self.stream.write(text)
+sys.stdout, sys.stderr = Cell(sys.stdout), Cell(sys.stderr)
+root, *commands = sys.argv[1:]
+sys.path.insert(0, root)
+for command in commands:
+    sys.argv = shlex.split(command)
+    with open(f"{root}/{sys.argv[0]}") as file:
+        exec(file.read(), {"__name__": "__main__"})
+"""
+
+
+@pytest.mark.parametrize("optimize", ["", pytest.param("2", marks=pytest.mark.slow)])
+def test_scripts_run_in_a_notebook_and_without_docstrings(optimize, own_data, tmp_path):
+    """One after the other in one process; PYTHONOPTIMIZE=2 leaves out docstrings and asserts."""
+    images, captions = own_data
+    name = datasets.base_name("mine", 5, 1)
+    prepare = f"--images {images} --captions {captions} --min_word_freq 1 --image_size 64"
+    found = subprocess.run(
+        [
+            *(sys.executable, "-B", "-c", IN_A_NOTEBOOK, ROOT),
+            f"create_input_files.py --dataset mine {prepare}",
+            shlex.join(["train.py", "--data_name", name, *TINY_TRAINING, "--epochs", "1"]),
+            "eval.py --model checkpoints --split val --device cpu",
+            "caption.py --model checkpoints --img pictures/00.jpg --device cpu",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONOPTIMIZE": optimize},
+    )  # fmt: skip
+    assert found.returncode == 0 and "Traceback" not in found.stderr, found.stderr
+    said = ("Made mine", "best BLEU-4", "metrics_val", "captions/00_attention.png")
+    assert all(words in found.stdout for words in said)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_docstrings(script, tmp_path):
+    done = as_user(script, "--help", cwd=tmp_path, PYTHONOPTIMIZE="2")
+    assert done.returncode == 0 and "(default" in done.stdout and done.stderr == ""
 
 
 def test_the_benchmark_trains_as_train_does():

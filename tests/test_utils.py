@@ -71,9 +71,11 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     assert process.stderr.read() == b"" and process.wait(30) == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 @pytest.mark.parametrize("times", [1, 3])  # ``timeout`` and torchrun send a signal twice
 def test_a_signal_ends_a_script_with_one_line_from_the_start(name, times, tmp_path):
+    if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        pytest.skip(f"{name} is ignored here, as by nohup")
     body = f"""import os, signal, threading, time
         for _ in range({times}):
             threading.Timer(0.1, os.kill, (os.getpid(), signal.{name})).start()
@@ -86,6 +88,19 @@ def test_a_signal_ends_a_script_with_one_line_from_the_start(name, times, tmp_pa
     done = run_script(SCRIPT.format(body=body), tmp_path)
     assert done.stderr == f"script.py: stopped by {name}\n"
     assert done.returncode == 128 + getattr(signal, name)
+
+
+def test_nohup_is_respected(tmp_path):
+    body = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('goes on')"
+    done = run_script(SCRIPT.format(body=body), tmp_path, "trap '' HUP; ")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
+
+
+def test_output_that_is_closed_is_no_error_and_goes_nowhere_else(tmp_path):
+    body = "print(1); utils.note('2'); list(utils.progress([3]))"
+    for redirection, seen in ((">&-", ("", "note: 2\n")), ("2>&-", ("1\n", ""))):
+        done = run_script(SCRIPT.format(body=body), tmp_path, f"exec {redirection}; ")
+        assert (done.returncode, done.stdout, done.stderr) == (0, *seen)
 
 
 def test_output_that_finds_no_room_ends_in_one_line(tmp_path):
@@ -125,10 +140,11 @@ ENVIRONMENT = {
 }
 
 
-def run_script(text, folder):
+def run_script(text, folder, before=""):
+    """Run a script, which a shell starts after what is done ``before``."""
     (folder / "script.py").write_text(textwrap.dedent(text))
     return subprocess.run(
-        [sys.executable, folder / "script.py"],
+        ["sh", "-c", f'{before}exec "$0" "$1"', sys.executable, folder / "script.py"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

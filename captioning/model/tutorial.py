@@ -67,7 +67,8 @@ def tutorial_checkpoint(path, word_map):
             "and cannot be trained further here; caption.py and eval.py take it if you name the "
             "word map it was trained with, with --word_map"
         )
-    size = pickled["encoder"].state["_modules"]["adaptive_pool"].state["output_size"]
+    layers = unwrapped(pickled["encoder"]).state["_modules"]
+    size = layers["adaptive_pool"].state["output_size"]
     rows, columns = size if isinstance(size, tuple) else (size, size)
     encoder = {key.replace("resnet.", "cnn.", 1): tensor for key, tensor in encoder.items()}
     for key in [key for key in encoder if key.endswith("running_var")]:
@@ -103,8 +104,15 @@ def tutorial_checkpoint(path, word_map):
     return {"config": config, "word_map": word_map, **parts, "history": []}
 
 
+def unwrapped(module):
+    """An unpickled module, or what it holds if it is a ``DataParallel``."""
+    children = module.state["_modules"]
+    return children["module"] if set(children) == {"module"} else module
+
+
 def flatten_modules(module, prefix=""):
     """An unpickled module's tensors by their dotted names, as in a state dict."""
+    module = unwrapped(module)
     tensors = {**module.state["_parameters"], **module.state["_buffers"]}
     flat = {prefix + key: tensor for key, tensor in tensors.items() if torch.is_tensor(tensor)}
     for name, child in module.state["_modules"].items():

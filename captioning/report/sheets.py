@@ -71,14 +71,25 @@ def spotlight(picture, alpha):
     :param alpha: float tensor (num_pixels,)
     :return: uint8 (height, width, 3)
     """
-    from skimage.transform import resize
-
     side, pixels = math.isqrt(len(alpha)), np.asarray(picture, np.float32)
     # even weights light the whole picture evenly and not fully: nothing was singled out
     weights = alpha.view(side, side).numpy() / max(float(alpha.max()), 4 / len(alpha))
-    light = resize(weights, pixels.shape[:2], order=3, mode="edge").clip(0, 1)[..., None]
+    light = enlarge(weights, pixels.shape[:2]).clip(0, 1)[..., None]
     dim = 0.22 * pixels.mean(axis=2, keepdims=True) + 18
     return (light * pixels + (1 - light) * dim).astype(np.uint8)
+
+
+def enlarge(weights, shape):
+    """Weights of a grid, float (side, side), as float (height, width), by cubic splines."""
+    try:
+        from skimage.transform import resize
+    except (AttributeError, ImportError):  # 0.26 reads docstrings, which python -OO leaves out
+        from scipy.ndimage import zoom
+
+        factors = [new / old for new, old in zip(shape, weights.shape)]
+        large = zoom(weights, factors, order=3, mode="nearest", grid_mode=True)
+        return large.clip(weights.min(), weights.max())
+    return resize(weights, shape, order=3, mode="edge")
 
 
 @default_settings()

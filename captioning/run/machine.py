@@ -64,8 +64,11 @@ def prepare_process():
 
     What the user has set in the environment wins.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a log need not be UTF-8
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: print would take the one for the other
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the end
+        if isinstance(getattr(sys, name), io.TextIOWrapper):  # in a notebook or IDLE it is not
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a log need not be UTF-8
     # what an update frees serves the next one; glibc would give it back and get it anew by pages
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)

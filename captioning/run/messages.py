@@ -1,8 +1,10 @@
 """What the user is told: errors of one line, notes that are said once, progress."""
 
 import functools
+import math
 import os
 import sys
+import time
 
 from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
@@ -54,11 +56,34 @@ def did_you_mean(name, known):
 
 def progress(iterable=None, **options):
     """A tqdm bar; in a log file and on a dumb terminal, a plain line every half minute."""
-    look = {"dynamic_ncols": True}
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        layout = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}\n"
-        look = {"mininterval": 30, "maxinterval": 30, "delay": 30, "bar_format": layout}
-    return tqdm.tqdm(iterable, **{"disable": not is_main(), **look, **options})
+    options = {"disable": not is_main(), **options}
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return tqdm.tqdm(iterable, dynamic_ncols=True, **options)
+    layout = "{desc}: {n_fmt}/{total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+    return _log_bar()(iterable, **options | {"bar_format": layout, "leave": False})
+
+
+LOG_INTERVAL = 30  # seconds
+
+
+@functools.cache
+def _log_bar():
+    """The class of tqdm bars that write lines; made when tqdm is needed."""
+
+    class LogBar(tqdm.tqdm):
+        due = math.inf
+
+        def display(self, *_, **__):  # tqdm asks for it at the start and after every message, too
+            now = time.monotonic()
+            if now >= self.due:
+                print(self, file=self.fp, flush=True)
+            if now >= self.due or self.due == math.inf:
+                self.due = now + LOG_INTERVAL
+
+        def clear(self, *_, **__):
+            """Lines stay."""
+
+    return LogBar
 
 
 def look_up(table, name, what):

@@ -17,20 +17,24 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Turn SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) into Stopped, but not inside ``held``.
+    """Turn a signal that asks to stop into Stopped, but not inside ``held``.
 
-    What comes within five seconds counts as the same signal: torchrun and ``timeout`` send two.
+    SIGINT is Ctrl-C, SIGUSR1 SLURM's warning, and SIGHUP says that the line to the server broke;
+    where that is ignored already (``nohup``), it stays so. What comes within five seconds counts as
+    the same signal: torchrun and ``timeout`` send two.
 
     :param together: with several processes a signal takes effect in ``check`` alone, in all at once
     """
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, together=True):
         self._held, self._received, self._since = together and world_size() > 1, 0, -math.inf
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._handle) for number in self.numbers}
+        hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+        numbers = [n for n in self.numbers if hangs_up or n != signal.SIGHUP]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_):

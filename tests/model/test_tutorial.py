@@ -267,6 +267,22 @@ def test_every_weight_arrives_and_counters_may_be_missing(tutorial, tmp_path, wo
     assert captioner.decoder.encoded_image_size == 7
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_data_parallel_wrapped_is_read(legacy, tutorial, tmp_path, word_map_file):
+    encoder, decoder, folder = tutorial
+    inner = copy.deepcopy(encoder)
+    inner.resnet = nn.DataParallel(inner.resnet)
+    word_map = datasets.load_word_map(word_map_file)
+    expected = models.load_captioner(folder / "zip.pth.tar", word_map=word_map)
+    path = tmp_path / "wrapped.pth.tar"
+    for wrapped in ((nn.DataParallel(encoder), nn.DataParallel(decoder)), (inner, decoder)):
+        save(path, checkpoint_of(*wrapped), legacy)
+        found = models.load_captioner(path, word_map=word_map)
+        for part in ("encoder", "decoder"):
+            pairs = (getattr(c, part).state_dict() for c in (found, expected))
+            torch.testing.assert_close(*pairs, rtol=0, atol=0)
+
+
 def test_a_model_of_an_old_gpu_is_read_without_one(tutorial, tmp_path, word_map_file):
     content = (tutorial[2] / "legacy.pth.tar").read_bytes()
     assert content.count(b"ctorch\nFloatStorage\n") > 0

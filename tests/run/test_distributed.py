@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, second, training_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_stop_signal_saves_one_checkpoint(name, training_data, tmp_path):
     flags = training(training_data, tmp_path, "--epochs", "5000", "--patience", "5000")
     process = torchrun(2, "train", *flags)

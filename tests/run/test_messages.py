@@ -3,6 +3,7 @@
 import re
 
 import utils
+from captioning.run import messages
 from utils import UserError
 
 
@@ -16,14 +17,20 @@ def test_an_error_is_one_line_of_bearable_length_that_ends_in_what_to_do():
     assert str(UserError(message)) == message  # and so it stays when it comes from another process
 
 
-def test_in_a_log_progress_is_a_plain_line_now_and_then(capsys):
-    assert list(utils.progress([1, 2, 3], desc="reading")) == [1, 2, 3]
-    assert capsys.readouterr().err == ""  # it took less than half a minute
-    with utils.progress(desc="reading", total=3, unit="picture", delay=0, mininterval=0) as bar:
-        bar.set_postfix_str("loss 1.0")
-        bar.update(3)
-    out, err = capsys.readouterr()
-    lines = err.replace("\r", "").split("\n")
-    assert not out
-    assert all(re.fullmatch(r"reading: \d/3, .* left, .*|\s*", line) for line in lines)
-    assert any(re.match("reading: 3/3, .* left, .*picture.*, loss 1.0", line) for line in lines)
+def test_in_a_log_progress_is_a_plain_line_now_and_then(capsys, monkeypatch):
+    def read(says):
+        with utils.progress(desc="reading", total=3, unit="picture", mininterval=0) as bar:
+            for i in range(3):
+                bar.update()
+                bar.set_postfix_str(f"loss {i}")
+                if says:
+                    bar.write("a message")
+        return capsys.readouterr()
+
+    assert read(says=False) == ("", "")  # it took less than half a minute
+    assert read(says=True) == ("a message\n" * 3, "")
+    monkeypatch.setattr(messages, "LOG_INTERVAL", 0)
+    _, err = read(says=False)
+    lines = err.splitlines()
+    assert all(re.fullmatch(r"reading: \d/3, .* left, .*picture.*", line) for line in lines)
+    assert lines[0].startswith("reading: 1/3") and lines[-1].endswith(", loss 2")
