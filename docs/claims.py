@@ -184,8 +184,8 @@ def wrong_claims(runs, page):
 
 
 def without_source(page):
-    """The texts, tables left out, that have a decimal figure and say not where it is from."""
+    """The texts, tables left out, that have a figure (1.5, 20 %) and say not where it is from."""
     for text, comment in passages(page):
         prose = re.sub(r"^\|.*$", "", text, flags=re.M)
-        if re.search(r"\d\.\d", prose) and not comment.startswith(("holds\n", "from: ")):
+        if re.search(r"\d\.\d|\d %", prose) and not comment.startswith(("holds\n", "from: ")):
             yield prose.strip()
