@@ -9,12 +9,10 @@ import time
 import urllib.request
 from pathlib import Path
 
-from captioning.data.words import clean_caption
 from captioning.run.files import check_disk
-from captioning.run.messages import UserError, progress
+from captioning.run.messages import UserError, progress, why
 
 BASE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-
 
 ARCHIVES = {  # name: MD5, bytes (about)
     "Flickr8k_Dataset.zip": ("f18a1e2920de5bd84dae7cf08ec78978", 1_115_000_000),
@@ -57,7 +55,7 @@ def download(
                 if number in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                     problem = f"cannot write {part}: {error.strerror}"
                     raise UserError(f"{problem}; make room or check your rights") from error
-                problem = clean_caption(str(error)) or type(error).__name__
+                problem = why(error)
                 if getattr(error, "code", None) in (401, 403, 404, 410) or attempt == attempts - 1:
                     raise UserError(
                         f"cannot download {base_url}{name}: {problem}. Run the command again to "

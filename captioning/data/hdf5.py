@@ -87,11 +87,7 @@ def write_images(file, kept, size, workers):
 
 
 valid_text = lambda name: name.encode("utf-8", "replace").decode()  # Linux allows any bytes
-
-
 pack = lambda value: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
-
-
 unpack = lambda data: json.loads(data[:].tobytes())
 
 

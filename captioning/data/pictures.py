@@ -7,12 +7,15 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from captioning.run.messages import UserError, why
 
 MAX_PIXELS = 89_478_485  # of a decoded picture: 268 MB as RGB; Pillow warns beyond it
+MAX_BYTES = 2**28  # of a file of a picture or a text
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp", ".avif"}
+PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def open_image(path, size=None):
@@ -37,9 +40,7 @@ def open_image(path, size=None):
             if image.width * image.height > MAX_PIXELS or pixels > 4 * MAX_PIXELS:
                 raise UserError(f"it has {pixels:,} pixels, too many")
             image.load()
-            with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return _upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
         # the text of the first kind holds an address in memory
         is_unknown = isinstance(error, UnidentifiedImageError)
@@ -91,20 +92,9 @@ def square_of(picture, size):
         flat = picture.shape[2:] == (1,)
         picture = Image.fromarray(picture[..., 0] if flat else np.ascontiguousarray(picture))
     try:
-        with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
-            picture = ImageOps.exif_transpose(picture)
-        return resize_image(_to_rgb(picture), size)
+        return resize_image(_upright_rgb(picture), size)
     except OSError as error:
         raise UserError(f"cannot read the picture: {why(error)}; {expected}") from error
-
-
-MAX_BYTES = 2**28  # of a file of a picture or a text
-
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp", ".avif"}
-
-
-PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def read_bytes(path):
@@ -117,7 +107,11 @@ def read_bytes(path):
     return path.read_bytes()
 
 
-def _to_rgb(image):
+def _upright_rgb(image):
+    """A picture of any mode as RGB, turned as its EXIF says."""
+    with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0).clip(0)
         scales = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())

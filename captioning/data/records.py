@@ -27,6 +27,4 @@ class Settings(NamedTuple):
 
 # one picture may always be lost; a data set that lacks more than 3 % is damaged or another one
 too_many_lost = lambda lost, total: lost > max(1, 0.03 * total)
-
-
 is_list_of = lambda x, kind: isinstance(x, list) and all(isinstance(item, kind) for item in x)

@@ -10,32 +10,18 @@ from PIL import Image, ImageDraw, ImageFilter
 from captioning.data.records import SPLITS, Record
 
 SHAPES = ("circle", "square", "triangle", "star")
-
-
 SHAPE_COLORS = {"red": (214, 34, 38), "green": (28, 152, 58), "blue": (32, 74, 214)}
-
-
 SHAPE_COLORS |= {"yellow": (250, 212, 22), "white": (250, 250, 250), "black": (18, 18, 20)}
-
-
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
-
-
 _TINTS = ("98a0aa", "b0a090", "94a698", "aa98a8", "92a0b8", "a6a6a0")
-
-
 PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-
-
 _INVERSE = {"left": "right", "above": "below"}
-
 
 _PLACES = (
     *("at the top left", "at the top", "at the top right"),
     *("on the left", "in the middle", "on the right"),
     *("at the bottom left", "at the bottom", "at the bottom right"),
 )
-
 
 _MARGIN = 0.03
 

@@ -162,7 +162,7 @@ def test_rarer_modes_give_a_picture(mode, tmp_path):
         image = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
     assert image.mode == mode
     if mode in ("La", "RGBa"):  # Pillow reads these from TIFF files, but does not write them
-        shown = np.asarray(pictures_room._to_rgb(image))
+        shown = np.asarray(pictures_room._upright_rgb(image))
     else:
         shown = read_image(encoded(image, "TIFF"))
     assert (
