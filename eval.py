@@ -239,6 +239,9 @@ def report(args, data, outputs, rows, said):
         print("METEOR left out: it needs a Java that works (see java -version)")
     if len(data) == 1:
         print("CIDEr left out: of a single picture it is always 0")
+    for label, (captions, *_) in said.items():
+        if short := metrics.too_short(captions):
+            print(f"{heading} {label}: {short}")
     if None in data.image_ids:
         print("image_id in the captions is the row number: the data's source gave no ids")
     print(f"written: {outputs['metrics']}", *outputs["captions"].values(), sep="\n  ")

@@ -55,8 +55,8 @@ def train(trainer, args):
         trainer.count(loss.detach(), nll, batch)
 
     step = cuda_graphs.CudaGraphStep(train_step, trainer) if trainer.use_graphs else train_step
-    stale = schedules.epochs_without_gain
-    while len(history) < args.epochs and stale(history, args.metric) < args.patience:
+    is_patient = schedules.is_patient
+    while len(history) < args.epochs and is_patient(trainer.config, history, args.patience):
         # self-critical training samples without dropout, so it trains without, too
         trainer.captioner.decoder.train(not args.scst)
         for batch in trainer.batches():
@@ -317,12 +317,8 @@ def main(args):
             how = "saved. The same command with --resume goes on"
             signal.args = (f"{signal} after update {trainer.update}; {how}",)
             raise
-        best = max(trainer.history, key=lambda record: record[args.metric])
-        print(
-            f"best {args.metric} {best[args.metric]:.2f} in epoch {best['epoch']} of "
-            f"{len(trainer.history)}, {best['seconds']:.0f} s after the start; peak memory "
-            f"{machine.peak_memory_gb(trainer.device)} GB: {trainer.best_path}"
-        )
+        memory = machine.peak_memory_gb(trainer.device)
+        log.print_end(trainer.config, trainer.history, memory, trainer.best_path)
 
 
 def prepare(args, stack):
@@ -479,7 +475,8 @@ def get_args_parser():
     add("--learning_rate", type=rate, default=6e-4, help="of the decoder, at its peak")
     text = "after the warm-up; plateau: x 0.8 after every 2 epochs without a better score"
     add("--lr_schedule", choices=("cosine", "plateau", "constant"), default="cosine", help=text)
-    add("--warmup", type=whole, default=200, help="updates of a rising learning rate")
+    text = "updates of a rising learning rate; at most a tenth of the run's"
+    add("--warmup", type=whole, default=200, help=text)
     add("--weight_decay", type=rate, default=0.01, help="of AdamW")
     add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help="longest gradient")
     add("--dropout", type=share, default=0.6, help="share dropped before words are scored")
@@ -518,7 +515,8 @@ def get_args_parser():
 
     add = parser.add_argument_group("validation").add_argument
     add("--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at")
-    add("--patience", type=width, default=6, help="epochs without a better score: stop")
+    text = "epochs without a better score, counted from the warm-up's end: stop"
+    add("--patience", type=width, default=6, help=text)
 
     add = parser.add_argument_group("continuing").add_argument
     text = "go on with an interrupted run: that of --output_folder, or of a checkpoint or folder"

@@ -69,15 +69,27 @@ def epochs_without_gain(history, metric):
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
+def warmup_updates(config):
+    """Updates of a rising learning rate: those of ``--warmup``, but at most a tenth of the run."""
+    return min(config["warmup"], config["total_updates"] // 10)
+
+
+def is_patient(config, history, patience):
+    """Whether the best epoch, or the warm-up's end, is fewer than ``patience`` epochs ago."""
+    warm = sum(record["update"] > warmup_updates(config) for record in history)
+    return min(epochs_without_gain(history, config["metric"]), warm) < patience
+
+
 def learning_rate_factor(config, update, history):
     """Share of the peak learning rate at an update; follows from the log, so nothing is resumed."""
-    if update < config["warmup"]:
-        return (update + 1) / config["warmup"]
+    warmup = warmup_updates(config)
+    if update < warmup:
+        return (update + 1) / warmup
     if config["lr_schedule"] == "constant":
         return 1.0
     if config["lr_schedule"] == "plateau":
         pasts = (history[: n + 1] for n in range(len(history)))
         stale = [epochs_without_gain(past, config["metric"]) for past in pasts]
         return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
-    done = (update - config["warmup"]) / max(1, config["total_updates"] - config["warmup"])
+    done = (update - warmup) / max(1, config["total_updates"] - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

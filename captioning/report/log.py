@@ -6,7 +6,9 @@ import math
 import numpy as np
 import torch
 
+from captioning.report.metrics import too_short
 from captioning.run.files import atomic_path
+from captioning.run.messages import note
 
 
 def print_header(captioner, train_data, val_data, options):
@@ -23,6 +25,16 @@ def print_header(captioner, train_data, val_data, options):
         f"{len(train_data.captions):,} captions, {len(val_data):,} validation images; "
         f"{len(captioner.word_map) - 4:,} words and 4 special tokens"
     )
+    updates = config["total_updates"] // config["epochs"]
+    if updates < 10:
+        note(
+            f"{len(train_data):,} training images are {updates} updates an epoch at --batch_size "
+            f"{config['batch_size']}: too few to learn much from; go on from a trained model "
+            "(--preset adapt --init_from captioner), or take --batch_size 4 and more --epochs"
+        )
+    short = too_short(sum(val_data.references, []))
+    if short and config["metric"] == "BLEU-4":
+        note(f"validation: {short}; choose the best epoch by --metric CIDEr")
     for group, changed in options.items():
         print(f"{group}: {' '.join(as_typed(*flag) for flag in changed.items())}")
 
@@ -42,9 +54,24 @@ def print_epoch(record, beam_size, is_best, val_data, hypotheses):
         f"{' *' if is_best else ''} | {record['words_per_second']:,} words/s, "
         f"{record['seconds']:.0f} s since start"
     )
+    if short := too_short(hypotheses):
+        note(short)
     for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
         caption, true = " ".join(hypotheses[i]), val_data.raw_references[i][0]
         print(f"    {val_data.image_names[i]}: {caption}   (true: {true})")
+
+
+def print_end(config, history, memory, path):
+    """Why a training ended early, if it did, and what its best epoch was."""
+    metric, epochs = config["metric"], config["epochs"]
+    if len(history) < epochs:
+        why = f"no better {metric} for {config['patience']} epochs (--patience)"
+        print(f"stopped after {len(history)} of {epochs} epochs: {why}")
+    best = max(history, key=lambda record: record[metric])
+    print(
+        f"best {metric} {best[metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
+        f"{best['seconds']:.0f} s after the start; peak memory {memory} GB: {path}"
+    )
 
 
 def write_log(path, config, history):

@@ -48,6 +48,20 @@ def score_captions(references, hypotheses, meteor=False, each=False):
     }
 
 
+def too_short(captions):
+    """What to say of captions too short for BLEU-4, which counts runs of four words; or None.
+
+    :param captions: list of lists of words
+    """
+    short = sum(len(words) < 4 for words in captions)
+    if 2 * short < len(captions):
+        return None
+    return (
+        f"{short:,} of {len(captions):,} captions have fewer than four words, so BLEU-4, which "
+        "counts runs of four, tells little: look at CIDEr and BLEU-1"
+    )
+
+
 def _meteor(gts, res):
     """METEOR 1.5 (Denkowski and Lavie 2014), 0-100, and a list of the captions' own, 0-1.
 
