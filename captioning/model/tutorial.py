@@ -12,42 +12,6 @@ from captioning.model.encoders import ENCODERS
 from captioning.run.messages import UserError
 
 
-class StandIn(dict):
-    """What is unpickled in place of any object and any call's result: nothing is run."""
-
-    state, dump_patches = None, False  # torch.load asks classes for the second
-    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
-
-    def __init__(self, *args, **options):  # dict's would read them
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def rebuild_tensor(storage, offset, size, stride, *_):
-    """A tensor of a storage that holds as much as its shape says."""
-    if len(size) != len(stride) or offset + math.prod(size) > storage.size():
-        raise ValueError(f"{storage.size()} values are too few for the shape {size}")
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-
-class InertUnpickler(pickle._Unpickler):
-    """Reads a pickle of ``torch.save``, which can call nothing but what puts a tensor together.
-
-    The one written in Python, as C's allocates whatever a damaged file asks for.
-    """
-
-    KNOWN = {
-        "torch._utils._rebuild_tensor": rebuild_tensor,
-        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    }
-
-    def find_class(self, module, name):
-        return self.KNOWN.get(f"{module}.{name}") or type("StandIn", (StandIn,), {})
-
-
 def tutorial_checkpoint(path, word_map):
     """A checkpoint of whole modules of the PyTorch captioning tutorial, in the form of our own.
 
@@ -60,7 +24,7 @@ def tutorial_checkpoint(path, word_map):
     with warnings.catch_warnings(action="ignore"):  # that the source of its classes is another one
         pickled = torch.load(path, **options)
     # fails, and is reported by load_tensors, where these are no whole modules
-    encoder, decoder = (flatten_modules(pickled[key]) for key in ("encoder", "decoder"))
+    encoder, decoder = (_flatten_modules(pickled[key]) for key in ("encoder", "decoder"))
     if word_map is None:
         raise UserError(
             f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map "
@@ -104,17 +68,53 @@ def tutorial_checkpoint(path, word_map):
     return {"config": config, "word_map": word_map, **parts, "history": []}
 
 
-def unwrapped(module):
-    """An unpickled module, or what it holds if it is a ``DataParallel``."""
-    children = module.state["_modules"]
-    return children["module"] if set(children) == {"module"} else module
-
-
-def flatten_modules(module, prefix=""):
+def _flatten_modules(module, prefix=""):
     """An unpickled module's tensors by their dotted names, as in a state dict."""
     module = unwrapped(module)
     tensors = {**module.state["_parameters"], **module.state["_buffers"]}
     flat = {prefix + key: tensor for key, tensor in tensors.items() if torch.is_tensor(tensor)}
     for name, child in module.state["_modules"].items():
-        flat |= flatten_modules(child, f"{prefix}{name}.")
+        flat |= _flatten_modules(child, f"{prefix}{name}.")
     return flat
+
+
+class StandIn(dict):
+    """What is unpickled in place of any object and any call's result: nothing is run."""
+
+    state, dump_patches = None, False  # torch.load asks classes for the second
+    __eq__, __hash__ = object.__eq__, object.__hash__  # it may be a key or a set's member
+
+    def __init__(self, *args, **options):  # dict's would read them
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_):
+    """A tensor of a storage that holds as much as its shape says."""
+    if len(size) != len(stride) or offset + math.prod(size) > storage.size():
+        raise ValueError(f"{storage.size()} values are too few for the shape {size}")
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+class InertUnpickler(pickle._Unpickler):
+    """Reads a pickle of ``torch.save``, which can call nothing but what puts a tensor together.
+
+    The one written in Python, as C's allocates whatever a damaged file asks for.
+    """
+
+    KNOWN = {
+        "torch._utils._rebuild_tensor": _rebuild_tensor,
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    }
+
+    def find_class(self, module, name):
+        return self.KNOWN.get(f"{module}.{name}") or type("StandIn", (StandIn,), {})
+
+
+def unwrapped(module):
+    """An unpickled module, or what it holds if it is a ``DataParallel``."""
+    children = module.state["_modules"]
+    return children["module"] if set(children) == {"module"} else module

@@ -16,18 +16,35 @@ from captioning.run.messages import UserError, cannot, note
 fcntl, tqdm = lazy("fcntl", "tqdm")
 
 
-def precaution(what, call, *args):
-    """Call what guards against power cuts or other processes; say once if the disk cannot do it.
+@contextlib.contextmanager
+def atomic_path(path):
+    """Give the path of an empty file beside ``path``; on success rename it, otherwise remove it.
 
-    :raises OSError: if it failed for another reason, such as a full disk
+    So a file appears under its final name whole or not at all, whatever kills the process. The
+    temporary name is always the same one, and locked: what a killed process left is written over,
+    and a second writer waits. Links are followed; a FIFO or a device is given as it is.
+
+    :param path: final path, whose suffix the file has; its folder is made if it is missing
+    :raises UserError: if the folder cannot be written or the disk is full
     """
-    codes = "ENOSYS ENOTSUP EOPNOTSUPP EINVAL ENOLCK EPERM EACCES ENOTTY EBADF ENODEV"
+    final = Path(os.path.realpath(path))
+    digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()[:8]  # names end at 255 bytes
+    temporary = final.with_name(f".{final.name[:30]}.{digest}.partial{final.suffix[:10]}")
     try:
-        call(*args)
+        if final.exists() and not (final.is_file() or final.is_dir()):
+            yield Path(path)
+            return
+        with locked(temporary.with_name(f"{temporary.name}.lock"), path, wait=True):
+            try:
+                temporary.write_bytes(b"")
+                yield temporary
+                precaution("fsync", _flush, temporary)
+                os.replace(temporary, final)
+            finally:
+                temporary.unlink(missing_ok=True)
+        precaution("fsync of folders", _flush, final.parent)  # it holds the new name
     except OSError as error:
-        if errno.errorcode.get(error.errno) not in codes.split():
-            raise
-        note(f"this file system has no {what} ({os.strerror(error.errno)}); going on without")
+        raise cannot("write", path, error) from error
 
 
 @contextlib.contextmanager
@@ -69,43 +86,27 @@ def locked(path, what, wait=False):
                         path.parent.rmdir()
 
 
-def _flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_json(path, value):
+    """Write ``value`` as readable JSON to a file, atomically, or to what ``output_path`` gave."""
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    if str(path) == "-":
+        print(text, end="", file=sys.__stdout__, flush=True)
+        return
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def atomic_path(path):
-    """Give the path of an empty file beside ``path``; on success rename it, otherwise remove it.
+def read_json(path):
+    """Read a JSON file.
 
-    So a file appears under its final name whole or not at all, whatever kills the process. The
-    temporary name is always the same one, and locked: what a killed process left is written over,
-    and a second writer waits. Links are followed; a FIFO or a device is given as it is.
-
-    :param path: final path, whose suffix the file has; its folder is made if it is missing
-    :raises UserError: if the folder cannot be written or the disk is full
+    :raises UserError: if it is missing, unreadable or not JSON (the line and column are named)
     """
-    final = Path(os.path.realpath(path))
-    digest = hashlib.sha256(os.fsencode(final.name)).hexdigest()[:8]  # names end at 255 bytes
-    temporary = final.with_name(f".{final.name[:30]}.{digest}.partial{final.suffix[:10]}")
     try:
-        if final.exists() and not (final.is_file() or final.is_dir()):
-            yield Path(path)
-            return
-        with locked(temporary.with_name(f"{temporary.name}.lock"), path, wait=True):
-            try:
-                temporary.write_bytes(b"")
-                yield temporary
-                precaution("fsync", _flush, temporary)
-                os.replace(temporary, final)
-            finally:
-                temporary.unlink(missing_ok=True)
-        precaution("fsync of folders", _flush, final.parent)  # it holds the new name
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise cannot("write", path, error) from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, or a nesting without end
+        raise UserError(f"{path} is not valid JSON: {str(error)[:160]}") from error
 
 
 def output_path(path, force=False, page=None):
@@ -140,29 +141,6 @@ def output_path(path, force=False, page=None):
     return path
 
 
-def write_json(path, value):
-    """Write ``value`` as readable JSON to a file, atomically, or to what ``output_path`` gave."""
-    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    if str(path) == "-":
-        print(text, end="", file=sys.__stdout__, flush=True)
-        return
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path):
-    """Read a JSON file.
-
-    :raises UserError: if it is missing, unreadable or not JSON (the line and column are named)
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, or a nesting without end
-        raise UserError(f"{path} is not valid JSON: {str(error)[:160]}") from error
-
-
 def check_disk(folder, size):
     """:raises UserError: if ``size`` bytes cannot be written to a folder, which need not exist"""
     folder = Path(folder).absolute()
@@ -185,3 +163,25 @@ def reserve(path, size):
         # not opened for appending, which glibc's emulation refuses
         with open(path, "rb+" if os.path.exists(path) else "wb+") as file:
             precaution("reserving of space", os.posix_fallocate, file.fileno(), 0, size)
+
+
+def precaution(what, call, *args):
+    """Call what guards against power cuts or other processes; say once if the disk cannot do it.
+
+    :raises OSError: if it failed for another reason, such as a full disk
+    """
+    codes = "ENOSYS ENOTSUP EOPNOTSUPP EINVAL ENOLCK EPERM EACCES ENOTTY EBADF ENODEV"
+    try:
+        call(*args)
+    except OSError as error:
+        if errno.errorcode.get(error.errno) not in codes.split():
+            raise
+        note(f"this file system has no {what} ({os.strerror(error.errno)}); going on without")
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

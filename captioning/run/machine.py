@@ -19,6 +19,61 @@ psutil, resource, shlex, subprocess, torch = lazy(
 )
 
 
+def prepare_process():
+    """Set how text is written, and what torch and OpenMP read when they are loaded.
+
+    What the user has set in the environment wins.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: print would take the one for the other
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the end
+        if isinstance(getattr(sys, name), io.TextIOWrapper):  # in a notebook or IDLE it is not
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a log need not be UTF-8
+    # what an update frees serves the next one; glibc would give it back and get it anew by pages
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
+    os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
+    # threads that spin while they wait take the cores that their own partners are waiting for
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) and busy_cores() > 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def own_cores():
+    """The numbers of the cores that this process may use."""
+    every = range(os.cpu_count() or 1)
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
+
+
+def busy_cores(seconds=0.1):
+    """How many of its cores others keep busy (float), measured while this process sleeps."""
+    try:
+        percent = psutil.cpu_percent(interval=seconds, percpu=True)
+        return sum(percent[core] for core in own_cores()) / 100
+    except (OSError, IndexError):  # some containers do not say
+        return 0.0
+
+
+def pick_device(name):
+    """The torch device of a name, made the current one; raises UserError if it is not here."""
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device, count = torch.device(name), torch.cuda.device_count()
+        if device.type == "cuda":
+            if (device.index or 0) >= count:
+                raise UserError(f"--device {name}: torch finds {count} GPUs here; try --device cpu")
+            torch.cuda.set_device(device.index or 0)  # before anything opens the first one
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}; try --device cpu") from error
+    return device
+
+
 @contextlib.contextmanager
 def processes(device_name):
     """This process's torch device, once torchrun's processes have met; only the first one prints.
@@ -44,61 +99,6 @@ def processes(device_name):
     distributed.destroy_process_group()
 
 
-def own_cores():
-    """The numbers of the cores that this process may use."""
-    every = range(os.cpu_count() or 1)
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every
-
-
-def busy_cores(seconds=0.1):
-    """How many of its cores others keep busy (float), measured while this process sleeps."""
-    try:
-        percent = psutil.cpu_percent(interval=seconds, percpu=True)
-        return sum(percent[core] for core in own_cores()) / 100
-    except (OSError, IndexError):  # some containers do not say
-        return 0.0
-
-
-def prepare_process():
-    """Set how text is written, and what torch and OpenMP read when they are loaded.
-
-    What the user has set in the environment wins.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: print would take the one for the other
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the end
-        if isinstance(getattr(sys, name), io.TextIOWrapper):  # in a notebook or IDLE it is not
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # a log need not be UTF-8
-    # what an update frees serves the next one; glibc would give it back and get it anew by pages
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # torch 2.14 would compile a kernel for products of width 1, and many servers have no compiler
-    os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
-    # threads that spin while they wait take the cores that their own partners are waiting for
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) and busy_cores() > 0.5:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
-def pick_device(name):
-    """The torch device of a name, made the current one; raises UserError if it is not here."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    try:
-        device, count = torch.device(name), torch.cuda.device_count()
-        if device.type == "cuda":
-            if (device.index or 0) >= count:
-                raise UserError(f"--device {name}: torch finds {count} GPUs here; try --device cpu")
-            torch.cuda.set_device(device.index or 0)  # before anything opens the first one
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason}; try --device cpu") from error
-    return device
-
-
 def autocast(device, enabled):
     """Context in which matrix products are done in bfloat16 (--amp), if it is enabled."""
     return torch.autocast(device.type, torch.bfloat16, enabled)
@@ -111,10 +111,8 @@ def set_seed(*numbers):
 
 def describe_machine(device):
     """Revision, versions and device in one line, so that a log says what it ran on."""
-    folder, name = (
-        shlex.quote(str(Path(__file__).parents[2])),
-        f"threads: {torch.get_num_threads()}",
-    )
+    folder = shlex.quote(str(Path(__file__).parents[2]))
+    name = f"threads: {torch.get_num_threads()}"
     status, output = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
     revision = "unknown" if status else output  # of a copy without git, too
     if device.type == "cuda":
