@@ -59,6 +59,7 @@ def main(args):
             print(f"written: {messages.printable(args.json)}", file=sys.stderr)
         if args.html and shown:
             lead = f"by {args.model or 'the captioner of the suite'}, beam size {args.beam_size}"
+            lead += "; below each word its probability in %"
             shown = {"title": "Captions", "lead": lead, "alternatives": True, "pictures": shown}
             page.write_page(args.html, shown)
             print(f"written: {messages.printable(args.html)}", file=sys.stderr)
@@ -173,7 +174,8 @@ def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
         score, log_prob = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
         scores, words = {"score": score, "log-probability": log_prob}, captioner.text(hypothesis)
         captions.append(page.page_caption(words, hypothesis, scores, likely))
-    return {"name": str(path), "captions": captions} | page.page_picture(picture, 480)
+    picture = page.page_picture(picture, args.page_side)
+    return {"name": path.as_posix(), "captions": captions} | picture
 
 
 if __name__ == "__main__":

@@ -248,14 +248,15 @@ def report(args, data, outputs, rows, said):
     if args.html:
         if not args.compare:
             lead += f", by {' and '.join(map(str, args.model or ['the captioner of the suite']))}"
-        page.write_page(args.html, report_page(data, table, heading, said, lead))
+        page.write_page(args.html, report_page(data, table, heading, said, lead, args.page_side))
         print(f"  {args.html}")
 
 
-def report_page(data, table, heading, said, lead):
+def report_page(data, table, heading, said, lead, side):
     """The report as ``page.write_page`` wants it.
 
     :param said: for each column of the table (captions, hypotheses, own scores), as in ``main``
+    :param side: of the pictures, in pixels
     """
     (columns, groups), pictures = table, []
     for i in utils.progress(range(len(data)), desc="page", unit="picture"):
@@ -266,7 +267,7 @@ def report_page(data, table, heading, said, lead):
             more = more if len(said) > 1 else {}
             captions.append(page.page_caption(texts[i], hypotheses[i], scores, **more))
         entry = {"name": data.image_names[i], "references": data.raw_references[i]}
-        picture = page.page_picture(data.images([i])[0].transpose(1, 2, 0), 200)
+        picture = page.page_picture(data.images([i])[0].transpose(1, 2, 0), side)
         pictures.append(entry | {"captions": captions} | picture)
     heads = [heading, *columns]
     figures = [{"title": t, "columns": heads, "rows": rows} for t, rows in groups.items()]

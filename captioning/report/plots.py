@@ -33,6 +33,11 @@ def font_families(letters):
     missing = set(map(ord, letters)) - FT2Font(font_manager.findfont(own)).get_charmap().keys()
     if not missing:
         return [own]
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in font_manager.findSystemFonts():  # matplotlib keeps a list, and asks but once
+        if path not in known:
+            with contextlib.suppress(OSError, RuntimeError):  # a damaged font
+                font_manager.fontManager.addfont(path)
     fonts = [font for font in font_manager.fontManager.ttflist if os.path.exists(font.fname)]
     fonts = [font for font in fonts if "Last Resort" not in font.name]  # boxes for every letter
     lacks = {font.name: missing - FT2Font(font.fname).get_charmap().keys() for font in fonts}

@@ -136,6 +136,8 @@ def add_captioning_flags(parser, several=False):
     add("--data_folder", type=Path, default=Path("data"), help=text)
     text = "also write a page to look at: point at a word and see where the model looked"
     add("--html", type=Path, help=text)
+    text = "longer side of the page's pictures, in pixels: lower it for a smaller file"
+    add("--page_side", type=bounded(int, 32, 1024), default=200 if several else 480, help=text)
     text = (
         "among the captions of the beam prefer what people said of similar training pictures: add "
         "this x their CIDEr-D to the score (Mao et al. 2015); 0 is off, 0.8 with --beam_size 20 "

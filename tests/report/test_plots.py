@@ -124,7 +124,7 @@ def test_letters_without_a_font_are_named_with_what_to_install(capsys):
     assert note.count("\n") == 1 and "install" in note and "fonts-noto" in note
 
 
-def test_a_font_of_the_system_is_taken_for_the_letters_that_dejavu_lacks(monkeypatch):
+def test_a_font_of_the_system_even_a_new_one_is_taken_for_letters_that_dejavu_lacks(monkeypatch):
     from matplotlib import font_manager, ft2font
 
     class Font:
@@ -142,11 +142,20 @@ def test_a_font_of_the_system_is_taken_for_the_letters_that_dejavu_lacks(monkeyp
                 ord(letter): 1 for key in letters if key in self.name for letter in letters[key]
             }
 
-    class System:
-        ttflist = [type("", (), {"name": n, "fname": "/"}) for n in ("Serif", "Han", "Last Resort")]
+    font = lambda name: type("", (), {"name": name, "fname": "/"})
+
+    class System:  # of which one font was installed since matplotlib looked
+        ttflist = list(map(font, ("Serif", "Last Resort")))
+
+        @classmethod
+        def addfont(cls, path):
+            if path == "/damaged.ttf":
+                raise RuntimeError(path)
+            cls.ttflist.append(font("Han"))
 
     names = iter(["DejaVu", "Serif", "Han"])
     monkeypatch.setattr(ft2font, "FT2Font", lambda path: Font(next(names)))
     monkeypatch.setattr(font_manager, "fontManager", System)
     monkeypatch.setattr(font_manager, "findfont", lambda name: name)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["/", "/damaged.ttf", "/han.ttf"])
     assert plots.font_families("a狗草") == ["DejaVu Sans", "Han"]
