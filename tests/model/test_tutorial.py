@@ -331,7 +331,7 @@ def test_caption_py_uses_it(path, word_map_file, tutorial, tmp_path, monkeypatch
     caption.main(
         caption.get_args_parser().parse_args(
             f"--img photo.png --model {path} --word_map {word_map_file} --beam_size 1 "
-            "--max_decode_steps 5 --workers 1 --device cpu".split()
+            "--no_no_repeat --max_decode_steps 5 --workers 1 --device cpu".split()
         )
     )
     word_map = datasets.load_word_map(word_map_file)
