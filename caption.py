@@ -113,21 +113,15 @@ def load(args):
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioner = models.load_captioner(args.model, device, word_map)
     captioner.decoder.sample_location = args.sample_location
-    options = command_line.search_options(args) | {
-        "beam_size": args.beam_size,
-        "n_best": args.n_best,
-    }
+    options = command_line.search_options(args) | {"n_best": args.n_best}
     options["with_alphas"] = bool(args.html) or not args.no_plot
     if args.consensus:
         name = captioner.config["data_name"]
         if not name:
             raise UserError(f"--consensus: {args.model} does not say on what it was trained")
         data = datasets.CaptionDataset(paths.split_path(args.data_folder, "train", name))
-        # in the arithmetic of the training, so that the features that it stored serve
-        with machine.autocast(device, captioner.config.get("amp", args.amp)):
-            options["consensus"] = models.Consensus.of(
-                [captioner], data, args.consensus, args.workers
-            )
+        how = args.consensus, args.workers, args.amp
+        options["consensus"] = models.Consensus.of([captioner], data, *how)
     return captioner, options
 
 

@@ -37,9 +37,9 @@ def main(args):
             gazed = gaze.gaze_features(captioners, outs[0], mine.start)
             machine.set_seed(0)  # of sampled locations
             began = time.time()
-            options = {"beam_size": beam_size, "consensus": consensus}
+            options = command_line.search_options(args)
+            options |= {"beam_size": beam_size, "consensus": consensus}
             options["with_alphas"] = data.scenes is not None or args.html is not None
-            options |= command_line.search_options(args)
             found = models.caption_split(captioners, outs, **options)
             best = [hypotheses[0] for hypotheses in sum(distributed.all_gather(found), [])]
             seconds = time.time() - began
@@ -158,9 +158,8 @@ def load(args, device):
             captioner.decoder.sample_location = args.sample_location
         if args.consensus:
             known = datasets.CaptionDataset(paths.split_path(args.data_folder, "train", name))
-            # in the training's arithmetic, so that the features it stored serve
-            with machine.autocast(device, group[0].config.get("amp", args.amp)):
-                consensus = models.Consensus.of(group, known, args.consensus, args.workers)
+            options = args.consensus, args.workers, args.amp
+            consensus = models.Consensus.of(group, known, *options)
         searches |= {label or k: (group, k, consensus) for k in args.beam_size}
     return data, searches, outputs
 

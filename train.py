@@ -100,7 +100,7 @@ def validate(trainer, args):
         else:
             features = trainer.val_features[share]
         nll = teacher_forced_nll(captioner.decoder, data, features, share)
-        options = command_line.search_options(args) | {"beam_size": args.beam_size}
+        options = command_line.search_options(args)
         found = models.caption_split([captioner], [features], with_alphas=False, **options)
     hypotheses = sum(distributed.all_gather([captioner.text(best) for best, *_ in found]), [])
     scores = distributed.is_main() and metrics.score_captions(data.references, hypotheses)
@@ -279,7 +279,7 @@ class Trainer:
             log.write_log(paths.log_path(*where), self.config, self.history)
             curves.draw_curves(paths.curves_path(*where), self.history, args.metric)
             if args.tensorboard:
-                options = command_line.search_options(args) | {"beam_size": args.beam_size}
+                options = command_line.search_options(args)
                 about = self.captioner, self.val_data, self.history[-1]
                 log.write_tensorboard(args.output_folder, *about, options)
 

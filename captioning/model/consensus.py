@@ -10,6 +10,7 @@ from captioning.data.features import encode_split
 from captioning.model.cider import CiderD
 from captioning.model.encoders import feature_store
 from captioning.run.distributed import broadcast
+from captioning.run.machine import autocast
 from captioning.run.messages import UserError
 
 
@@ -36,10 +37,11 @@ class Consensus:
             self.spaces.append((center, spread, F.normalize((mean - center) / spread, dim=1)))
 
     @classmethod
-    def of(cls, captioners, data, weight, workers=2):
+    def of(cls, captioners, data, weight, workers=2, amp=False):
         """The consensus of the data that captioners were trained on.
 
         :param data: ``CaptionDataset``, the training split; mean features are kept beside its file
+        :param amp: encode in bfloat16, if a captioner's own training does not say
         :raises UserError: if it was prepared in another size
         """
         for size in (captioner.image_size for captioner in captioners):
@@ -48,9 +50,11 @@ class Consensus:
                     f"{data.path} has images of {data.image_size} pixels, but the model was "
                     f"trained on {size}; --consensus needs the training images in that size"
                 )
-        means = [
-            mean_features(data, captioner, data.path.parent, workers) for captioner in captioners
-        ]
+        means = []
+        for captioner in captioners:
+            # in the arithmetic of its training, so that the features that this stored serve
+            with autocast(captioner.device, captioner.config.get("amp", amp)):
+                means.append(mean_features(data, captioner, data.path.parent, workers))
         return cls(captioners, data.references, means, weight)
 
     def __call__(self, encoder_outs, found):

@@ -152,6 +152,7 @@ def add_captioning_flags(parser, several=False):
 def search_options(args):
     """The flags of beam search that all scripts hand on to ``models.beam_search``, as a dict."""
     return {
+        "beam_size": args.beam_size,
         "length_penalty": args.length_penalty,
         "max_decode_steps": args.max_decode_steps,
         "no_repeat": args.no_repeat,
