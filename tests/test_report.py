@@ -32,7 +32,7 @@ def script(name):
 
 scripts = "report", "knowledge", "exposure", "ablations"
 report, knowledge, exposure, ablations = map(script, scripts)
-claims = report.claims
+claims, tables = report.claims, report.report_tables
 TEXTS = ["docs/runs.json", *report.PAGES]
 
 
@@ -62,13 +62,13 @@ def test_tables_and_plots_are_what_the_runs_give(copy, monkeypatch):
         assert (copy / name).read_text() == (ROOT / name).read_text(), (
             "run docs/report.py and commit what it writes"
         )
-    assert {path.stem for path in copy.glob("docs/*.png")} == set(report.PLOTS)
-    assert all((ROOT / "docs" / f"{name}.png").exists() for name in report.PLOTS)
+    assert {path.stem for path in copy.glob("docs/*.png")} == set(report.report_plots.PLOTS)
+    assert all((ROOT / "docs" / f"{name}.png").exists() for name in report.report_plots.PLOTS)
 
 
 def test_every_table_stands_in_a_page():
     text = "".join((ROOT / name).read_text() for name in report.PAGES)
-    assert all(f"<!-- {name} -->\n" in text for name in report.TABLES)
+    assert all(f"<!-- {name} -->\n" in text for name in tables.TABLES)
 
 
 def test_a_run_is_taken_in_with_its_options_and_scores(
@@ -115,15 +115,15 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
 def test_a_row_counts_more_than_two_seeds_and_leaves_out_what_is_not_there():
     scored = {"test": {"beams": {"5": {"CIDEr": 50.0}}}}
     runs = {"a-seed0": scored, "a-seed1": scored, "a-seed2": scored, "a-b-seed0": scored, "c": {}}
-    table = report.scores_table(runs, {"A": "a", "B": "b", "C": "c"}, ("CIDEr", "METEOR"))
+    table = tables.scores_table(runs, {"A": "a", "B": "b", "C": "c"}, ("CIDEr", "METEOR"))
     assert table.splitlines()[2:] == ["| A (3 seeds) | 50.0\xa0±\xa00.0 | – |"]
-    assert report.scores_table(runs, {"C": "c"}, above="said above a table") == ""
+    assert tables.scores_table(runs, {"C": "c"}, above="said above a table") == ""
 
 
 def test_a_gaze_is_shown_of_every_run_that_has_one():
     looked = {"val": {"beams": {"5": {"places": 18.14, "num_pixels": 64, "CIDEr": 47.0}}}}
     other = {"val": {"beams": {"5": {"CIDEr": 47.0}}}}
-    table = report.gaze_table({"new-seed0": looked, "new-seed1": looked, "other": other})
+    table = tables.gaze_table({"new-seed0": looked, "new-seed1": looked, "other": other})
     assert "| new | validation | 18.1\xa0±\xa00.0 | 64 | – " in table and "other" not in table
 
 
@@ -222,14 +222,14 @@ def test_figures_without_a_source_are_found():
 
 
 def test_a_figure_has_no_digit_that_its_spread_makes_worthless():
-    assert report.cell([2.0]) == "2.0" and report.cell([None]) == "–"
+    assert tables.cell([2.0]) == "2.0" and tables.cell([None]) == "–"
     assert (
-        report.cell([22.4, 22.6]) == "22.5\xa0±\xa00.1"
-        and report.cell([72.6, 85.4]) == "79\xa0±\xa06"
+        tables.cell([22.4, 22.6]) == "22.5\xa0±\xa00.1"
+        and tables.cell([72.6, 85.4]) == "79\xa0±\xa06"
     )
     assert (
-        report.cell([0.20, 0.22], 3) == "0.21\xa0±\xa00.01"
-        and report.cell([1, 2, 4]) == "2\xa0±\xa02"
+        tables.cell([0.20, 0.22], 3) == "0.21\xa0±\xa00.01"
+        and tables.cell([1, 2, 4]) == "2\xa0±\xa02"
     )
 
 
