@@ -5,10 +5,10 @@
     # first take in runs: output folders of train.py and eval.py
     python docs/report.py --add runs/lstm-seed0 runs/lstm-seed1
 
-The rows' runs stand in docs/report_rows.py, tables and plots in docs/report_tables.py and
-docs/report_plots.py. A run is called as its folder. Runs whose names differ in "-seed0", "-seed1" alone are one row: mean
-± half of the range. A page has a table where the marks <!-- name --> and <!-- end --> stand. What
-its sentences say of runs is held against them, too (docs/claims.py).
+A run is called as its folder. Runs whose names differ in "-seed0", "-seed1" alone are one row: mean
+± half of the range. A page has a table where the marks <!-- name --> and <!-- end --> stand. Which
+runs it shows, and how, is in report_rows.py and report_tables.py, the plots in report_plots.py.
+What sentences say of runs is held against them, too (claims.py).
 """
 
 import argparse
