@@ -1,7 +1,6 @@
 """Feature stores: what a frozen CNN makes of a split, computed once."""
 
 import collections
-import hashlib
 import math
 import os
 
@@ -12,11 +11,6 @@ from captioning.run.files import atomic_path, check_disk, locked, reserve
 from captioning.run.machine import read_ahead
 from captioning.run.messages import UserError, note, progress, why
 from captioning.run.paths import lock_path
-
-
-def feature_key(encoder_digest, images_digest, dtype):
-    """Key of a feature store: another one for other weights, pictures or arithmetic."""
-    return hashlib.sha256(f"{encoder_digest} {images_digest} {dtype}".encode()).hexdigest()[:12]
 
 
 def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2):

@@ -40,9 +40,11 @@ class NoAttention(nn.Module):
         super().__init__()
 
     def project(self, encoder_out):
+        """Nothing of the image, in the shape of ``Attention.project``'s result."""
         return encoder_out.new_zeros(*encoder_out.shape[:2], 1)
 
     def forward(self, zeros, h):
+        """The same energy for every place."""
         return zeros.transpose(1, 2).expand(-1, h.shape[1], -1)  # (B, R, num_pixels)
 
 

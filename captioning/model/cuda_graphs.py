@@ -25,6 +25,7 @@ class CudaGraphStep:
         self.stream = torch.cuda.Stream(self.device)
 
     def __call__(self, batch, epsilon):
+        """Run a step on a batch: without a graph, then recorded, then replayed."""
         batch = self.padded(batch)
         if self.sampling:
             epsilon = self.epsilon.fill_(epsilon)

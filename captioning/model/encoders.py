@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from captioning.data.features import feature_key
 from captioning.model.grid import compute_dtype
 from captioning.run.messages import UserError
 from captioning.run.paths import features_path
@@ -52,6 +51,7 @@ class TimmGrid(nn.Module):
             self.size = model.pretrained_cfg["input_size"][1:]
 
     def forward(self, images):
+        """:raises UserError: if the network gives no grid for images of this size"""
         if self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         grid, channels_last = None, getattr(self.model, "output_fmt", "NCHW") == "NHWC"
@@ -106,7 +106,7 @@ ENCODERS = {
 def feature_store(captioner, dataset, folder):
     """Path of the features of a split; it tells encoder, weights, images and arithmetic apart."""
     digest, dtype = encoder_digest(captioner.encoder), compute_dtype(captioner.device)
-    key = feature_key(digest, dataset.images_digest, dtype)
+    key = hashlib.sha256(f"{digest} {dataset.images_digest} {dtype}".encode()).hexdigest()[:12]
     return features_path(folder, dataset.name, dataset.split, key)
 
 

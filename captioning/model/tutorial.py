@@ -111,6 +111,7 @@ class InertUnpickler(pickle._Unpickler):
     }
 
     def find_class(self, module, name):
+        """What stands for a name in the pickle; ``pickle`` asks for each."""
         return self.KNOWN.get(f"{module}.{name}") or type("StandIn", (StandIn,), {})
 
 
