@@ -40,7 +40,8 @@ def figure(run, column, split, beam, epoch):
     if column in ("parameters", "updates"):
         return run.get(column)
     if epoch:
-        return run["epochs"][int(epoch) - 1].get(column) if "epochs" in run else None
+        logged = {str(line["epoch"]): line for line in run.get("epochs", ())}
+        return logged.get(epoch, {}).get(column)
     return run.get(split, {}).get("beams", {}).get(beam, {}).get(column)
 
 
@@ -139,15 +140,14 @@ def compares(runs, terms, relation, right, where):
     limit = evaluate(runs, right, where)
     for term in terms:
         values = evaluate(runs, term, where)
+        ours, theirs = list(values.values()), list(limit.values())
         if relation == "overlaps":
-            holds = max(min(values.values()), min(limit.values())) <= min(
-                max(values.values()), max(limit.values())
-            )
+            holds = min(ours) <= max(theirs) and min(theirs) <= max(ours)
         else:
             compare = operator.lt if relation == "<" else operator.gt
             holds = all(compare(*pair) for pair in pairs(values, limit).values())
         if not holds:
-            return f"the runs give {term}: {list(values.values())}, {right}: {list(limit.values())}"
+            return f"the runs give {term}: {ours}, {right}: {theirs}"
     return None
 
 
@@ -176,10 +176,13 @@ def wrong_claims(runs, page):
     """A line for each claim of a page that does not hold."""
     lines = []
     for text, comment in passages(page):
-        if comment.startswith("holds\n"):
-            for claim in comment.splitlines()[1:]:
-                why = None if claim.startswith("from: ") else why_wrong(runs, claim, text)
-                lines += [f"{claim}: {why}"] if why else []
+        if not comment.startswith("hold"):
+            continue
+        mark, *found = comment.splitlines()
+        lines += [f"<!-- {mark}: expected <!-- holds, and a claim a line"] * (mark != "holds")
+        for claim in found:
+            why = None if claim.startswith("from: ") else why_wrong(runs, claim, text)
+            lines += [f"{claim}: {why}"] if why else []
     return lines
 
 

@@ -150,7 +150,7 @@ def two_runs():
     """Two seeds of "a" and "b" each, and a run "one"."""
     scores = {"a-seed0": 50.0, "a-seed1": 52.0, "b-seed0": 48.6, "b-seed1": 52.4, "one": 51.0}
     runs = {k: {"test": {"beams": {"5": {"CIDEr": v}}}} for k, v in scores.items()}
-    runs["a-seed0"] |= {"parameters": 1_500_000, "epochs": [{"nll": 3.0}, {"nll": 2.5}]}
+    runs["a-seed0"] |= {"parameters": 1_500_000, "epochs": [{"epoch": 2, "nll": 2.5}]}
     return runs | {"xe-seed0": {"test": {"people": {"CIDEr": 79.25, "words used": 1507}}}}
 
 
@@ -193,6 +193,7 @@ def test_a_true_sentence_holds(claim):
         ("CIDEr, beams 3: a = 51.0", "expected val, test"),
         ("CIDEr: a -b = 0.5", "between runs"),
         ("CIDEr is 51.0", "expected COLUMN"),
+        ("nll, epoch 3: a = 2.5", "no run 'a'"),
     ],
 )
 def test_a_wrong_sentence_is_found(claim, why):
@@ -205,6 +206,12 @@ def test_a_sentence_is_held_against_the_text_before_it_alone():
     page = "51.0\n<!-- holds\nCIDEr: a = 51.0\n-->\n50.0\n<!-- holds\nCIDEr: a = 51.0\n-->\n"
     assert len(claims.wrong_claims(two_runs(), page)) == 1
     assert len(claims.wrong_claims(two_runs(), page.replace("50.0", "\n## 51.0\n"))) == 1
+
+
+@pytest.mark.parametrize("mark", ["holds CIDEr: a = 1.0\n", "hold\nCIDEr: a = 51.0\n"])
+def test_a_comment_that_is_not_read_is_found(mark):
+    (found,) = claims.wrong_claims(two_runs(), f"51.0\n<!-- {mark}-->\n")
+    assert "expected <!-- holds" in found
 
 
 def test_sentences_that_no_longer_hold_are_named_when_all_is_drawn(copy, monkeypatch):
