@@ -50,7 +50,7 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         "places" (effective number: exp of the entropy of alpha), "peak" (largest weight),
         "movement" (half the L1 distance to the previous content word's alpha, 0 to 1), "fall" and
         "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
-        nothing); the other words' "function places"; and "num_pixels"
+        nothing); the other words' "function places"; and "num_pixels". Empty if nothing was said
     """
     spoken = [i for i in range(len(features)) if hypotheses[i].words]
     generator, found = torch.Generator().manual_seed(0), collections.defaultdict(list)
@@ -61,9 +61,10 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         with torch.no_grad():
             for name, values in _gaze_of(captioner, images, captions, generator).items():
                 found[name].append(values.cpu())
-    means = {"num_pixels": captioner.decoder.encoded_image_size**2 or features.shape[1]}
-    means |= {name: torch.cat(values).mean().item() for name, values in found.items()}
+    means = {name: torch.cat(values).mean().item() for name, values in found.items()}
     means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
+    if spoken:
+        means["num_pixels"] = round(means["num_pixels"])
     if (means.get("random fall") or 0) > 0:
         means["deletion ratio"] = means["fall"] / means["random fall"]
     return means
@@ -101,6 +102,7 @@ def _gaze_of(captioner, images, captions, generator):
     places = torch.special.entr(alphas).sum(dim=2).exp()  # (B, T)
     spoken = [alpha[is_content] for alpha, is_content in zip(alphas, content)]
     figures = {
+        "num_pixels": torch.tensor([alphas.shape[2]], dtype=torch.float32),
         "places": places[content],
         "function places": places[functional],
         "peak": alphas.amax(dim=2)[content],

@@ -121,7 +121,7 @@ class Remembering:
     """A decoder whose state grows with every word, and has four dimensions."""
 
     def __init__(self, decoder):
-        self.decoder, self.encoded_image_size = decoder, decoder.encoded_image_size
+        self.decoder = decoder
 
     def init_hidden_state(self, encoder_out):
         context, state = self.decoder.init_hidden_state(encoder_out)
