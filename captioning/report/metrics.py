@@ -82,10 +82,15 @@ def _meteor(gts, res):
         score, own = scorer.compute_score(gts, res)
         return 100 * score, own
     except (OSError, ValueError) as error:  # Java is there but does not run the program
+        java = scorer.meteor_p
         scorer.lock.release()  # else its destructor waits for ever, or complains
         with contextlib.suppress(OSError):
-            scorer.meteor_p.stdin.close()
-        note(f"METEOR left out, it failed in Java ({error}): see whether java -version works")
+            java.stdin.close()
+        java.kill()  # it may have something to say all the same
+        said = (line.decode(errors="replace").strip() for line in (*java.stderr, *java.stdout))
+        why = next((line for line in said if not line.startswith("Picked up")), error)
+        advice = "see whether java -version works, and let it have half a GB (-Xmx512m)"
+        note(f"METEOR left out, it failed in Java ({why}): {advice}")
 
 
 COLOR_WORDS = """black blond blonde blue brown gray green grey orange pink purple red tan white

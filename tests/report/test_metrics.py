@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import HYPOTHESES, REFERENCES, as_coco
@@ -69,6 +70,24 @@ def test_meteor_is_the_same_in_every_language(monkeypatch):
     assert perfect == pytest.approx(100)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+def test_java_with_too_little_memory_costs_meteor_alone(monkeypatch, capsys):
+    for limit, why in (("2m", ""), ("16m", "OutOfMemoryError")):
+        monkeypatch.setenv("_JAVA_OPTIONS", f"-Xmx{limit}")
+        scores = metrics.score_captions(REFERENCES, HYPOTHESES, meteor=True)
+        assert scores["METEOR"] is None and scores["CIDEr"] > 0
+        assert why in (err := capsys.readouterr().err) and "-Xmx512m" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
+def test_meteor_is_the_same_beside_another():
+    with ThreadPoolExecutor(2) as pool:  # each starts a Java of its own
+        first, second = pool.map(lambda _: metrics._meteor(*as_coco()), range(2))
+    assert first == second and 10 < first[0] < 80
+
+
 def test_without_java_there_is_no_meteor(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert metrics.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] is None
@@ -93,6 +112,9 @@ def test_java_that_fails_costs_meteor_alone(fake_java, capsys):
     assert scores["METEOR"] is None and scores["CIDEr"] > 0
     err = capsys.readouterr().err
     assert "java -version" in err and "Traceback" not in err
+    fake_java("echo Picked up options >&2; echo no memory >&2; exit 1")
+    assert metrics.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] is None
+    assert "failed in Java (no memory): " in capsys.readouterr().err
 
 
 def test_java_reads_numbers_as_the_program_writes_them(fake_java, monkeypatch, tmp_path):
