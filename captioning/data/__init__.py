@@ -1,0 +1,1 @@
+"""Captioned pictures, from where they are found to HDF5 files and stores of features."""

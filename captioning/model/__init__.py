@@ -1,0 +1,1 @@
+"""What models.py and train.py call: encoders, beams, losses, schedules, checkpoints."""

@@ -1,4 +1,4 @@
-"""A training's curves, as a picture and for TensorBoard."""
+"""A training's curves, as a picture."""
 
 import math
 
