@@ -4,6 +4,7 @@ python eval.py --model checkpoints --beam_size 1 3 5
 python eval.py --model seed0 seed1 --output_folder both   # an ensemble
 python eval.py --model before after --average mean.pth.tar
 python eval.py --model lstm gru --compare --html report.html
+python eval.py --captions theirs.json   # another system's, beside our own
 """
 
 import functools
@@ -20,15 +21,16 @@ from captioning.run.lazy import lazy
 from utils import UserError
 
 datasets, models = lazy("datasets", "models")
-gaze, metrics, page, scenes, tables = lazy(
-    "gaze", "metrics", "page", "scenes", "tables", within="captioning.report"
-)
+bootstrap, evaluation, gaze, metrics, others, page, scenes, tables = lazy(
+    "bootstrap", "evaluation", "gaze", "metrics", "others", "page", "scenes", "tables",
+    within="captioning.report",
+)  # fmt: skip
 
 
 def main(args):
     """Load the models and the data, search for captions, score them, report."""
     with machine.processes(args.device) as device, machine.autocast(device, args.amp):
-        data, searches, outputs = load(args, device)
+        data, searches, theirs, outputs = load(args, device)
         print(machine.describe_machine(device))
         mine, rows, said = distributed.share(len(data)), {}, {}
         features = functools.cache(lambda c: c.features(data, args.data_folder, mine, args.workers))
@@ -45,24 +47,26 @@ def main(args):
             seconds = time.time() - began
             if distributed.is_main():
                 captions = [captioners[0].text(hypothesis) for hypothesis in best]
-                write_captions(data, captions, outputs["captions"][label])
                 rows[label], own = score(data, captions, [h.alphas for h in best])
                 if gazed is not None:
                     rows[label] |= gaze.measure_gaze(captioners[0], gazed, best)
                 rows[label]["ms per picture"] = 1000 * seconds / len(captions)
                 said[label] = captions, best, own
+                evaluation.write_captions(data, said[label], outputs["captions"][label])
         if distributed.is_main():
-            report(args, data, outputs, rows, said)
+            figures = {label: score(data, captions) for label, captions in theirs.items()}
+            said |= {label: (theirs[label], None, own) for label, (_, own) in figures.items()}
+            report(args, data, outputs, rows, {k: row for k, (row, _) in figures.items()}, said)
 
 
-def score(data, captions, alphas):
+def score(data, captions, alphas=None):
     """All figures of a split's captions: metrics, variety and, where scenes are known, truth.
 
     :param data: ``CaptionDataset``
     :param captions: list (pictures) of lists of words
     :param alphas: list (pictures) of float tensors (num_words, num_pixels), for scenes
     :return: (row, own): dict of floats, ints and None (not to be had); dict of lists, the pictures'
-        own CIDEr and METEOR, where they are to be had
+        own scores, where they are to be had
     """
     row = metrics.score_captions(data.references, captions, meteor=True, each=True)
     own = row.pop("each")
@@ -82,6 +86,8 @@ def get_args_parser():
     flag = parser.add_argument
     text = "several models do not vote as an ensemble: each is scored by itself, side by side"
     flag("--compare", action="store_true", help=text)
+    text = "captions of other systems, in COCO's format of results, to be scored beside the model's"
+    flag("--captions", type=Path, nargs="+", default=[], metavar="FILE", help=text)
     text = "score, and save as this, the mean of models of which one was trained from another"
     flag("--average", type=Path, help=text)
     text = "score, and save as this, the model (or the mean) as a small file to give to others"
@@ -103,6 +109,8 @@ def check_flags(args):
         raise UserError("--compare: expected several different --model, and one --beam_size")
     if args.compare and (args.average or args.export):
         raise UserError("--compare: expected no --average and no --export, which make one model")
+    if len(set(args.captions)) < len(args.captions):
+        raise UserError("--captions: expected different files")
     if args.export and len(given) > 1 and not args.average:
         raise UserError("--export: expected one --model, or several with --average")
     for flag in ("average", "export"):
@@ -117,9 +125,10 @@ def check_flags(args):
 def load(args, device):
     """What the flags name, all of it checked before the work.
 
-    :return: (``CaptionDataset``, searches, outputs). searches is a dict: for each column of the
-        table (captioners that decode together, beam size, ``Consensus`` or None); outputs is one:
-        "captions", the path of each column's; "metrics", a path; "made by", the models behind them
+    :return: (``CaptionDataset``, searches, theirs, outputs). searches is a dict: for each column of
+        the table (captioners that decode together, beam size, ``Consensus`` or None); theirs one of
+        other systems' captions; outputs one: "captions", the path of each column's; "metrics" and
+        "scores", paths; "made by", the models behind them
     :raises UserError: if something is missing or does not fit the rest
     """
     check_flags(args)
@@ -127,8 +136,8 @@ def load(args, device):
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioners = [models.load_captioner(path, device, word_map) for path in checkpoints]
     first = captioners[0]
-    others = (p for p, c in zip(checkpoints, captioners) if c.word_map != first.word_map)
-    if other := next(others, None):
+    strange = (p for p, c in zip(checkpoints, captioners) if c.word_map != first.word_map)
+    if other := next(strange, None):
         raise UserError(f"{other} has another word map than {checkpoints[0]}: expected the same")
     if args.average:
         captioners = [models.average_weights(captioners)]
@@ -138,6 +147,7 @@ def load(args, device):
     paths.check_name(name)
     data = datasets.CaptionDataset(paths.split_path(args.data_folder, args.split, name))
     check_fit(captioners, data, asked=args.word_map is not None)
+    theirs = {str(path): others.read_captions(path, data) for path in args.captions}
     outputs = name_files(args, name, checkpoints)
 
     if args.average and distributed.is_main():
@@ -161,7 +171,7 @@ def load(args, device):
             options = args.consensus, args.workers, args.amp
             consensus = models.Consensus.of(group, known, *options)
         searches |= {label or k: (group, k, consensus) for k in args.beam_size}
-    return data, searches, outputs
+    return data, searches, theirs, outputs
 
 
 def name_files(args, name, checkpoints):
@@ -187,7 +197,8 @@ def name_files(args, name, checkpoints):
         numbered = enumerate(map(str, args.model), 1)
         columns = [(model, f"{name}_{i}", args.beam_size[0]) for i, model in numbered]
     captions = {c: paths.captions_path(folder, n, args.split, k) for c, n, k in columns}
-    return {"captions": captions, "metrics": metrics, "made by": made_by}
+    scores = paths.scores_path(folder, name, args.split)
+    return {"captions": captions, "metrics": metrics, "scores": scores, "made by": made_by}
 
 
 def check_fit(captioners, data, asked):
@@ -207,70 +218,55 @@ def check_fit(captioners, data, asked):
         )
 
 
-def write_captions(data, captions, path):
-    """Write captions in COCO's results format, with the source's ids if all pictures have one."""
-    numbers = range(len(data)) if None in data.image_ids else data.image_ids
-    rows = zip(numbers, data.image_names, map(" ".join, captions))
-    names = ("image_id", "file_name", "caption")
-    files.write_json(path, [dict(zip(names, row)) for row in rows])
+def report(args, data, outputs, rows, theirs, said):
+    """Write all figures as JSON, each picture's as CSV, and a page if wanted; print the table.
 
-
-def report(args, data, outputs, rows, said):
-    """Write all figures as JSON, and the page if it is wanted, and print the table."""
+    :param rows, theirs: dicts: the figures of each column, of own captions and of other systems'
+    :param said: dict: for each column (captions, hypotheses or None, the pictures' own scores)
+    """
     # the yardstick: what people say of a picture first, held against what others say of it
     described = [captions for captions in data.references if len(captions) > 1]
-    others, first = [captions[1:] for captions in described], [c[0] for c in described]
-    people = metrics.score_variety(others, first) if described else {}
+    rest, first = [captions[1:] for captions in described], [c[0] for c in described]
+    people = metrics.score_variety(rest, first) if described else {}
     names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
              "no_repeat")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     facts = {**outputs["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
-    by = "compared" if args.compare else "beam_sizes"
-    files.write_json(outputs["metrics"], facts | options | {by: rows, "people": people})
-    table, lead = (
-        tables.make_table({**rows, "people": people}),
-        f"{args.split} split of {data.name}",
-    )
-    heading = "model" if args.compare else "beam size"
+    found = {"compared" if args.compare else "beam_sizes": rows, "people": people}
+    found |= {"captions": theirs} if theirs else {}
+    kind = "model" if args.compare else "beam size"
+    heading = f"{kind} or file" if theirs else kind
+    figures = [tables.make_table(heading, {**rows, **theirs, "people": people})]
+    if args.compare or theirs:
+        against = f"{kind} {next(iter(rows))}"
+        texts, own = ({label: part[i] for label, part in said.items()} for i in (0, 2))
+        above = bootstrap.differences(data.references, texts, own)
+        found["differences"] = {"from": against, **bootstrap.FACTS, "of": above}
+        figures.append(tables.difference_table(heading, against, above))
+    files.write_json(outputs["metrics"], facts | options | found)
+    evaluation.write_scores(data, said, heading, outputs["scores"])
+    lead = f"{args.split} split of {data.name}"
     print(f"\n{lead}, {len(data):,} pictures")
-    tables.print_table(heading, *table)
+    for table in figures:
+        tables.print_table(table)
     if next(iter(rows.values()))["METEOR"] is None:
         print("METEOR left out: it needs a Java that works (see java -version)")
     if len(data) == 1:
         print("CIDEr left out: of a single picture it is always 0")
     for label, (captions, *_) in said.items():
         if short := metrics.too_short(captions):
-            print(f"{heading} {label}: {short}")
+            print(f"{label if label in theirs else f'{kind} {label}'}: {short}")
     if None in data.image_ids:
         print("image_id in the captions is the row number: the data's source gave no ids")
-    print(f"written: {outputs['metrics']}", *outputs["captions"].values(), sep="\n  ")
+    written = outputs["metrics"], outputs["scores"], *outputs["captions"].values()
+    print(f"written: {written[0]}", *written[1:], sep="\n  ")
     if args.html:
         if not args.compare:
             lead += f", by {' and '.join(map(str, args.model or ['the captioner of the suite']))}"
-        page.write_page(args.html, report_page(data, table, heading, said, lead, args.page_side))
+        shown = {label if label in theirs else f"{kind} {label}": s for label, s in said.items()}
+        shown = evaluation.report_page(data, sum(figures, []), shown, lead, args.page_side)
+        page.write_page(args.html, shown)
         print(f"  {args.html}")
-
-
-def report_page(data, table, heading, said, lead, side):
-    """The report as ``page.write_page`` wants it.
-
-    :param said: for each column of the table (captions, hypotheses, own scores), as in ``main``
-    :param side: of the pictures, in pixels
-    """
-    (columns, groups), pictures = table, []
-    for i in utils.progress(range(len(data)), desc="page", unit="picture"):
-        others, captions = [texts[i] for texts, _, _ in said.values()], []
-        for label, (texts, hypotheses, own) in said.items():
-            scores = {name: f"{values[i]:.1f}" for name, values in own.items()}
-            more = {"label": f"{heading} {label}", "differs": tables.differing(texts[i], others)}
-            more = more if len(said) > 1 else {}
-            captions.append(page.page_caption(texts[i], hypotheses[i], scores, **more))
-        entry = {"name": data.image_names[i], "references": data.raw_references[i]}
-        picture = page.page_picture(data.images([i])[0].transpose(1, 2, 0), side)
-        pictures.append(entry | {"captions": captions} | picture)
-    heads = [heading, *columns]
-    figures = [{"title": t, "columns": heads, "rows": rows} for t, rows in groups.items()]
-    return {"title": "What was said", "lead": lead, "tables": figures, "pictures": pictures}
 
 
 if __name__ == "__main__":

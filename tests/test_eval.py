@@ -1,5 +1,7 @@
 """Scoring a tiny model: what is written, printed and refused."""
 
+import codecs
+import csv
 import re
 import shutil
 from pathlib import Path
@@ -7,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train_args
+from helpers import without
 
 import datasets
 import eval as evaluation
 import models
 import train
 from captioning.report import curves, scenes, tables
+from captioning.report import evaluation as written
 from captioning.report import metrics as metrics_room
 from captioning.run import files as files_room
 from captioning.run import paths
@@ -95,7 +99,35 @@ def test_every_picture_is_captioned_once_and_scored(
     assert groups == list(tables.GROUPS.values())
     assert "pointing by chance" in out
     files = sorted(map(str, tmp_path.iterdir()))
-    assert len(files) == 3 and all(file in out for file in files)
+    assert len(files) == 4 and all(file in out for file in files)
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_pictures_own_scores_are_in_the_csv_and_beside_its_caption(
+    talkative, training_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(metrics_room, "_meteor", lambda gts, res: (50.0, [0.5] * len(res)))
+    metrics = evaluate(training_data, tmp_path, "--model", talkative, "--beam_size", 1, 3)
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "test", training_data[1]))
+    table = read_csv(paths.scores_path(tmp_path, training_data[1], "test"))
+    assert paths.scores_path(tmp_path, training_data[1], "test").read_bytes()[:3] == codecs.BOM_UTF8
+    assert len(table) == 2 * len(data)
+    for beam_size in ("1", "3"):
+        path = paths.captions_path(tmp_path, training_data[1], "test", beam_size)
+        rows = files_room.read_json(path)
+        lines = [line for line in table if line["beam size"] == beam_size]
+        shown = [{key: str(value) for key, value in row.items()} for row in rows]
+        assert [without(line, "beam size") for line in lines] == shown
+        for metric in ("CIDEr", "ROUGE-L"):
+            mean = sum(row[metric] for row in rows) / len(rows)
+            assert mean == pytest.approx(metrics["beam_sizes"][beam_size][metric], abs=0.01)
+        for row in rows:
+            assert row["words"] == len(row["caption"].split()) and row["log_prob"] < 0
+            assert row["METEOR"] == 50 and 0 <= row["BLEU-4"] <= 100
 
 
 def test_an_ensemble_of_equals_is_its_member(best_checkpoint, training_data, tmp_path, no_java):
@@ -432,7 +464,7 @@ def test_results_carry_the_ids_of_the_source_and_coco_loads_them(tmp_path, capsy
     from pycocotools.coco import COCO
 
     data, captions = source_of([391895, 522418, 7]), [["a", "dog"], ["a", "cat"], []]
-    evaluation.write_captions(data, captions, tmp_path / "results.json")
+    written.write_captions(data, (captions, None, {}), tmp_path / "results.json")
     annotations = {
         "info": {},
         "images": [
@@ -450,7 +482,7 @@ def test_results_carry_the_ids_of_the_source_and_coco_loads_them(tmp_path, capsy
 
 def test_row_numbers_stand_for_ids_if_the_source_lacks_some(tmp_path):
     data = source_of([391895, None, 7])
-    evaluation.write_captions(data, [[], [], []], tmp_path / "results.json")
+    written.write_captions(data, ([[], [], []], None, {}), tmp_path / "results.json")
     results = files_room.read_json(tmp_path / "results.json")
     assert [result["image_id"] for result in results] == [0, 1, 2]
     assert [result["file_name"] for result in results] == data.image_names
@@ -470,3 +502,44 @@ def test_the_table_shows_the_gaze_of_one_model_and_not_of_an_ensemble_or_without
     flags[2:2] = [talkative]
     both = evaluate(training_data, tmp_path / "two", *flags)
     assert "places" not in both["beam_sizes"]["2"]
+
+
+def test_captions_of_another_system_are_scored_beside_the_models(
+    talkative, training_data, tmp_path, no_java, capsys, fails
+):
+    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "test", training_data[1]))
+    pairs = zip(data.image_names, data.raw_references)
+    people = [{"file_name": name, "caption": references[0]} for name, references in pairs]
+    files_room.write_json(tmp_path / "people.json", people)
+    flags = ["--model", talkative, "--beam_size", 2, "--captions", tmp_path / "people.json"]
+    page = tmp_path / "page.html"
+    metrics = evaluate(training_data, tmp_path / "out", *flags, "--html", page)
+    alone = evaluate(training_data, tmp_path / "alone", "--model", talkative, "--beam_size", 2)
+    out, theirs = capsys.readouterr().out, str(tmp_path / "people.json")
+    assert list(metrics["captions"]) == [theirs] and "captions" not in alone
+    for name, value in alone["beam_sizes"]["2"].items():
+        assert name == "ms per picture" or metrics["beam_sizes"]["2"][name] == value
+    row = metrics["captions"][theirs]
+    said = [references[0] for references in data.references]
+    expected = metrics_room.score_captions(data.references, said)
+    assert {name: row[name] for name in expected} == expected and row["BLEU-4"] > 99
+    assert row["objects"] == 100 and row["pointing"] is None
+    header = next(line for line in out.splitlines() if "beam size or file" in line)
+    assert header.split()[4:] == ["2", theirs, "people"]
+    gap = metrics["differences"]["of"][theirs]["BLEU-4"]
+    assert gap[0] == pytest.approx(row["BLEU-4"] - metrics["beam_sizes"]["2"]["BLEU-4"])
+    shown = "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap)
+    assert re.search(rf"BLEU-4 +{re.escape(shown)}", out)
+    assert "difference from beam size 2" in out
+
+    assert "people.json" in page.read_text(encoding="utf-8")
+    table = read_csv(tmp_path / "out" / f"scores_test_{training_data[1]}.csv")
+    assert [line["beam size or file"] for line in table] == ["2"] * len(data) + [theirs] * len(data)
+    for line, words in zip(table[len(data) :], said):
+        assert line["caption"] == " ".join(words) and line["log_prob"] == ""
+    files_room.write_json(tmp_path / "half.json", people[1:])
+    with fails(rf"half.json: 1 of {len(data)} .* have no caption \({data.image_names[0]}\)"):
+        evaluate(training_data, tmp_path / "half", *flags[:-1], tmp_path / "half.json")
+    with fails("--captions: expected different files"):
+        evaluate(training_data, tmp_path / "twice", *flags, tmp_path / "people.json")
+    assert not (tmp_path / "half").exists() and not (tmp_path / "twice").exists()

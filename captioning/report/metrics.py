@@ -2,8 +2,12 @@
 
 import collections
 import contextlib
+import functools
+import operator
 import os
 import shutil
+
+import numpy as np
 
 from captioning.run.messages import UserError, note
 
@@ -18,7 +22,8 @@ def score_captions(references, hypotheses, meteor=False, each=False):
     :param references: list (pictures) of lists (captions) of lists of words
     :param hypotheses: list of lists of words, one per picture
     :param meteor: METEOR too; it needs Java and takes some seconds
-    :param each: the pictures' own too: "each", a dict of lists, CIDEr and METEOR if it is to be had
+    :param each: the pictures' own too: "each", a dict of lists, CIDEr, METEOR if it is to be had,
+        ROUGE-L and BLEU-4, smoothed as a single caption's must be (see :func:`bleu`)
     :return: dict of floats: BLEU-1, …, BLEU-4, [METEOR,] ROUGE-L, CIDEr; METEOR may be None
     :raises UserError: if there is nothing to score
     """
@@ -32,17 +37,20 @@ def score_captions(references, hypotheses, meteor=False, each=False):
     # nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
     smooth = SmoothingFunction(epsilon=1e-12).method1
     weights = [(1 / n,) * n for n in range(1, 5)]
-    bleu = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
+    of_corpus = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
     gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
     res = {i: [" ".join(words)] for i, words in enumerate(hypotheses)}
     cider, own_cider = Cider().compute_score(gts, res)
     found = (_meteor(gts, res) if meteor else None) or (None, [])
-    own = {"CIDEr": own_cider, "METEOR": found[1]}
+    rouge, own_rouge = Rouge().compute_score(gts, res)
+    own = {"CIDEr": own_cider, "METEOR": found[1], "ROUGE-L": own_rouge}
     own = {name: [100 * float(score) for score in scores] for name, scores in own.items()}
+    if each:
+        own["BLEU-4"] = bleu(bleu_counts(references, hypotheses), smooth=True)[:, 3].tolist()
     return {
-        **{f"BLEU-{n}": 100 * score for n, score in enumerate(bleu, 1)},
+        **{f"BLEU-{n}": 100 * score for n, score in enumerate(of_corpus, 1)},
         **({"METEOR": found[0]} if meteor else {}),
-        "ROUGE-L": 100 * float(Rouge().compute_score(gts, res)[0]),
+        "ROUGE-L": 100 * float(rouge),
         "CIDEr": 100 * float(cider),
         **({"each": {name: scores for name, scores in own.items() if scores}} if each else {}),
     }
@@ -60,6 +68,49 @@ def too_short(captions):
         f"{short:,} of {len(captions):,} captions have fewer than four words, so BLEU-4, which "
         "counts runs of four, tells little: look at CIDEr and BLEU-1"
     )
+
+
+def bleu_counts(references, hypotheses):
+    """What BLEU is made of, for each picture; a corpus's is that of the sums.
+
+    :param references, hypotheses: as for :func:`score_captions`
+    :return: int64 (num_pictures, 10): for n = 1 to 4 the caption's n-grams that are in a reference
+        as often, then for n = 1 to 4 all its n-grams, its length, and that of the reference nearest
+        in length; a caption shorter than n counts as one n-gram, as nltk has it
+    """
+    rows = []
+    for described, words in zip(references, hypotheses):
+        hits, totals = [], []
+        for n in range(1, 5):
+            grams, *others = (_ngrams(text, n) for text in (words, *described))
+            limit = functools.reduce(operator.or_, others, collections.Counter())
+            hits.append((grams & limit).total())
+            totals.append(max(1, grams.total()))
+        nearest = min(map(len, described), key=lambda n: (abs(n - len(words)), n))
+        rows.append([*hits, *totals, len(words), nearest])
+    return np.array(rows)
+
+
+def _ngrams(words, n):
+    return collections.Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(counts, smooth=False):
+    """BLEU-1 to 4 (Papineni et al. 2002) on the scale 0-100, the same as nltk's.
+
+    :param counts: (..., 10), as :func:`bleu_counts` gives them, or sums of them
+    :param smooth: add one to hits and totals of n > 1 (Lin and Och 2004): a single caption without
+        a common run of four words has a score too
+    :return: float64 (..., 4)
+    """
+    hits, totals = np.asarray(counts[..., :4], float), counts[..., 4:8]
+    length, nearest = counts[..., 8:9], counts[..., 9:10]
+    with np.errstate(divide="ignore"):  # log 0 is -inf, of which exp is 0
+        more = np.arange(4) > 0 if smooth else np.zeros(4)
+        logs = np.log((hits + more) / (totals + more))
+        logs = np.where(hits[..., :1] == 0, -np.inf, logs)  # nothing in common, nothing to smooth
+        brevity = np.where(length > nearest, 0, 1 - nearest / np.maximum(length, 1e-300))
+    return 100 * np.exp(brevity + logs.cumsum(axis=-1) / np.arange(1, 5))
 
 
 def _meteor(gts, res):

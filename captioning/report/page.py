@@ -82,11 +82,13 @@ def page_caption(words, hypothesis, scores, alternatives=None, **more):
     """A caption for ``write_page``, as a dict; its weights in 8 bits, a word's largest one is 255.
 
     :param words: list of words
-    :param hypothesis: ``models.Hypothesis`` with alphas
+    :param hypothesis: ``models.Hypothesis`` with alphas; None for another system's caption
     :param scores: dict of text; pictures are sorted by the first one
     :param alternatives: for each word a list of (word, probability), or None
     :param more: "label" of the caption; "differs", the places of words that others lack
     """
+    if hypothesis is None:
+        return {"words": [(word, None) for word in words], "scores": list(scores.items())} | more
     probabilities = (round(math.exp(p), 4) for p in hypothesis.word_log_probs)
     alphas = hypothesis.alphas  # (num_words, num_pixels)
     # even weights light the whole picture evenly and not fully: nothing was singled out
@@ -155,7 +157,7 @@ def _said(caption):
     spans = []
     for i, (word, probability, *_) in enumerate(caption["words"]):
         kind = "word differs" if i in caption.get("differs", ()) else "word"
-        percent = f"{100 * probability:.0f}"
+        percent = None if probability is None else f"{100 * probability:.0f}"
         spans += [" ", _element("span", word, class_=kind, data_p=percent)]
     said = spans[1:] or [_element("small", "(no words)")]
     scores = " · ".join(" ".join(pair) for pair in caption["scores"])

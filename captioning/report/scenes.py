@@ -15,19 +15,19 @@ def score_scenes(scenes, captions, alphas):
 
     :param scenes: list of scenes (see ``datasets.shapes_records``)
     :param captions: list of lists of words
-    :param alphas: list of float tensors (num_words, num_pixels)
+    :param alphas: list of float tensors (num_words, num_pixels), or None if there are none
     :return: dict of percentages: captions that name as many shapes as there are ("count"), the
         right ones ("shapes"), in the right colours too ("objects"); "relation" (true ones among
         captions that state one), "pointing" (words whose attention peaks in the box of what they
         name; None for even attention) and "by chance" (the same for a peak anywhere)
     """
     verdicts = [judge_caption(scene, words) for scene, words in zip(scenes, captions)]
-    looks = list(itertools.chain(*map(pointing, scenes, captions, alphas)))
+    looks = list(itertools.chain(*map(pointing, scenes, captions, alphas or [])))
     shares = {
         name: percentage([verdict[name] for verdict in verdicts if verdict[name] is not None])
         for name in ("count", "shapes", "objects", "relation")
     }
-    even = all((alpha == alpha[:, :1]).all() for alpha in alphas)  # as without attention
+    even = all((alpha == alpha[:, :1]).all() for alpha in alphas or [])  # as without attention
     return shares | {
         "pointing": None if even else percentage([hit for hit, _ in looks]),
         "by chance": percentage([chance for _, chance in looks]),

@@ -1,4 +1,4 @@
-"""The table of figures that eval.py prints."""
+"""The tables of figures that eval.py prints."""
 
 import difflib
 
@@ -37,11 +37,13 @@ LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JS
 }
 
 
-def make_table(columns):
+def make_table(heading, columns):
     """Figures as text: a column for each search and one for people, a row for each figure.
 
+    :param heading: of the columns' labels
     :param columns: dict of dicts: label to name to figure
-    :return: (labels, groups): list; dict of lists: title to rows, which are a label and the cells
+    :return: list of tables, as dicts: "title"; "columns", heading and labels; "rows", which are a
+        label and the cells
     """
     groups = {}
     for name in next(iter(columns.values())):
@@ -50,13 +52,31 @@ def make_table(columns):
         values = (column.get(name) for column in columns.values())
         cells = ["-" if v is None else format(v, "," if type(v) is int else ".2f") for v in values]
         rows.append([LABELS.get(name, name), *cells])
-    return list(map(str, columns)), groups
+    heads = [heading, *map(str, columns)]
+    return [{"title": title, "columns": heads, "rows": rows} for title, rows in groups.items()]
 
 
-def print_table(heading, labels, groups):
-    """Print what ``make_table`` gave."""
-    for title, rows in {"": [[heading, *labels]], **groups}.items():
+def difference_table(heading, first, differences):
+    """What ``bootstrap.differences`` gave, as a list of one table like those of ``make_table``.
+
+    :param first: what the differences are from
+    """
+    shown = "{:+.2f} ({:+.2f} to {:+.2f})".format
+    rows = [
+        [metric, *(shown(*of[metric]) for of in differences.values())]
+        for metric in next(iter(differences.values()))
+    ]
+    title = f"difference from {first}, with its 95 % interval"
+    return [{"title": title, "columns": [heading, *map(str, differences)], "rows": rows}]
+
+
+def print_table(tables):
+    """Print tables that have the same columns."""
+    heads = tables[0]["columns"]
+    lines = [heads, *(row for table in tables for row in table["rows"])]
+    widths = [max(8, *(len(line[i]) for line in lines)) for i in range(1, len(heads))]
+    for title, rows in [("", [heads]), *((table["title"], table["rows"]) for table in tables)]:
         print(end=f"{title}\n" if title else "")
         for name, *cells in rows:
-            print(f"{name:>26}", *(c.rjust(max(8, len(x))) for c, x in zip(cells, labels)))
+            print(f"{name:>26}", *(cell.rjust(width) for cell, width in zip(cells, widths)))
     print()

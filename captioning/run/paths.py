@@ -39,6 +39,9 @@ captions_path = lambda at, name, split, beam: Path(at) / f"captions_{split}_{nam
 metrics_path = lambda folder, name, split: Path(folder) / f"metrics_{split}_{name}.json"
 
 
+scores_path = lambda folder, name, split: Path(folder) / f"scores_{split}_{name}.csv"
+
+
 attention_path = lambda folder, image, suffix: Path(folder) / f"{image}_attention.{suffix}"
 
 

@@ -2,12 +2,14 @@
 
 import math
 import os
+import random
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import HYPOTHESES, REFERENCES, as_coco
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 import utils
 from captioning.report import metrics
@@ -191,3 +193,34 @@ def test_agreement_on_words_that_nobody_says_cannot_be_had():
 )
 def test_what_counts_as_repeating(caption, repeats):
     assert metrics_room.repeats_itself(caption.split()) is repeats
+
+
+def random_captions(seed, count=200):
+    """References and captions of few words, many of them too short for n-grams of four."""
+    rng = random.Random(seed)
+    say = lambda least: [rng.choice("abc") for _ in range(rng.randint(least, 9))]
+    references = [[say(1) for _ in range(rng.randint(1, 5))] for _ in range(count)]
+    return references, [say(0) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bleu_of_counts_is_nltks_of_a_corpus_and_of_single_captions(seed):
+    references, hypotheses = random_captions(seed)
+    counts = metrics.bleu_counts(references, hypotheses)
+    corpus = metrics.bleu(counts.sum(axis=0))
+    scores = metrics.score_captions(references, hypotheses)
+    assert corpus == pytest.approx([scores[f"BLEU-{n}"] for n in range(1, 5)])
+    smooth = SmoothingFunction().method2
+    expected = [
+        100 * sentence_bleu(described, words, smoothing_function=smooth)
+        for described, words in zip(references, hypotheses)
+    ]
+    assert metrics.bleu(counts, smooth=True)[:, 3] == pytest.approx(expected)
+
+
+def test_each_pictures_own_scores_have_the_corpus_mean():
+    scores = metrics.score_captions(REFERENCES, HYPOTHESES, each=True)
+    own = scores.pop("each")
+    assert list(own) == ["CIDEr", "ROUGE-L", "BLEU-4"]
+    for metric in ("CIDEr", "ROUGE-L"):
+        assert sum(own[metric]) / 4 == pytest.approx(scores[metric])

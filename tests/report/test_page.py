@@ -681,3 +681,17 @@ def test_what_is_exported_is_what_is_scored(evaluate, talkative, fails):
         evaluate("--model", talkative, "--export", "small.pth.tar")
     with fails("--export: expected one --model"):
         evaluate("--model", talkative, small, "--export", "other.pth.tar")
+
+
+def test_another_systems_caption_is_shown_and_lights_nothing(open_page):
+    ours, theirs = say(["a", "dog"], {"CIDEr": "9.0"}), ["a", "cat"]
+    theirs = page_room.page_caption(theirs, None, {"CIDEr": "3.0"}, label="theirs.json")
+    data = {"title": "What was said", "lead": "", "pictures": [picture("dog.jpg", ours, theirs)]}
+    page = open_page(data)
+    page.get_by_text("cat", exact=True).hover()
+    page.wait_for_timeout(300)
+    assert not page.locator(".frame.lit").count() and page.locator(".word.lit").count() == 1
+    assert page.locator(".panel").text_content() == "cat"
+    page.get_by_text("dog", exact=True).hover()
+    page.wait_for_timeout(300)
+    assert page.locator(".frame.lit").count() == 1

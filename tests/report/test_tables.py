@@ -17,7 +17,7 @@ def test_the_table_has_groups_units_and_a_dash_for_what_cannot_be_had(capsys):
         "by chance": 9.52,
     }
     columns = {3: row, "people": {"words used": 7, "numbers agreed": None}}
-    tables.print_table("beam size", *tables.make_table(columns))
+    tables.print_table(tables.make_table("beam size", columns))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     rows = [re.split(r"\s{2,}", line) for line in lines if line]
     assert rows == [

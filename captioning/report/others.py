@@ -1,0 +1,74 @@
+"""Captions of other systems, read in the format of COCO's results."""
+
+from pathlib import PurePosixPath
+
+from captioning.data.words import tokenize
+from captioning.run.files import read_json
+from captioning.run.messages import UserError, note, printable
+
+FORMAT = 'expected COCO\'s format of results, a list of {"image_id": …, "caption": …}'
+
+
+def read_captions(path, data):
+    """Captions of another system, one for each picture of a split.
+
+    A picture is known by ``file_name``, with or without folders, or by ``image_id``: the id of the
+    data's source, else the row number that eval.py writes, or the name of the file without suffix.
+
+    :param path: a JSON list of dicts with "caption" and one or both of these
+    :param data: ``CaptionDataset``
+    :return: list (pictures) of lists of words, in the order of the data
+    :raises UserError: if it is something else, or has no caption or several for a picture
+    """
+    entries, found, strange = read_json(path), {}, 0
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: {FORMAT}")
+    find = _finder(data)
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
+            raise UserError(f"{path}: entry {number} is {str(entry)[:80]}; {FORMAT}")
+        row = find(entry)
+        if row is None:
+            strange += 1
+        else:
+            found.setdefault(row, []).append(entry["caption"])
+    where = f"the {data.split} split of {data.name}"
+    if not found:
+        raise UserError(
+            f"{path}: none of its {len(entries):,} captions is of a picture of {where}, such as "
+            f"image_id {data.image_ids[0]}, file_name {data.image_names[0]}"
+        )
+    twice = [row for row, captions in found.items() if len(captions) > 1]
+    missing = [row for row in range(len(data)) if row not in found]
+    for rows, fault in ((twice, "several captions"), (missing, "no caption")):
+        if rows:
+            names = ", ".join(printable(data.image_names[row]) for row in sorted(rows)[:3])
+            names += ", …" if len(rows) > 3 else ""
+            of = f"{len(rows):,} of {len(data):,} pictures of {where} have {fault}"
+            raise UserError(f"{path}: {of} ({names}); expected one for each")
+    if strange:
+        note(f"{path}: {strange:,} captions of pictures that are not in {where} are left out")
+    return [tokenize(found[row][0]) for row in range(len(data))]
+
+
+def _finder(data):
+    """Function of an entry: the row of the data that it is about, or None."""
+    by_name = {}
+    for row, name in enumerate(data.image_names):
+        path = PurePosixPath(name)
+        for key in {name, path.name, path.stem}:  # what two pictures share tells nothing
+            by_name[key] = None if key in by_name else row
+    numbered = None in data.image_ids
+    ids = range(len(data)) if numbered else data.image_ids
+    by_id = {str(number): row for row, number in enumerate(ids)}
+
+    def find(entry):
+        name, number = entry.get("file_name"), entry.get("image_id")
+        if isinstance(name, str):
+            row = by_name.get(name, by_name.get(PurePosixPath(name).name))
+            if row is not None or numbered:
+                return row
+        row = by_name.get(number) if isinstance(number, str) else None
+        return by_id.get(str(number)) if row is None else row
+
+    return find
