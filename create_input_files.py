@@ -8,7 +8,6 @@ python create_input_files.py --dataset own --captions own.csv --images own
 
 import contextlib
 import difflib
-import hashlib
 import sys
 import time
 import warnings
@@ -22,8 +21,11 @@ from captioning.run import command_line, files, machine, paths
 from captioning.run.lazy import lazy
 from utils import UserError
 
-datasets, downloads, contact_sheet = lazy(
-    "datasets", "captioning.data.downloads", "captioning.report.contact_sheet"
+datasets, downloads, formats, contact_sheet = lazy(
+    "datasets",
+    "captioning.data.downloads",
+    "captioning.data.formats",
+    "captioning.report.contact_sheet",
 )
 
 
@@ -61,7 +63,9 @@ def find_records(args):
         return *datasets.shapes_records(seed=args.seed, size=args.image_size), "generated"
     if args.images:
         captions = captions_of(args)
-        return *datasets.custom_records(args.images, captions, args.seed), name_of(captions)
+        return *datasets.custom_records(args.images, captions, args.seed), formats.fingerprint(
+            captions
+        )
     folders = args.source or [args.data_folder]
     if not args.source:
         found = zip(downloads.ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
@@ -150,7 +154,7 @@ def is_prepared(args, name):
     except UserError as error:
         raise UserError(f"{error}; --force makes it again") from error
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
-    wanted |= {"source": name_of(captions_of(args))} if args.images else {}
+    wanted |= {"source": formats.fingerprint(captions_of(args))} if args.images else {}
     for path in splits:
         dataset = datasets.CaptionDataset(path)
         dataset.check_word_map(word_map)
@@ -159,18 +163,6 @@ def is_prepared(args, name):
                 what = f"{path} was made with {key} {dataset.attributes[key]}, not {value}"
                 raise UserError(f"{what}; give --force to make it again, or another --data_folder")
     return True
-
-
-def name_of(paths):
-    """The names of files, and something that changes with what is in them."""
-    names = []
-    for path in paths:
-        try:
-            digest = "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        except OSError as error:
-            raise UserError(f"cannot read {path.absolute()}: {error.strerror or error}") from error
-        names.append(f"{path.name} (SHA-256 {digest})" if digest else path.name)
-    return ", ".join(names)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from PIL import Image
 
 import datasets
 import models
+from captioning.data import formats
 from datasets import CaptionDataset, Record
 from utils import UserError
 
@@ -95,6 +96,13 @@ def shown(record):
 def write_csv(path, rows):
     path.write_text("".join(f"{','.join(row)}\n" for row in [("image", "caption"), *rows]))
     return path
+
+
+def rows_of(path, text, encoding="utf-8"):
+    """What each row of a file of captions says: name, split, captions; and the notes."""
+    path.write_bytes(text.encode(encoding))
+    notes = []
+    return [(r.name, r.split, r.captions) for _, r in formats.read_rows(path, notes)], notes
 
 
 PAD, UNK, START, END = 0, 7, 8, 9  # of conftest's word_map

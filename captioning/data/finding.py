@@ -2,12 +2,14 @@
 
 import collections
 import contextlib
+import fnmatch
 import glob
 import os
 import tarfile
 import unicodedata
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -27,6 +29,30 @@ def open_zip(path):
         raise UserError(f"{path} is {what} ({why(error)}); {advice}") from error
 
 
+def walk(folder, above=()):
+    """The files below a folder in order of their names, through links too, as (name, real path).
+
+    A folder that is linked into itself is not entered again, one that may not be read not at all.
+
+    :raises UserError: if ``folder`` itself may not be read
+    """
+    real = os.path.realpath(folder)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        if not above:
+            raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
+        return
+    for entry in entries:
+        is_link = entry.is_symlink()
+        path = os.path.realpath(entry.path) if is_link else os.path.join(real, entry.name)
+        if not (os.path.isdir(path) if is_link else entry.is_dir()):
+            yield entry.name, path
+        elif path not in (*above, real):
+            for name, path in walk(entry.path, (*above, real)):
+                yield f"{entry.name}/{name}", path
+
+
 class Pictures:
     """The files of folders and zip archives, found by the longest common end of their paths.
 
@@ -34,24 +60,27 @@ class Pictures:
     """
 
     def __init__(self, places):
-        self.places, self.count = ", ".join(map(str, as_list(places))), 0  # for messages
+        self.places = ", ".join(map(str, as_list(places)))  # for messages
         self._files = collections.defaultdict(list)  # by normalised name without suffix
+        pictures = {}  # real paths of those that have a known suffix to their names
         for place in as_list(places):
             if place.is_file():
                 archive, root = open_zip(place).root, place.with_suffix("")
-                files = {name: zipfile.Path(archive, name) for name in archive.namelist()}
+                members = [name for name in archive.namelist() if not name.endswith("/")]
+                files = [(name, zipfile.Path(archive, name), f"{place}/{name}") for name in members]
             elif place.is_dir():
-                names = glob.iglob("**", root_dir=place, recursive=True, include_hidden=True)
-                files, root = {name: place / name for name in names}, place
+                files, root = [(name, place / name, real) for name, real in walk(place)], place
             else:
                 raise UserError(f"there is no folder and no zip archive {place.absolute()}")
-            for name, path in files.items():
+            for name, path, real in files:
                 parts = _parts(name)
-                if not parts or path.is_dir() or "__MACOSX" in parts or parts[-1].startswith("._"):
+                if not parts or "__MACOSX" in parts or parts[-1].startswith("._"):
                     continue  # macOS adds the last two
                 whole = _parts(os.path.abspath(root)) + parts
-                self._files[_normal(parts)[-1]].append((whole, len(parts), path))
-                self.count += suffix(parts[-1]) != ""
+                self._files[_normal(parts)[-1]].append(File(path, real, whole, len(parts)))
+                if suffix(name):
+                    pictures.setdefault(real, name)
+        self.count, self.examples = len(pictures), list(pictures.values())[:3]
 
     def find(self, name):
         """The path of a picture by its name or the end of its path; None if it is not there.
@@ -60,19 +89,48 @@ class Pictures:
 
         :raises UserError: if several match equally well
         """
-        common_end = lambda a, b: len(os.path.commonprefix([a[::-1], b[::-1]]))
-        wanted, found = _parts(name) or ("",), []
-        for parts, depth, path in self._files.get(_normal(wanted)[-1], ()):
-            common = common_end(_normal(parts), _normal(wanted))
-            # where the two paths differ, it must be above the folder that was given
-            is_same = common == len(wanted) or common >= max(depth, 2)
-            if is_same and len({suffix(parts[-1]), suffix(wanted[-1]), ""}) < 3:  # jpg, png
-                found.append(((common, common == depth, common_end(parts, wanted)), path))
-        found.sort(key=lambda item: item[0], reverse=True)
-        if len(found) > 1 and found[0][0] == found[1][0]:
-            several = f"{found[0][1]} or {found[1][1]}"
-            raise UserError(f"{name!r} may be {several}: give more of its path")
-        return found[0][1] if found else None
+        wanted = _parts(name) or ("",)
+        fits = [(_fit(file, wanted), file) for file in self._files.get(_normal(wanted)[-1], ())]
+        best = max((fit for fit, _ in fits if fit), default=None)
+        files = [file for fit, file in fits if fit and fit == best]
+        for other in files[1:]:
+            if other.real != files[0].real:
+                several = f"{files[0].path} or {other.path}"
+                raise UserError(f"{name!r} may be {several}: give more of its path")
+        return files[0].path if files else None
+
+
+class File(NamedTuple):
+    """A file in one of the places that a user gave."""
+
+    path: object  # or the ``zipfile.Path`` of an archive's member
+    real: str  # without links: files are the same if this is
+    whole: tuple  # parts of the whole path, an archive taken for a folder
+    depth: int  # how many of these are below the place
+
+
+class Fit(NamedTuple):
+    """How well a file fits a name; compared in this order, the greater the better."""
+
+    common: int  # parts of both paths that are equal, counted from their ends
+    is_complete: bool  # these are all parts of the file below the place
+    exact: int  # as ``common``, but case, composition and suffix count
+
+
+def _fit(file, wanted):
+    """The ``Fit`` of a file and the parts of a name; None if it is the name of another file."""
+    suffixes = {suffix(file.whole[-1]), suffix(wanted[-1])} - {""}
+    common = _common_end(_normal(file.whole), _normal(wanted))
+    # the paths may differ only above the place, or where the name is shorter
+    is_same = common == len(wanted) or common >= max(file.depth, 2)
+    if len(suffixes) > 1 or not is_same:  # 0.jpg is not 0.png
+        return None
+    return Fit(common, common == file.depth, _common_end(file.whole, wanted))
+
+
+def _common_end(a, b):
+    """How many items two sequences share at their ends."""
+    return len(os.path.commonprefix([a[::-1], b[::-1]]))
 
 
 as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
@@ -112,7 +170,7 @@ def find_pictures(patterns, recursive=False):
         if skipped:
             note(f"in {printable(path)}{skipped}")
         for file in files:
-            paths.setdefault(os.path.abspath(file), file)
+            paths.setdefault(os.path.realpath(file), file)
     return list(paths.values())
 
 
@@ -121,17 +179,18 @@ def _pictures_of(folder, recursive):
     Image.init()
     readable = {name for name in Image.OPEN if Image.MIME.get(name, "").startswith("image/")}
     files, skipped = [], collections.Counter()
-    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+    inside = (folder / name for name, _ in walk(folder))
+    for path in inside if recursive else sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if path.is_dir():
-            skipped["sub-folders (see --recursive)"] += not recursive
+            skipped["sub-folders (see --recursive)"] += 1
         elif path.name.startswith(".") or not path.is_file() or _is_drawing(path):
             skipped["hidden files" if path.name.startswith(".") else "attention drawings"] += 1
         elif Image.registered_extensions().get(suffix) in readable:
             files.append(path)
         else:
             skipped[suffix or "without an ending"] += 1
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in (+skipped).items())
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in skipped.items())
     return files, f", skipped: {kinds}" if kinds else ""
 
 
@@ -142,6 +201,21 @@ def _is_drawing(path):
 def _matches(pattern):
     """Files that a pattern matches; a folder that exists is no pattern, brackets and all."""
     folder = next(parent for parent in Path(pattern).parents if parent.exists())
-    names = glob.glob(str(Path(pattern).relative_to(folder)), root_dir=folder, recursive=True)
-    files = [folder / name for name in sorted(names)]
+    parts = Path(pattern).relative_to(folder).parts
+    if "**" in parts:
+        names = [name for name, _ in walk(folder) if _fits_pattern(name.split("/"), parts)]
+    else:
+        names = sorted(glob.glob(os.path.join(*parts), root_dir=folder))
+    files = [folder / name for name in names]
     return [path for path in files if path.is_file() and not _is_drawing(path)]
+
+
+def _fits_pattern(names, parts):
+    """Whether a path fits a pattern, part by part; ``**`` stands for any number of folders."""
+    if not names or not parts:
+        return not names and set(parts) <= {"**"}
+    if parts[0] == "**" and _fits_pattern(names, parts[1:]):
+        return True
+    is_seen = not names[0].startswith(".") or parts[0].startswith(".")
+    is_same = is_seen and (parts[0] == "**" or fnmatch.fnmatchcase(names[0], parts[0]))
+    return is_same and _fits_pattern(names[1:], parts[1 - (parts[0] == "**") :])

@@ -3,13 +3,14 @@
 import collections
 import functools
 import hashlib
-import itertools
 import math
 
 from captioning.data.finding import Pictures, as_list, open_zip
-from captioning.data.formats import read_rows, read_text
+from captioning.data.formats import read_rows
 from captioning.data.pictures import open_image
 from captioning.data.records import SPLITS, Record, too_many_lost
+from captioning.data.rows import split_of
+from captioning.data.text_files import read_text
 from captioning.run.messages import UserError
 
 
@@ -23,13 +24,30 @@ def custom_records(images, captions, seed):
     :raises UserError: if a row is malformed (its line is named) or the pictures are not there
     """
     notes, captions = [], as_list(captions)
-    rows = itertools.chain.from_iterable(read_rows(path, notes) for path in captions)
+    splits = _splits_of_files(captions)
+    rows = (
+        (line, row if row.split else row._replace(split=split))
+        for path, split in zip(captions, splits)
+        for line, row in read_rows(path, notes)
+    )
     pictures, where = Pictures(images), ", ".join(map(str, captions))
     records, notes = _records(rows, pictures, where, seed, notes)
     if pictures.count > len(records):
         unused = f"{pictures.count - len(records):,} pictures of {pictures.places}"
         notes.append(f"{unused} have no caption in {where}; they are left out")
     return records, notes
+
+
+def _splits_of_files(paths):
+    """The split of each file of captions that its name tells, or None.
+
+    One file alone is the whole data set, whatever its name. Where no file is called test, those for
+    validation, such as COCO's, are left to be dealt out to both.
+    """
+    splits = [None if path.is_dir() else split_of(path.name) for path in paths]
+    if "train" not in splits:
+        return [None] * len(splits)
+    return [split if "test" in splits or split == "train" else None for split in splits]
 
 
 def flickr8k_records(folder, seed=0):
@@ -152,5 +170,8 @@ def _deal_splits(splits, seed):
     dealt = {name: [*parts, "train"][min(i // size, len(parts))] for i, name in enumerate(pool)}
     counts = collections.Counter(dealt.values())
     said = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if counts[split])
-    note = f"no split is named for {len(pool):,} pictures: dealt out by --seed {seed} as {said}"
+    what = f"no split is named for {len(pool):,} pictures: they"
+    if pool and None not in splits.values():
+        what = f"no picture is named {' or '.join(lacking)}: the {len(pool):,} of train"
+    note = f"{what} are dealt out by --seed {seed} as {said}"
     return {**splits, **dealt}, [note] * bool(pool)

@@ -28,7 +28,7 @@ _LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACELESS}]+"
 WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|{_LETTERS}(?:[\u200c\u200d]{_LETTERS})*", regex.V1)
 
 
-# Format characters (Cf), such as the soft hyphen, are invisible and part no words: they are removed.
+# Invisible format characters (Cf), such as the soft hyphen, part no words: they are removed.
 # The two joiners stay where they are spelling: after a virama (Hindi, Sinhala) or an Arabic letter
 _NOT_SPELLED = r"(?<![\p{Canonical_Combining_Class=Virama}\p{Arabic}]\p{M}*)"
 

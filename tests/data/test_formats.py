@@ -7,10 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import contents, save_pictures, shown, write, write_csv
+from helpers import contents, rows_of, save_pictures, shown, write, write_csv
 from PIL import Image
 
 import datasets
+from captioning.data import formats
 
 
 def test_karpathys_files(tmp_path, own_data, fails):
@@ -96,8 +97,8 @@ def test_own_captions_are_the_same_in_each_format(tmp_path, own_data):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "expected .* below the header image,caption"),
-        ("picture,text\n00.jpg,a dog\n", "line 1: expected .* below the header image,caption"),
+        ("", "expected a header that names the columns .*such as image,caption"),
+        ("Bild,Text\n00.jpg,a dog\n", "expected a header .*; found 'Bild,Text'"),
         ("image,caption,x\n00.jpg,a dog,1\n01.jpg,a dog, runs,1\n", "line 3: 4 fields, expected 3"),
         ("caption,image\na dog, running,01.jpg\n", "line 2: 3 fields, expected 2"),
         ("image,caption\n00.jpg\n", "line 2: 1 fields, expected 2"),
@@ -123,7 +124,6 @@ def test_own_captions_are_the_same_in_each_format(tmp_path, own_data):
         ('{"images": [], "annotations": [{"caption": "a"}]}', "captions.csv"),
         ('{"image": "00.jpg", "caption": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
         ("image,caption\n00.jpg," + "a" * 200_000 + "\n", "line 2: not valid CSV"),
-        ("image;caption\n00.jpg;a dog\n", "line 1: expected .* below the header image,caption"),
         ("image,caption\nnone.jpg,a dog\n", "1 of 1 pictures are missing"),
         ("image,caption\n../captions.csv,a dog\n", "1 of 1 pictures are missing"),
         ("image,caption\n00.jpg,a dog\n./00.jpg,a dog\n", "both '00.jpg' and './00.jpg'"),
@@ -139,7 +139,7 @@ def test_malformed_captions_are_named_with_their_line(text, message, own_data, f
 def test_captions_that_are_not_utf8_are_named_with_their_line(own_data, fails):
     folder, path = own_data
     path.write_bytes("image,caption\n00.jpg,a dog\n01.jpg,ein Tür\n".encode("latin-1"))
-    with fails("line 3: not UTF-8"):
+    with fails("line 3: not UTF-8 text: the byte FC, in Windows-1252 'ü'; save .*CSV UTF-8"):
         datasets.custom_records(folder, path, 0)
 
 
@@ -246,6 +246,77 @@ def test_hugging_faces_image_folders(kind, tmp_path, fails):
     (tmp_path / "none").mkdir()
     with fails("none holds no metadata.csv or .jsonl"):
         datasets.custom_records(folder, tmp_path / "none", 0)
+
+
+def test_texts_of_every_picture_lie_beside_it_or_in_a_folder_of_their_own(tmp_path):
+    save_pictures(
+        tmp_path / "own", [f"{s}/{i}.png" for s in ("train", "val", "test") for i in (0, 1)]
+    )
+    for path in [*(tmp_path / "own").rglob("*.png")]:
+        path.with_suffix(".txt").write_text(f"a dog\n\na cat, {path.stem}\n")
+        (path.parent / "notes.txt").write_text("nothing about a picture")
+    records, notes = datasets.custom_records(tmp_path / "own", tmp_path / "own", 0)
+    assert [(shown(r), r.name, r.split) for r in records] == [
+        (4, "test/0.png", "test"),
+        (5, "test/1.png", "test"),
+        (0, "train/0.png", "train"),
+        (1, "train/1.png", "train"),
+        (2, "val/0.png", "val"),
+        (3, "val/1.png", "val"),
+    ]
+    assert records[1].captions == ["a dog", "a cat, 1"] and not notes
+    (tmp_path / "texts" / "val").mkdir(parents=True)
+    (tmp_path / "texts" / "val" / "1.txt").write_text("a bird")
+    ((_, row),) = formats.read_rows(tmp_path / "texts", [])
+    assert (row.name, row.split, row.captions) == ("val/1", "val", ["a bird"])
+
+
+def test_a_digest_of_captions_changes_with_what_is_in_them(tmp_path):
+    save_pictures(tmp_path, ["a/0.png"])
+    (tmp_path / "a" / "0.txt").write_text("a dog")
+    (tmp_path / "c.csv").write_text("image,caption\n0.png,a dog\n")
+    seen = {formats.fingerprint([tmp_path / "a", tmp_path / "c.csv"])}
+    for name, text in (("a/0.txt", "a cat"), ("c.csv", "x"), ("a/metadata.csv", "y")):
+        (tmp_path / name).write_text(text)
+        seen.add(formats.fingerprint([tmp_path / "a", tmp_path / "c.csv"]))
+    assert len(seen) == 4 and all(text.startswith("a (SHA-256 ") for text in seen)
+
+
+def test_flickr8k_in_chinese_and_other_token_lines(tmp_path):
+    lines = ("1_a.jpg#zhc#0 一只狗", "1_a.jpg#1\ta dog # 5", "1_a.jpg.1#enc#2\tpeople &amp; dogs")
+    rows, _ = rows_of(tmp_path / "tokens.txt", "\n".join(lines))
+    assert rows == [
+        ("1_a.jpg", None, ["一只狗"]),
+        ("1_a.jpg", None, ["a dog # 5"]),
+        ("1_a.jpg.1", None, ["people & dogs"]),
+    ]
+
+
+@pytest.mark.parametrize("form", ["arrays", "coco", "csv"])
+def test_the_names_of_several_files_tell_their_splits(form, tmp_path):
+    files = []
+    for k, name in enumerate(("captions_train.json", "my-dev2017.json", "Test.json")):
+        names = [f"{k}{i}.png" for i in range(5)]
+        save_pictures(tmp_path / "p", names, 5 * k)
+        content = [{"image": name, "caption": "a dog"} for name in names]
+        if form == "coco":
+            annotations = [{"image_id": i, "caption": "a dog"} for i in range(5)]
+            images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+            content = {"images": images, "annotations": annotations}
+        files.append(tmp_path / name)
+        files[-1].write_text(json.dumps(content))
+        if form == "csv":
+            files[-1] = write_csv(files[-1].with_suffix(".csv"), [(n, "a dog") for n in names])
+    records, notes = datasets.custom_records(tmp_path / "p", files, 0)
+    expected = {"0": "train", "1": "val", "2": "test"}
+    assert len(records) == 15 and all(r.split == expected[r.name[0]] for r in records)
+    assert not notes
+    # without a file for tests those for validation serve for both, as COCO's do
+    records, _ = datasets.custom_records(tmp_path / "p", files[:2], 0)
+    assert Counter(r.split for r in records) == {"train": 5, "val": 2, "test": 3}
+    # and one file is all there is
+    records, _ = datasets.custom_records(tmp_path / "p", files[2], 0)
+    assert Counter(r.split for r in records) == {"train": 3, "val": 1, "test": 1}
 
 
 def test_json_arrays_with_one_caption_or_several(tmp_path):

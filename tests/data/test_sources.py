@@ -80,3 +80,7 @@ def test_a_split_that_the_source_lacks_is_dealt_out():
     ):
         splits, notes = sources._deal_splits(dict(zip(names, source)), 0)
         assert Counter(splits.values()) == expected and len(notes) == (expected["train"] != 20)
+        all_are_named = notes and None not in source
+        assert not notes or notes[0].startswith("no picture is named") == bool(all_are_named)
+    (note,) = sources._deal_splits(dict.fromkeys(names, "train"), 0)[1]
+    assert note.startswith("no picture is named test or val: the 40 of train are dealt out by")

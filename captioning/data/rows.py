@@ -1,0 +1,96 @@
+"""Rows of captions: the names that people give to columns and keys, and what a row says."""
+
+import html
+
+import regex
+
+from captioning.data.records import Record, is_list_of
+from captioning.data.words import tokenize
+from captioning.run.messages import UserError
+
+SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train"}
+
+
+SPLIT_NAMES |= dict.fromkeys(("val", "validation", "valid", "dev"), "val")
+
+
+SPLIT_NAMES |= dict.fromkeys(("test", "testing"), "test")
+
+
+IMAGE_KEYS = (  # the first that a row has names its picture
+    *("image", "file_name", "image_name", "filename", "image_file", "image_filename"),
+    *("image_path", "file_path", "filepath", "path", "file", "img", "img_name", "img_path"),
+    *("photo", "photo_name", "picture", "picture_name", "image_id"),
+)
+
+
+_CAPTION = regex.compile(r"(alt_text|caption|text|comment|sentence|description)s?(?![a-z])")
+
+
+_NO_CAPTION = regex.compile(
+    r".*_(count|file|ids?|index|lang|language|len|length|no|num|number|score|source|type|url)"
+)
+
+
+def key_of(name):
+    """A column's name or a key as it is compared: ``File Name`` is ``file_name``."""
+    return regex.sub(r"[\s._-]+", "_", str(name).strip().lower())
+
+
+def holds_captions(key):
+    """Whether the column or key of this name, see ``key_of``, holds captions."""
+    return bool(_CAPTION.match(key)) and not _NO_CAPTION.fullmatch(key)
+
+
+def row_of(fields, where):
+    """What the fields of a line say.
+
+    :param fields: list of (key, see ``key_of``; value); several may hold captions
+    :param where: file and line
+    :return: ``where``, :class:`Record` without its picture
+    :raises UserError: if there is no picture's name or no caption, or the split is unknown
+    """
+    first = dict(reversed(fields))
+    names = (first.get(key) for key in IMAGE_KEYS)
+    name = next((name.strip() for name in names if isinstance(name, str) and name.strip()), None)
+    values = [value for key, value in fields if holds_captions(key)]
+    captions = [texts_of(value) for value in values if isinstance(value, (str, list))]
+    if name is None or not captions or None in captions:
+        forms = 'below the header image,caption[,split], or {"image": "a.jpg", "caption": "a dog"}'
+        what = f"expected a picture's name and its caption, {forms}; found {str(dict(fields))[:80]}"
+        raise UserError(f"{where}: {what}")
+    captions = [unescaped(text) for texts in captions for text in texts]
+    captions = [text for text in captions if text.strip()] or captions[:1]
+    split, number = str(first.get("split") or "").strip().lower(), str(first.get("image_id", ""))
+    if split and split not in SPLIT_NAMES:
+        raise UserError(f"{where}: unknown split {split!r}; expected one of train, val, test")
+    image_id = int(number) if number.isdecimal() and len(number) < 19 else None
+    return where, Record(name, SPLIT_NAMES.get(split), captions, image_id=image_id)
+
+
+def texts_of(value):
+    """The captions that a value holds, as a list of str; None if it holds anything else.
+
+    A text is one caption; and so is a list of single words.
+    """
+    if isinstance(value, str):
+        return [value]
+    if is_list_of(value, str):
+        are_words = len(value) > 1 and all(len(tokenize(item)) <= 1 for item in value)
+        return [" ".join(value)] if are_words else value
+    lists = isinstance(value, list) and all(is_list_of(item, str) for item in value)
+    return [" ".join(words) for words in value] if lists else None
+
+
+def unescaped(text):
+    """A caption as it was before a web page's escapes, such as ``&amp;``, however often it was."""
+    while (plain := regex.sub(r"&#?\w+;", lambda found: html.unescape(found[0]), text)) != text:
+        text = plain
+    return text
+
+
+def split_of(name):
+    """The split that the words of a file's name tell, such as ``captions_val2014.json``; or None"""
+    words = regex.findall(r"[a-z]+", name.lower())
+    splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return splits.pop() if len(splits) == 1 else None

@@ -1,0 +1,64 @@
+"""Tests of ``captioning/data/json_files.py`` and of what ``rows.py`` makes of values."""
+
+import json
+
+import pytest
+from helpers import rows_of
+
+ROWS = [("a.png", None, ["a dog", "it runs"]), ("b.png", "val", ["a cat"])]
+ENTRIES = [
+    {"file_path": "a.png", "Captions": ["a dog", "it runs"], "caption_score": 5},
+    {"Photo": "b.png", "caption": ["a", "cat"], "split": "dev", "text": None},
+]
+FORMS = {
+    "array": ENTRIES,
+    "names": {"a.png": ["a dog", "it runs"], "b.png": {"caption": "a cat", "split": "val"}},
+    "words": {"a.png": [["a", "dog"], ["it", "runs"]], "b.png": {"text": "a cat", "split": "val"}},
+    "numbers": dict(enumerate(ENTRIES)),
+}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_entries_and_objects_from_names_to_captions_are_read_alike(form, indent, tmp_path):
+    found, _ = rows_of(tmp_path / "c.json", json.dumps(FORMS[form], indent=indent))
+    assert found == ROWS
+
+
+def test_a_single_object_may_have_many_lines(tmp_path):
+    found, _ = rows_of(tmp_path / "c.json", json.dumps(ENTRIES[0], indent=2))
+    assert found == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    "value, captions",
+    [
+        (
+            "fish &amp; chips &lt;3 it&#39;s &amp;#39;x&#x27; AT&T &copy",
+            "fish & chips <3 it's 'x' AT&T &copy",
+        ),
+        (["A", "dog", "runs", "."], "A dog runs ."),
+        (["dog"], "dog"),
+    ],
+)
+def test_a_caption_is_read_as_a_person_would(value, captions, tmp_path):
+    found, _ = rows_of(tmp_path / "c.json", json.dumps([{"image": "a", "caption": value}]))
+    assert found == [("a", None, [captions])]
+
+
+def test_short_captions_of_coco_and_karpathy_stay_apart(tmp_path):
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": text} for text in ("dog", "puppy")],
+    }
+    sentences = [{"raw": "dog"}, {"tokens": ["puppy"]}]
+    karpathy = {"images": [{"filename": "a.png", "split": "val", "sentences": sentences}]}
+    for content in (coco, karpathy):
+        (found,), _ = rows_of(tmp_path / "c.json", json.dumps(content))
+        assert found[2] == ["dog", "puppy"]
+
+
+def test_damaged_json_of_many_lines_is_named_with_its_line(tmp_path, fails):
+    text = json.dumps(ENTRIES, indent=2).replace('"split": ', '"split" ')
+    with fails(f"line {text[: text.index('split')].count(chr(10)) + 1}: not valid JSON"):
+        rows_of(tmp_path / "c.json", text)
