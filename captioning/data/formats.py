@@ -97,5 +97,4 @@ _TOKEN = regex.compile(
     r"(?:\s*\t|(?<=\.\w+#(?:\w+#)?\d+)\s+)(?<caption>.*)"
 )
 
-
 READERS = ((r"[\[{]", json_rows), (_TOKEN.pattern, _token_rows), ("", csv_rows))  # by beginnings

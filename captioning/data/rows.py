@@ -9,13 +9,8 @@ from captioning.data.words import tokenize
 from captioning.run.messages import UserError
 
 SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train"}
-
-
 SPLIT_NAMES |= dict.fromkeys(("val", "validation", "valid", "dev"), "val")
-
-
 SPLIT_NAMES |= dict.fromkeys(("test", "testing"), "test")
-
 
 IMAGE_KEYS = (  # the first that a row has names its picture
     *("image", "file_name", "image_name", "filename", "image_file", "image_filename"),
@@ -23,9 +18,7 @@ IMAGE_KEYS = (  # the first that a row has names its picture
     *("photo", "photo_name", "picture", "picture_name", "image_id"),
 )
 
-
 _CAPTION = regex.compile(r"(alt_text|caption|text|comment|sentence|description)s?(?![a-z])")
-
 
 _NO_CAPTION = regex.compile(
     r".*_(count|file|ids?|index|lang|language|len|length|no|num|number|score|source|type|url)"

@@ -13,28 +13,17 @@ from captioning.run.files import read_json
 from captioning.run.messages import UserError, why
 
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
-
-
 PAD_ID = 0
-
 
 # Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: each letter is a word
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&\p{L}]"
-
-
 _LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACELESS}]+"
-
-
 WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|{_LETTERS}(?:[\u200c\u200d]{_LETTERS})*", regex.V1)
-
 
 # Invisible format characters (Cf), such as the soft hyphen, part no words: they are removed.
 # The two joiners stay where they are spelling: after a virama (Hindi, Sinhala) or an Arabic letter
 _NOT_SPELLED = r"(?<![\p{Canonical_Combining_Class=Virama}\p{Arabic}]\p{M}*)"
-
-
 _FORMAT = regex.compile(rf"[\p{{Cf}}--[\u200c\u200d]]|{_NOT_SPELLED}[\u200c\u200d]", regex.V1)
-
 
 # Python makes of a Turkish capital I with a dot a small i with a second one
 _DOTS = regex.compile("i\u0307+")
@@ -94,14 +83,21 @@ def clean_caption(text):
 def load_word_map(path):
     """Read a word map, dict word -> id; raises UserError if the file is none."""
     word_map = read_json(path)
-    ids = list(word_map.values()) if isinstance(word_map, dict) else [None]
-    has_ids = all(type(i) is int for i in ids) and sorted(ids) == list(range(len(ids)))
-    if not has_ids or not {UNK, START, END} <= set(word_map) or word_map.get(PAD) != PAD_ID:
+    if not is_word_map(word_map):
         raise UserError(
             f"{path} is no word map: expected a JSON object that numbers words from {PAD}'s 0 on, "
             f"each number once, with {UNK}, {START} and {END}; create_input_files.py makes it"
         )
     return word_map
+
+
+def is_word_map(value):
+    """Whether a value numbers words from <pad>'s 0 on, each once, with all special tokens."""
+    if not isinstance(value, dict) or not all(isinstance(word, str) for word in value):
+        return False
+    ids = list(value.values())
+    has_ids = all(type(i) is int for i in ids) and sorted(ids) == list(range(len(ids)))
+    return has_ids and {UNK, START, END} <= value.keys() and value.get(PAD) == PAD_ID
 
 
 def special_tokens(word_map):

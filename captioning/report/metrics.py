@@ -147,7 +147,6 @@ def _meteor(gts, res):
 COLOR_WORDS = """black blond blonde blue brown gray green grey orange pink purple red tan white
     yellow""".split()  # noqa: SIM905
 
-
 NUMERALS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905
 
 

@@ -2,16 +2,6 @@
 
 import difflib
 
-
-def differing(words, others):
-    """Places of the words that not all other captions have there, as a list."""
-    places = set(range(len(words)))
-    for other in others:
-        blocks = difflib.SequenceMatcher(None, words, other, autojunk=False).get_matching_blocks()
-        places &= {i for block in blocks for i in range(block.a, block.a + block.size)}
-    return sorted(set(range(len(words))) - places)
-
-
 GROUPS = {  # by the first figure of each
     "BLEU-1": "metrics, 0-100",
     "words per caption": "variety",
@@ -20,10 +10,8 @@ GROUPS = {  # by the first figure of each
     "ms per picture": "search",
 }
 
-
 PERCENT = ("distinct captions", "commonest caption", "repeats itself", "colours agreed",
            "numbers agreed")  # fmt: skip
-
 
 LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JSON file's
     "words used": "different words",
@@ -80,3 +68,12 @@ def print_table(tables):
         for name, *cells in rows:
             print(f"{name:>26}", *(cell.rjust(width) for cell, width in zip(cells, widths)))
     print()
+
+
+def differing(words, others):
+    """Places of the words that not all other captions have there, as a list."""
+    places = set(range(len(words)))
+    for other in others:
+        blocks = difflib.SequenceMatcher(None, words, other, autojunk=False).get_matching_blocks()
+        places &= {i for block in blocks for i in range(block.a, block.a + block.size)}
+    return sorted(set(range(len(words))) - places)
