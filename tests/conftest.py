@@ -1,19 +1,54 @@
 """What several test files need: pictures, captions, a vocabulary, a data set, a trained model."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-import caption
-import datasets
-import models
-import train
-import utils
-from captioning.run import files, paths
+from captioning.run.lazy import lazy
+
+# so that a package that is not installed stops the tests that need it, and not this file
+np, torch, Image = lazy("numpy", "torch", "PIL.Image")
+caption, datasets, models, train, utils = lazy("caption", "datasets", "models", "train", "utils")
+files, paths = lazy("files", "paths", within="captioning.run")
+
+ROOT = Path(__file__).parents[1]
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}  # of packages with another name
+
+
+def required(path):
+    """The names in a list of requirements, as they are imported or as in ``DISTRIBUTIONS``."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    found = (re.match(r"[\w.-]+", line) for line in lines)
+    return {name[0].lower().replace("_", "-") for name in found if name}
+
+
+def skipped_if_a_requirement_is_missing(report, where, error):
+    """A report of pytest; a test or file that fails for want of a required package is skipped."""
+    while error and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    name = DISTRIBUTIONS.get(package, package).lower().replace("_", "-")
+    if report.failed and name in required("requirements.txt") | required("tests/requirements.txt"):
+        report.outcome = "skipped"
+        report.longrepr = (str(where.path), 0, f"needs the package {name}, which is not installed")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    error = report.call.excinfo and report.call.excinfo.value
+    return skipped_if_a_requirement_is_missing(report, collector, error)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    error = call.excinfo and call.excinfo.value
+    return skipped_if_a_requirement_is_missing(report, item, error)
 
 
 @pytest.fixture(autouse=True)

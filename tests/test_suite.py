@@ -11,12 +11,11 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import benchmark
 import pytest
 import torch
-from conftest import TINY_TRAINING, make_picture
+from conftest import DISTRIBUTIONS, ROOT, TINY_TRAINING, make_picture, required
 from PIL import Image
 
 import datasets
@@ -24,7 +23,6 @@ import utils
 from captioning.run import machine
 from captioning.run.lazy import LazyModule
 
-ROOT = Path(utils.__file__).parent
 SCRIPTS = ("create_input_files", "train", "eval", "caption")
 FILES = ("utils", "datasets", "models", *SCRIPTS)
 PARTS = ("run", "data", "model", "report")  # each may import those before it
@@ -128,18 +126,27 @@ print(*[name for name, kind in kinds.items() if kind not in ("NoneType", "LazyMo
 
 def test_what_is_imported_is_required():
     """And what only tests need stands in their own list."""
-    names = {"PIL": "pillow", "skimage": "scikit-image"}
-
-    def required(path):
-        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-        found = (re.match(r"[\w.-]+", line) for line in lines)
-        return {name[0].lower().replace("_", "-") for name in found if name}
-
     imported = {name.split(".")[0] for module in MODULES for name in imports(module)}
     imported -= {*sys.stdlib_module_names, *FILES, "captioning"}
-    imported = {names.get(name, name).lower().replace("_", "-") for name in imported}
+    imported = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported}
     assert imported <= required("requirements.txt")
     assert not required("requirements.txt") & required("tests/requirements.txt")
+
+
+def test_tests_that_need_a_missing_package_are_skipped_and_name_it():
+    code = """
+import sys, pytest
+sys.modules.update(dict.fromkeys(["nbclient", "nltk", "imageio"]))  # as if not installed
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+    names = ("test_notebook.py", "run/test_messages.py", "report/test_metrics.py")
+    flags = ["-q", "-m", "", "-k", "notebook or bleu_equals or bearable", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, *flags, *(ROOT / "tests" / name for name in names)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed, 2 skipped" in done.stdout, done.stdout
+    assert "needs the package nbclient" in done.stdout and "package nltk" in done.stdout
 
 
 def actions(script):
