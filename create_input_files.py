@@ -21,8 +21,9 @@ from captioning.run import command_line, files, machine, paths
 from captioning.run.lazy import lazy
 from utils import UserError
 
-datasets, downloads, formats, contact_sheet = lazy(
+datasets, models, downloads, formats, contact_sheet = lazy(
     "datasets",
+    "models",
     "captioning.data.downloads",
     "captioning.data.formats",
     "captioning.report.contact_sheet",
@@ -33,7 +34,8 @@ def main(args):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # we say ourselves what a picture lacks
     check_flags(args)
     name = paths.base_name(args.dataset, args.captions_per_image, args.min_word_freq)
-    if not args.force and is_prepared(args, name):
+    known = models.known_words(args.words_of) if args.words_of else None
+    if not args.force and is_prepared(args, name, known):
         draw_examples(args, name)  # they are there, unless an earlier run was killed before
         print(f"The files of {name} are in {args.data_folder} already; --force makes them again.")
         return
@@ -45,12 +47,12 @@ def main(args):
         limits = {"min_word_freq": args.min_word_freq, "max_len": args.max_len, "seed": args.seed}
         about = {"dataset": args.dataset, "source": source, "workers": args.workers}
         summaries, word_map = datasets.write_dataset(
-            args.data_folder, records, **about, **sizes, **limits
+            args.data_folder, records, known=known, **about, **sizes, **limits
         )
     sheet = draw_examples(args, name, anew=True)
     for note in [*notes, *describe_losses(summaries, args)]:
         print(f"Note: {note}.")
-    print(describe(summaries, word_map, args))
+    print(describe(summaries, word_map, known, args))
     print(
         f"\nMade {name} in {args.data_folder} in {time.monotonic() - start:.0f} s. See {sheet}: "
         "are the pictures right, and do the captions fit them?"
@@ -109,6 +111,11 @@ def get_args_parser():
     for flag, (low, high, default, text) in NUMBERS.items():
         bounds = command_line.bounded(int, low, high)
         group.add_argument(f"--{flag}", type=bounds, default=default, help=text)
+    text = (
+        "checkpoint, run's folder or word map of a model to go on from with train.py --init_from: "
+        "its words keep their numbers and new ones follow; captioner is the suite's own"
+    )
+    group.add_argument("--words_of", type=Path, metavar="MODEL", help=text)
     group.add_argument("--force", action="store_true", help="make the files again")
     return parser
 
@@ -143,7 +150,7 @@ def captions_of(args):
     return args.captions or [path for path in args.images or () if path.is_dir()]
 
 
-def is_prepared(args, name):
+def is_prepared(args, name, known):
     """Whether all files are there; raises UserError if they are broken or of other settings."""
     splits = [paths.split_path(args.data_folder, split, name) for split in datasets.SPLITS]
     word_map = paths.word_map_path(args.data_folder, name)
@@ -155,12 +162,14 @@ def is_prepared(args, name):
         raise UserError(f"{error}; --force makes it again") from error
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
     wanted |= {"source": formats.fingerprint(captions_of(args))} if args.images else {}
+    wanted["words_of"] = datasets.word_map_digest(known) if known else ""
     for path in splits:
         dataset = datasets.CaptionDataset(path)
         dataset.check_word_map(word_map)
         for key, value in wanted.items():
-            if dataset.attributes[key] != value:
-                what = f"{path} was made with {key} {dataset.attributes[key]}, not {value}"
+            made = dataset.attributes.get(key, "")  # an earlier revision knew no words_of
+            if made != value:
+                what = f"{path} was made with {key} {made or 'none'}, not {value or 'none'}"
                 raise UserError(f"{what}; give --force to make it again, or another --data_folder")
     return True
 
@@ -199,16 +208,21 @@ def describe_losses(summaries, args):
     return lines
 
 
-def describe(summaries, word_map, args):
+def describe(summaries, word_map, known, args):
     """:return: table of what was written, as text"""
     lines = ["", "split   pictures   captions  references     words    <unk>       size"]
     for split, s in summaries.items():
         unknown, size = 100 * s["unknown"] / max(s["words"], 1), s["bytes"] / 1e6
         counts = f"{s['pictures']:>10,}{s['captions']:>11,}{s['references']:>12,}{s['words']:>10,}"
         lines.append(f"{split:<6}{counts}{unknown:>7.1f} %{size:>8,.0f} MB")
+    words = f"{len(word_map) - 4:,} words and 4 special tokens. Words"
+    if known:
+        new = len(word_map) - len(known)
+        words = f"the {len(known) - 4:,} words of {args.words_of}, {new:,} new ones and 4 special "
+        words += "tokens. Other words"
     return "\n".join(lines) + (
-        f"\nVocabulary: {len(word_map) - 4:,} words and 4 special tokens. Words that occur fewer "
-        f"than {args.min_word_freq:,} times in the training captions become <unk>."
+        f"\nVocabulary: {words} that occur fewer than {args.min_word_freq:,} times in the training "
+        "captions become <unk>."
     )
 
 

@@ -46,12 +46,15 @@ from captioning.run.messages import UserError
 from captioning.run.paths import base_name, lock_path, split_path, word_map_path
 
 
-def write_dataset(folder, records, *, dataset, source, min_word_freq=5, workers=None, **settings):
+def write_dataset(
+    folder, records, *, dataset, source, min_word_freq=5, known=None, workers=None, **settings
+):
     """Write the three splits and the word map; they appear together, once all are whole.
 
     :param records: list of :class:`Record` of all splits
     :param dataset, source: name of the data set, and where it came from, in words
     :param min_word_freq: words rarer than this in the training split become ``<unk>``
+    :param known: word map of a model, whose words keep their numbers; new ones follow
     :param workers: threads that decode pictures; default: one for each core
     :param settings: see :class:`Settings`
     :return: dict of each split's summary (see :func:`write_split`), the word map
@@ -64,11 +67,12 @@ def write_dataset(folder, records, *, dataset, source, min_word_freq=5, workers=
     if lacking := [split for split in SPLITS if not parts[split]]:
         raise UserError(f"{dataset} has no pictures in its {lacking[0]} split; each needs some")
     texts = (text for record in parts["train"] for text in record.captions)
-    word_map = build_word_map(map(tokenize, texts), min_word_freq)
+    word_map = build_word_map(map(tokenize, texts), min_word_freq, known)
     if len(word_map) == len((PAD, UNK, START, END)):
         what = f"no word of the training captions occurs {min_word_freq} times"
         raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")
     about = {"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source}
+    about["words_of"] = word_map_digest(known) if known else ""
     map_path, summaries = word_map_path(folder, name), {}
     with contextlib.ExitStack() as finished:  # at its end the files get their names
         finished.enter_context(locked(lock_path(map_path), Path(folder) / name))
@@ -210,6 +214,11 @@ class CaptionDataset:
             right = word_map_path(self.path.parent, self.name)
             advice = f"use its own, {right}, or make both with create_input_files.py --force"
             raise UserError(f"{self.path} was encoded with another word map; {advice}")
+
+    def renumber(self, word_map, other):
+        """Write the captions, encoded with a word map, with another one of the same words."""
+        numbers = np.array([other[word] for word in sorted(word_map, key=word_map.get)], np.int32)
+        self.captions = numbers[self.captions]  # (num_captions, max_len + 2)
 
 
 class CaptionBatch(NamedTuple):

@@ -137,16 +137,19 @@ def load(args, device):
     captioners = [models.load_captioner(path, device, word_map) for path in checkpoints]
     first = captioners[0]
     strange = (p for p, c in zip(checkpoints, captioners) if c.word_map != first.word_map)
-    if other := next(strange, None):
-        raise UserError(f"{other} has another word map than {checkpoints[0]}: expected the same")
+    if (other := next(strange, None)) and not (args.compare or args.average):
+        raise UserError(
+            f"{other} has another word map than {checkpoints[0]}: models that vote need the same "
+            "words; --compare scores each by itself"
+        )
     if args.average:
-        captioners = [models.average_weights(captioners)]
+        captioners = [models.average_weights(captioners, models.build_decoder)]
     name = args.data_name or first.config["data_name"]
     if not name:
         raise UserError(f"{checkpoints[0]} does not say on what it was trained: add --data_name")
     paths.check_name(name)
     data = datasets.CaptionDataset(paths.split_path(args.data_folder, args.split, name))
-    check_fit(captioners, data, asked=args.word_map is not None)
+    check_fit(captioners, data)
     theirs = {str(path): others.read_captions(path, data) for path in args.captions}
     outputs = name_files(args, name, checkpoints)
 
@@ -201,20 +204,13 @@ def name_files(args, name, checkpoints):
     return {"captions": captions, "metrics": metrics, "scores": scores, "made by": made_by}
 
 
-def check_fit(captioners, data, asked):
-    """:raises UserError: if the pictures have another size, or the captions unasked other words"""
+def check_fit(captioners, data):
+    """:raises UserError: if the pictures have another size"""
     sizes = sorted({captioner.image_size for captioner in captioners})
     if sizes != [data.image_size]:
         raise UserError(
             f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
             f"{', '.join(map(str, sizes))}; prepare the data with that --image_size"
-        )
-    word_map = captioners[0].word_map
-    if not asked and datasets.word_map_digest(word_map) != data.word_map_digest:
-        raise UserError(
-            f"{data.path} was prepared with another vocabulary than the model's "
-            f"{len(word_map) - 4:,} words and 4 special tokens: name the model's own data with "
-            "--data_name or, to score it on these captions all the same, its own --word_map"
         )
 
 

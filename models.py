@@ -11,6 +11,7 @@ What scripts and students take from here and is not defined here stands in the r
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from captioning.data.features import encode_split
 from captioning.data.pictures import square_of
-from captioning.data.words import END, PAD_ID, START, special_tokens
+from captioning.data.words import END, PAD_ID, START, load_word_map, special_tokens
 from captioning.model.attentions import AttentionOutput, NoAttention, hard, sample
 from captioning.model.beams import (
     Hypothesis,
@@ -487,6 +488,13 @@ def build_model(config, vocab_size):
 def load_checkpoint(path, word_map=None):
     """Read and check a checkpoint: ``read_checkpoint`` for the models of this file."""
     return read_checkpoint(path, build_model, word_map)
+
+
+def known_words(path):
+    """The word map that a path names: a file of one, a checkpoint's, or that of a run's folder."""
+    if Path(path).suffix == ".json":
+        return load_word_map(path)
+    return load_checkpoint(run_checkpoint(path))["word_map"]
 
 
 def load_captioner(path=None, device="cpu", word_map=None):

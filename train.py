@@ -8,6 +8,7 @@ python train.py --resume
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import sys
@@ -23,8 +24,9 @@ from captioning.run.lazy import lazy
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
-batches, cider, cuda_graphs, schedules, starting, tally = lazy(
-    "batches", "cider", "cuda_graphs", "schedules", "starting", "tally", within="captioning.model"
+batches, cider, cuda_graphs, schedules, starting, tally, vocabulary = lazy(
+    *("batches", "cider", "cuda_graphs", "schedules", "starting", "tally", "vocabulary"),
+    within="captioning.model",
 )
 curves, log, metrics = lazy("curves", "log", "metrics", within="captioning.report")
 
@@ -283,28 +285,6 @@ class Trainer:
                 about = self.captioner, self.val_data, self.history[-1]
                 log.write_tensorboard(args.output_folder, *about, options)
 
-    def resume(self, checkpoint, path):
-        """Put the training back to where a checkpoint was saved.
-
-        :raises UserError: if it is damaged
-        """
-        try:
-            starting.restore_optimizer(self.optimizer, checkpoint["optimizer"])
-            self.history, self.update = checkpoint["history"], int(checkpoint["update"])
-            self.started -= float(checkpoint["seconds"])  # what the run took before counts, too
-            self.tally.load_state_dict(checkpoint["epoch_so_far"])
-            best = schedules.best_score(self.history, self.args.metric)
-            per_epoch = math.ceil(len(self.train_data) / self.args.batch_size)
-            if not 0 <= self.update - len(self.history) * per_epoch <= per_epoch:
-                raise ValueError(f"{self.update} updates in {len(self.history)} epochs")
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be "
-                "resumed; start a new run from its weights with --init_from"
-            ) from error
-        so_far = f"; best {self.args.metric} so far {best:.2f}" if self.history else ""
-        print(f"resuming after epoch {len(self.history)}, update {self.update}{so_far}")
-
 
 def main(args):
     check_args(args)
@@ -339,25 +319,27 @@ def prepare(args, stack):
     if len(val_data) == 1 and args.metric == "CIDEr":
         raise UserError("--metric CIDEr is always 0 for a single image; take BLEU-4, for example")
     own, given = (args.output_folder, args.data_name), (args.resume, args.init_from)
-    path, checkpoint, resuming = starting.find_start(*own, *given, models.load_checkpoint)
+    known = datasets.load_word_map(args.word_map) if args.word_map else None
+    read = lambda path: models.load_checkpoint(path, known)
+    path, checkpoint, resuming = starting.find_start(*own, *given, read)
     if checkpoint:
-        about = checkpoint["config"], path, MAY_CHANGE_ON_RESUME if resuming else None
-        args = starting.as_built(args, get_args_parser(), *about)
-        if checkpoint["word_map"] != word_map:
-            raise UserError(
-                f"{path} was trained with another word map than {args.data_name} in "
-                f"{args.data_folder}; name the data it was trained on"
-            )
+        args = starting.as_built(args, get_args_parser(), checkpoint["config"], path, resuming)
+    if resuming:
+        word_map = vocabulary.same_words(checkpoint, path, word_map, (train_data, val_data))
     starting.check_sizes(train_data, val_data, checkpoint if resuming else None)
     machine.set_seed(args.seed)
     weights = "none" if checkpoint else args.encoder_weights
     encoder = models.Encoder(args.encoder, weights).to(device)
-    decoder = models.build_decoder(vars(args) | {"encoder_dim": encoder.encoder_dim}, len(word_map))
-    if checkpoint:
-        encoder.load_state_dict(checkpoint["encoder"])
-        decoder.load_state_dict(checkpoint["decoder"])
-    elif args.embeddings:
+    sizes = vars(args) | {"encoder_dim": encoder.encoder_dim}
+    build, encoder_dim = functools.partial(models.build_decoder, sizes), encoder.encoder_dim
+    decoder = build(len(word_map))
+    if args.embeddings and not resuming:
         starting.fill_embedding(decoder.embedding, args.embeddings, word_map)
+    if checkpoint:  # of other words, perhaps: what is new to it keeps what it was given above
+        words = checkpoint["word_map"], word_map
+        encoder.load_state_dict(checkpoint["encoder"])
+        vocabulary.take_over(decoder, checkpoint["decoder"], *words, build)
+        vocabulary.describe(path, *words)
     if not checkpoint and weights == "none":
         starting.calibrate_on(encoder, train_data, device, learns=args.fine_tune_encoder)
     encoder.fine_tune(args.fine_tune_encoder)
@@ -369,21 +351,19 @@ def prepare(args, stack):
     captioner = models.Captioner(encoder, decoder, word_map, config)
     latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
     stack.enter_context(files.locked(paths.lock_path(latest_path), latest_path))
-    if distributed.is_main():  # two checkpoints, with AdamW's two moments, and a temporary copy
-        parameters = (*encoder.parameters(), *decoder.parameters())
-        size = sum((1 + 2 * p.requires_grad) * p.nbytes for p in parameters)
-        files.check_disk(args.output_folder, 3 * size)
+    starting.check_space(args.output_folder, encoder, decoder)
     changed = command_line.changed_flags(get_args_parser(), args)
     log.print_header(captioner, train_data, val_data, changed)
     trainer = Trainer(args, captioner, train_data, val_data, stop)
     if trainer.teacher and "teacher" in (checkpoint or {}):  # a run without one left none
-        trainer.teacher.load_state_dict(checkpoint["teacher"])
+        build = functools.partial(models.AttentionTeacher, encoder_dim)
+        vocabulary.take_over(trainer.teacher, checkpoint["teacher"], *words, build)
     if not args.fine_tune_encoder:
         trainer.features, trainer.val_features = starting.frozen_features(
             captioner, (train_data, val_data), args.data_folder, args.amp, args.workers
         )
     if resuming:
-        trainer.resume(checkpoint, path)
+        starting.resume(trainer, checkpoint, path)
         trainer.write_reports()  # which the interrupted run may not have come to
     return trainer, args
 
@@ -403,11 +383,6 @@ def build_optimizer(args, captioner, teacher=None):
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
-MAY_CHANGE_ON_RESUME = (
-    "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
-    "encoder_weights", "init_from", "embeddings", "checkpoint_every", "tensorboard",
-)  # fmt: skip
-
 FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
 
@@ -421,6 +396,7 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
         "grounding": 0.3,
     },
     "focus": FOCUS,
+    "adapt": {"epochs": 10, "batch_size": 4, "metric": "CIDEr", "amp": True},
 }  # fmt: skip
 
 
@@ -430,7 +406,10 @@ def get_args_parser():
         description="Train Show, Attend and Tell.", examples=examples
     )
     number = command_line.bounded
-    text = "other defaults: shapes, for the generated data; focus, for attention that tells more"
+    text = (
+        "other defaults: shapes, for the generated data; focus, for attention that tells more; "
+        "adapt, to go on from a model (--init_from) with a few pictures of your own"
+    )
     parser.add_argument("--preset", choices=PRESETS, help=text)
     width, share, rate = number(int, 1, 65536), number(float, 0, 0.99), number(float, 0, 10)
     weight, whole = number(float, 0, 1000), number(int, 0, 10**9)
@@ -521,8 +500,13 @@ def get_args_parser():
     add = parser.add_argument_group("continuing").add_argument
     text = "go on with an interrupted run: that of --output_folder, or of a checkpoint or folder"
     add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=text)
-    text = "start a new run from the weights of a checkpoint, or of the best of a run's folder"
+    text = (
+        "start a new run from the weights of a checkpoint, or of the best of a run's folder, on "
+        "this data or any other; captioner is the one that comes with the suite"
+    )
     add("--init_from", type=Path, metavar="CHECKPOINT", help=text)
+    text = "the word map of --init_from; only a checkpoint of the PyTorch tutorial needs it"
+    add("--word_map", type=Path, metavar="FILE", help=text)
     text = "save every so many updates too, for long epochs; 0: after epochs, and when stopped"
     add("--checkpoint_every", type=whole, default=0, help=text)
     command_line.add_search_flags(parser)
@@ -539,8 +523,10 @@ def check_args(args):
         (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a "
          "package that is not there: pip install tensorboard"),
         (args.resume and args.init_from, "--resume goes on, --init_from starts: give one of them"),
-        (args.embeddings and args.init_from, "--embeddings and --init_from: give one of them"),
+        (args.word_map and not args.init_from, "--word_map is that of --init_from: give that too"),
         (args.scst and not (args.init_from or args.resume), "--scst needs a model: --init_from"),
+        (args.preset == "adapt" and not (args.init_from or args.resume), "--preset adapt needs a "
+         "model to go on from: --init_from captioner, for example"),
         (args.scst and name != "none", "--scst feeds own words: leave out --scheduled_sampling"),
         (args.mirror and not args.fine_tune_encoder, "--mirror needs --fine_tune_encoder: features "
          "of a frozen CNN are computed once"),

@@ -380,34 +380,6 @@ def test_no_file_is_written_where_a_checkpoint_says(
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth.tar"]
 
 
-def test_other_data_is_refused_unless_the_word_map_is_named(
-    best_checkpoint, training_data, tmp_path, fails, no_java, monkeypatch
-):
-    records, _ = datasets.shapes_records(4, 1, 1, seed=1, size=64)
-    records = [record._replace(captions=["my own words", "a thing"]) for record in records]
-    folder = tmp_path / "data"
-    datasets.write_dataset(
-        folder,
-        records,
-        dataset="own",
-        source="own",
-        min_word_freq=1,
-        max_len=20,
-        image_size=64,
-        seed=1,
-    )
-    data = folder, datasets.base_name("own", 5, 1)
-    flags = ["--model", best_checkpoint, "--data_name", data[1], "--beam_size", 1]
-    with monkeypatch.context() as patch:
-        patch.setattr(models.Encoder, "forward", lambda *_: pytest.fail("it began to work"))
-        with fails("another vocabulary than the model's [0-9]+ words and 4 special tokens"):
-            evaluate(data, tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
-    own = datasets.word_map_path(*training_data)
-    metrics = evaluate(data, tmp_path / "out", *flags, "--word_map", own)
-    assert metrics["beam_sizes"]["1"]["CIDEr"] is None  # of a single picture it is always 0
-
-
 def test_the_consensus_uses_the_arithmetic_of_the_training(
     talkative, training_data, tmp_path, no_java
 ):

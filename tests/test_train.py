@@ -414,23 +414,6 @@ def test_a_run_of_a_revision_that_did_not_know_a_flag_can_be_resumed(
     assert len(run(training_data, tmp_path, "--resume", "--epochs", 3)["history"]) == 3
 
 
-def test_another_word_map_is_refused(trained, training_data, tmp_path, fails):
-    records, _ = datasets.shapes_records(4, 2, 2, seed=3, size=64)
-    datasets.write_dataset(
-        tmp_path,
-        records,
-        dataset="shapes",
-        source="generated",
-        min_word_freq=1,
-        max_len=20,
-        image_size=64,
-    )
-    other = tmp_path, training_data[1]
-    for flag in ("--resume", "--init_from"):
-        with fails("was trained with another word map"):
-            run(other, tmp_path / "out", flag, both_checkpoints(trained, training_data)[0])
-
-
 def test_a_frozen_run_can_be_fine_tuned_and_that_resumed(training_data, trained, tmp_path):
     start = both_checkpoints(trained, training_data)[1]
     before = models.load_checkpoint(start)
@@ -545,8 +528,10 @@ def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, 
 def test_resume_or_init_from(training_data, tmp_path, fails):
     with fails("give one of them"):
         run(training_data, tmp_path, "--resume", "--init_from", "x")
-    with fails("give one of them"):
-        run(training_data, tmp_path, "--embeddings", "vectors.txt", "--init_from", "x")
+    with fails("--word_map is that of --init_from"):
+        run(training_data, tmp_path, "--word_map", "words.json")
+    with fails("--preset adapt needs a model to go on from"):
+        run(training_data, tmp_path, "--preset", "adapt")
 
 
 @pytest.mark.parametrize(

@@ -40,16 +40,21 @@ def tokenize(text):
     return WORD.findall(unicodedata.normalize("NFC", text))
 
 
-def build_word_map(token_lists, min_word_freq):
+def build_word_map(token_lists, min_word_freq, known=None):
     """Number the words that occur at least ``min_word_freq`` times.
 
     :param token_lists: iterable of lists of words, of the training split alone
+    :param known: word map of a model, whose words keep their numbers; or None
     :return: dict word -> id: ``<pad>`` 0, then the words, most frequent first (ties in
-        alphabetical order), then ``<unk>``, ``<start>``, ``<end>``
+        alphabetical order), then ``<unk>``, ``<start>``, ``<end>``; behind the words of a model
+        only those that it does not know
     """
     counts = collections.Counter(itertools.chain.from_iterable(token_lists))
     words = [word for word, count in counts.items() if count >= min_word_freq]
     words.sort(key=lambda word: (-counts[word], word))
+    if known:
+        words = [*sorted(known, key=known.get), *(word for word in words if word not in known)]
+        return {word: i for i, word in enumerate(words)}
     return {word: i for i, word in enumerate([PAD, *words, UNK, START, END])}
 
 

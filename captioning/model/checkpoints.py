@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, what is checked before they are used, means and exports of them."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -7,29 +8,37 @@ import torch
 from captioning.data.words import END, PAD, START, UNK
 from captioning.model.tensor_files import load_tensors, save_checkpoint
 from captioning.model.tutorial import tutorial_checkpoint
+from captioning.model.vocabulary import with_words
 from captioning.run.messages import UserError, note
 from captioning.run.paths import checkpoint_path
 
 
-def average_weights(captioners):
+def average_weights(captioners, build):
     """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups").
 
     Weights can be averaged if the trainings started from one checkpoint, for example before and
     after self-critical training. Averaging models that do not share a starting point gives noise.
 
+    :param captioners: list of ``Captioner``; the mean speaks the words of the first one, and the
+        rows of words that another does not know are the first one's
+    :param build: function of a configuration and the number of words: a decoder
     :return: the first ``Captioner``, whose tensors are overwritten
     :raises UserError: if they are not of one architecture
     """
     kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
     if any(kind != kinds[0] for kind in kinds):
         raise UserError("the models are not of one architecture: their weights have no mean")
+    first = captioners[0]
     for part in ("encoder", "decoder"):
         states = [getattr(captioner, part).state_dict() for captioner in captioners]
-        for key, tensor in states[0].items():
+        if part == "decoder":
+            words = states[0], first.word_map, functools.partial(build, first.config)
+            states = [with_words(s, c.word_map, *words) for c, s in zip(captioners, states)]
+        for key, tensor in getattr(first, part).state_dict().items():
             if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
                 tensors = torch.stack([state[key].cpu() for state in states])
                 tensor.copy_(tensors.double().mean(dim=0))
-    return captioners[0]
+    return first
 
 
 # What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
@@ -52,7 +61,7 @@ CHECKPOINT_KEYS["history"] = list
 def run_checkpoint(path, name=None):
     """The checkpoint that a path names: itself, or the best one of a run's folder.
 
-    :param path: None: the captioner that comes with the suite
+    :param path: None, or ``captioner`` where there is no such file: the one that comes along
     :param name: the data's name, which tells several runs in one folder apart
     :raises UserError: if a folder holds none, or several that nothing tells apart
     """
@@ -60,11 +69,13 @@ def run_checkpoint(path, name=None):
         note(f"without --model: taking {DEFAULT_CAPTIONER}, which comes with the suite")
         return DEFAULT_CAPTIONER
     path = Path(path)
+    if path == Path("captioner") and not path.exists():
+        return DEFAULT_CAPTIONER
     if not path.is_dir():
         return path
     if name and checkpoint_path(path, name, best=True).exists():
         return checkpoint_path(path, name, best=True)
-    found = sorted(path.glob("BEST_checkpoint_*.pth.tar"))
+    found = sorted(path.glob("BEST_checkpoint_*.pth.tar")) or sorted(path.glob("*.pth.tar"))
     if len(found) != 1:
         what = "no BEST_checkpoint_*.pth.tar" if not found else ", ".join(p.name for p in found)
         raise UserError(f"the folder {path} holds {what}; expected one run: name its checkpoint")

@@ -10,9 +10,17 @@ import torch
 from captioning.data.words import load_embeddings
 from captioning.model.checkpoints import ARCHITECTURE, run_checkpoint
 from captioning.model.encoders import calibrate
+from captioning.model.schedules import best_score
+from captioning.run.distributed import is_main
+from captioning.run.files import check_disk
 from captioning.run.machine import autocast
 from captioning.run.messages import UserError, note
 from captioning.run.paths import checkpoint_path
+
+MAY_CHANGE_ON_RESUME = (
+    "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
+    "encoder_weights", "init_from", "word_map", "embeddings", "checkpoint_every", "tensorboard",
+)  # fmt: skip
 
 
 def find_start(folder, name, resume, init_from, read):
@@ -60,12 +68,12 @@ def first_readable(paths, read):
     return paths[-1], read(paths[-1])
 
 
-def as_built(args, parser, config, path, may_change=None):
+def as_built(args, parser, config, path, resuming=False):
     """The flags, with the architecture of a checkpoint, which says itself what it is.
 
     :param args, parser: the flags, and what declares them
     :param config, path: the checkpoint's configuration, and its name for messages
-    :param may_change: its run is to be resumed, and no other flags than these may differ from it
+    :param resuming: its run is to go on, and only ``MAY_CHANGE_ON_RESUME`` may differ from it
     :raises UserError: if a flag contradicts the checkpoint, or if others have changed
     """
     flags, defaults = vars(args), vars(parser.parse_args([]))
@@ -76,7 +84,7 @@ def as_built(args, parser, config, path, may_change=None):
     flags = flags | {key: config[key] for key in ARCHITECTURE}
     if flags["scst"] and flags["attention"] == "hard":
         raise UserError("--scst does not train hard attention: start from soft attention")
-    fixed = [] if may_change is None else [key for key in defaults if key not in may_change]
+    fixed = [key for key in defaults if resuming and key not in MAY_CHANGE_ON_RESUME]
     changed = [
         f"--{key} {flags[key]} (was {config.get(key)})"
         for key in fixed
@@ -101,6 +109,49 @@ def check_sizes(train_data, val_data, checkpoint):
         raise UserError(
             f"expected images of one size, found {found}; prepare the data with one --image_size"
         )
+
+
+def check_space(folder, encoder, decoder):
+    """:raises UserError: if the disk cannot hold two checkpoints and the temporary copy of one"""
+    if is_main():
+        parameters = (*encoder.parameters(), *decoder.parameters())
+        # AdamW keeps two moments of what learns
+        size = sum((1 + 2 * p.requires_grad) * p.nbytes for p in parameters)
+        check_disk(folder, 3 * size)
+
+
+def resume(trainer, checkpoint, path):
+    """Put a ``Trainer`` back to where a checkpoint was saved.
+
+    Where its data has got more pictures since, or fewer, the epoch begins anew.
+
+    :raises UserError: if the checkpoint is damaged
+    """
+    metric, epochs = trainer.config["metric"], trainer.config["epochs"]
+    per_epoch = trainer.config["total_updates"] // epochs
+    try:
+        restore_optimizer(trainer.optimizer, checkpoint["optimizer"])
+        history, trainer.update = checkpoint["history"], int(checkpoint["update"])
+        trainer.history, best = history, best_score(history, metric)
+        trainer.started -= float(checkpoint["seconds"])  # what the run took before counts, too
+        before = checkpoint["config"]["total_updates"] // checkpoint["config"]["epochs"]
+        if before == per_epoch:
+            trainer.tally.load_state_dict(checkpoint["epoch_so_far"])
+        else:
+            trainer.update = len(history) * per_epoch
+            note(
+                f"{per_epoch} updates an epoch now and {before} before: epoch {len(history) + 1} "
+                "begins anew, and the best score so far is of the data before"
+            )
+        if not 0 <= trainer.update - len(history) * per_epoch <= per_epoch:
+            raise ValueError(f"{trainer.update} updates in {len(history)} epochs")
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be "
+            "resumed; start a new run from its weights with --init_from"
+        ) from error
+    so_far = f"; best {metric} so far {best:.2f}" if history else ""
+    print(f"resuming after epoch {len(history)}, update {trainer.update}{so_far}")
 
 
 def restore_optimizer(optimizer, state):

@@ -27,9 +27,9 @@ def tutorial_checkpoint(path, word_map):
     encoder, decoder = (_flatten_modules(pickled[key]) for key in ("encoder", "decoder"))
     if word_map is None:
         raise UserError(
-            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map "
-            "and cannot be trained further here; caption.py and eval.py take it if you name the "
-            "word map it was trained with, with --word_map"
+            f"{path} is a checkpoint of the PyTorch captioning tutorial, which keeps no word map: "
+            "name the one it was trained with, with --word_map; caption.py, eval.py and train.py "
+            "--init_from take it then"
         )
     layers = unwrapped(pickled["encoder"]).state["_modules"]
     size = layers["adaptive_pool"].state["output_size"]

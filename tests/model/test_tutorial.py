@@ -405,10 +405,36 @@ def test_it_needs_the_word_map_it_was_trained_with(
         evaluate(data, tmp_path, "--model", path, "--word_map", word_map_file)
 
 
-def test_no_training_goes_on_from_it(path, training_data, tmp_path, fails):
-    for flag in ("--resume", "--init_from"):
-        with fails(f"{path.name} is a checkpoint of the PyTorch captioning tutorial.*caption.py"):
-            train.main(train_args(training_data, tmp_path, flag, path))
+def test_a_training_starts_from_it_on_other_words(
+    path, data, word_map_file, tutorial, tmp_path, fails, capsys
+):
+    """At a learning rate of 0 the rows of the words that both know are those of the tutorial's."""
+    known = datasets.load_word_map(word_map_file)
+    records, _ = datasets.shapes_records(8, 2, 1, seed=2, size=256)
+    records = [record._replace(captions=["a red hexagon"]) for record in records]
+    settings = {"dataset": "own", "source": "own", "min_word_freq": 1, "max_len": 20}
+    datasets.write_dataset(tmp_path / "data", records, **settings)
+    own = tmp_path / "data", paths.base_name("own", 5, 1)
+    flags = ["--epochs", "1", "--learning_rate", "0", "--encoder", "resnet18", "--attention_dim"]
+    flags += ["12", "--embed_dim", "8", "--decoder_dim", "16", "--encoded_image_size", "14"]
+    flags += ["--init_from", path]
+    with fails(f"{path.name} is a checkpoint of the PyTorch captioning tutorial.*--word_map"):
+        train.main(train_args(own, tmp_path / "out", *flags))
+    train.main(train_args(own, tmp_path / "out", *flags, "--word_map", word_map_file))
+    assert "6 of 7 words known; 1 begin anew" in capsys.readouterr().out
+    checkpoint = models.load_checkpoint(paths.checkpoint_path(tmp_path / "out", own[1]))
+    mine, before = checkpoint["word_map"], tutorial[1].state_dict()
+    for word in ("a", "red", datasets.END):
+        row = before["fc.weight"][known[word]]
+        assert torch.equal(checkpoint["decoder"]["fc.weight"][mine[word]], row)
+    assert torch.equal(checkpoint["decoder"]["init_c.weight"], before["init_c.weight"])
+    features = tutorial[0].state_dict()["resnet.0.weight"]
+    assert torch.equal(checkpoint["encoder"]["cnn.0.weight"], features)
+
+
+def test_no_run_of_it_is_resumed(path, training_data, tmp_path, fails):
+    with fails(f"{path.name} is a checkpoint of the PyTorch captioning tutorial.*--init_from"):
+        train.main(train_args(training_data, tmp_path, "--resume", path))
     assert not list(tmp_path.iterdir())
 
 
