@@ -7,7 +7,6 @@ python caption.py --img trip/ --no_plot --html trip.html --json trip.json
 
 import functools
 import itertools
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -21,9 +20,10 @@ from captioning.run.lazy import lazy
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
-finding, utterances, page, sheets = lazy(
-    "data.finding", "model.utterances", "report.page", "report.sheets", within="captioning"
-)
+finding, utterances, lists, page, sheets = lazy(
+    "data.finding", "model.utterances", "report.lists", "report.page", "report.sheets",
+    within="captioning",
+)  # fmt: skip
 
 
 def main(args):
@@ -33,7 +33,8 @@ def main(args):
     captioner, options = load(args)
     count, few = len(image_paths), len(image_paths) <= args.batch_size
     bar = utils.progress(total=count, desc="captioning", unit="picture", disable=few)
-    say = functools.partial(bar.write, file=sys.stderr if str(args.json) == "-" else sys.stdout)
+    to_stdout = Path("-") in args.lists.values()
+    say = functools.partial(bar.write, file=sys.stderr if to_stdout else sys.stdout)
     read = functools.partial(read_picture, captioner.image_size, options["with_alphas"], bar.write)
     pictures = machine.read_ahead(read, image_paths, args.workers, ahead=args.batch_size)
     pictures = filter(None, pictures)  # without those that cannot be read
@@ -54,9 +55,9 @@ def main(args):
             bar.update(len(batch))
     finally:  # what is done is kept, whatever stops the rest
         bar.close()
-        if args.json and results:
-            files.write_json(args.json, results)
-            print(f"written: {messages.printable(args.json)}", file=sys.stderr)
+        for kind, path in args.lists.items() if results else ():
+            lists.write_list(kind, path, results)
+            print(f"written: {messages.printable(path)}", file=sys.stderr)
         if args.html and shown:
             lead = f"by {args.model or 'the captioner of the suite'}, beam size {args.beam_size}"
             lead += "; below each word its probability in %"
@@ -86,7 +87,10 @@ def get_args_parser():
     switch("--show", help="also open each drawing in a window, where there is a screen")
     text = "also write all captions to this file; - is standard output, with nothing else on it"
     flag("--json", type=Path, help=text)
-    switch("--force", help="let --json and --html replace a file of another kind")
+    flag("--csv", type=Path, help="the same as a table for spreadsheets, a row for each caption")
+    text = "the same as lines of picture#number, tab, caption, which create_input_files.py reads"
+    flag("--txt", type=Path, help=text)
+    switch("--force", help="let --json, --csv, --txt and --html replace a file of another kind")
     return parser
 
 
@@ -96,8 +100,7 @@ def check_flags(args):
         raise UserError(f"--n_best {args.n_best}: expected at most --beam_size {args.beam_size}")
     if args.no_plot and (args.gif or args.show):
         raise UserError("--no_plot draws nothing, so --gif and --show cannot be had with it")
-    if args.json:
-        args.json = files.output_path(args.json, args.force)
+    args.lists = lists.list_paths(args.force, json=args.json, csv=args.csv, txt=args.txt)
     if args.html:
         page.page_path(args.html, args.force)
     if not args.no_plot:
@@ -141,10 +144,7 @@ def read_picture(size, drawn, say, path):
 
 
 def report(path, hypotheses, captioner, say):
-    """Print a picture's captions; return them as a JSON-ready dict.
-
-    It has an ``image_id`` if the file is called as COCO's are: by twelve digits.
-    """
+    """Print a picture's captions; return what is kept of them (see ``lists.result``)."""
     captions, lines = [], []
     for h in hypotheses:
         said = " ".join(captioner.text(h))
@@ -153,10 +153,7 @@ def report(path, hypotheses, captioner, say):
         lines.append(f"{said}  (log-probability {h.log_prob:.2f}, score {h.score:.3f})")
     numbered = "".join(f"\n{i:>4}. {line}" for i, line in enumerate(lines, 1))
     say(f"{messages.printable(path)}:{numbered if len(lines) > 1 else f' {lines[0]}'}")
-    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", path.stem)
-    # Linux allows names that are no text
-    result = {"image": str(path).encode("utf-8", "replace").decode(), "captions": captions}
-    return {"image_id": int(number[1])} | result if number else result
+    return lists.result(path, captions)
 
 
 def page_entry(path, picture, captioner, hypotheses, encoder_out, args):

@@ -1,10 +1,7 @@
 """What an evaluation leaves: captions, each picture's own scores, and a page."""
 
-import csv
-import io
-
 from captioning.report import page, tables
-from captioning.run.files import atomic_path, write_json
+from captioning.run.files import write_csv, write_json
 from captioning.run.messages import progress
 
 
@@ -36,18 +33,11 @@ def picture_rows(data, scored):
 def write_scores(data, said, heading, path):
     """Write each picture's own scores as CSV: a row for each picture and column of the table.
 
-    It begins with the mark by which spreadsheets know UTF-8, which pandas and R's readr skip.
-
     :param said: dict: for each label what :func:`picture_rows` takes
     :param heading: of the column that holds the label
     """
     rows = [{heading: k} | row for k, part in said.items() for row in picture_rows(data, part)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_path(path) as temporary:  # names of files may be no text
-        temporary.write_bytes(text.getvalue().encode("utf-8-sig", "replace"))
+    write_csv(path, rows)
 
 
 def report_page(data, table, said, lead, side):

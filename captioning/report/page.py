@@ -24,7 +24,7 @@ WIDE = 2  # a picture of this width / height or more, as panoramas are, is shown
 
 def page_path(path, force=False):
     """Check a page's file that a flag names before the work starts, as ``output_path`` does."""
-    return output_path(path, force, page=PAGE.read_bytes().partition(b"\n")[0])
+    return output_path(path, force, "html", re.escape(PAGE.read_bytes().partition(b"\n")[0]))
 
 
 def write_page(path, data):

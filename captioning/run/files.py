@@ -1,10 +1,13 @@
-"""Files that appear whole or not at all, locks between runs, JSON, and room on the disk."""
+"""Files that appear whole or not at all, locks between runs, JSON and CSV, and room on the disk."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -86,14 +89,32 @@ def locked(path, what, wait=False):
                         path.parent.rmdir()
 
 
-def write_json(path, value):
-    """Write ``value`` as readable JSON to a file, atomically, or to what ``output_path`` gave."""
-    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+def write_text(path, text):
+    """Write a text to a file, atomically, or to what ``output_path`` gave."""
     if str(path) == "-":
-        print(text, end="", file=sys.__stdout__, flush=True)
+        print(text.removeprefix("\ufeff"), end="", file=sys.__stdout__, flush=True)
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:  # names of files may be no text
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+
+
+def write_json(path, value):
+    """Write ``value`` as readable JSON, as ``write_text`` does."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_csv(path, rows):
+    """Write dicts as a table, as ``write_text`` does; its columns are all their keys.
+
+    It begins with the mark by which spreadsheets know UTF-8, which pandas and R's readr skip.
+    """
+    text = io.StringIO("\ufeff")
+    text.seek(0, io.SEEK_END)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path):
@@ -109,35 +130,45 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON: {str(error)[:160]}") from error
 
 
-def output_path(path, force=False, page=None):
+# what flags write: the suffixes of its name, and what a file that it replaces must be
+KINDS = {
+    "json": ((".json",), "JSON"),
+    "csv": ((".csv",), "a table of captions"),
+    "txt": ((".txt",), "a list of captions"),
+    "html": ((".html", ".htm"), "a page of this suite"),
+}
+
+
+def output_path(path, force=False, kind=None, begins=None):
     """Check a file that a flag names before the work starts.
 
-    :param path: as typed; ``-`` and /dev/stdout are standard output, for ``write_json`` alone
-    :param force: replace what is there whatever it is
-    :param page: for a page instead of JSON: the bytes of the line that every page begins with
-    :raises UserError: if it cannot be written, or something else than JSON (a page) would be lost
+    :param path: as typed; ``-`` and /dev/stdout are standard output for lists of captions
+    :param force: take any name, and replace what is there whatever it is
+    :param kind: a key of ``KINDS``, which is also the flag; None for a checkpoint
+    :param begins: how files of another kind than JSON begin, a pattern of bytes
+    :raises UserError: if it cannot be written, has another kind's name, or something else would be
+        lost
     """
     path = Path(path)
-    if str(path) in ("-", "/dev/stdout", "/dev/fd/1") and not page:
+    if str(path) in ("-", "/dev/stdout", "/dev/fd/1") and kind in ("json", "csv", "txt"):
         return Path("-")
     if path.is_dir():
-        example = path / ("page.html" if page else "output.json")
+        example = path / f"output.{kind or 'pth.tar'}"
         raise UserError(f"{path} is a folder; expected a file, such as {example}")
-    if path.is_file() or not path.exists():  # and no FIFO or device
-        folder = Path(os.path.realpath(path)).parent
-        if not folder.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
-        check_disk(folder, 0)
-    if page and path.is_file() and not force:
-        with open(path, "rb") as file:
-            if file.read(len(page)) not in (b"", page):
-                raise UserError(f"{path} exists and is no page of this suite: choose another name")
-    elif path.is_file() and path.stat().st_size and not force:
-        try:
-            read_json(path)
-        except UserError as error:
-            message = f"{path} exists and is not JSON: choose another name, or add --force"
-            raise UserError(message) from error
+    if path.exists() and not path.is_file():  # a FIFO or a device
+        return path
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
+    check_disk(folder, 0)
+    if force or not kind:
+        return path
+    suffixes, what = KINDS[kind]
+    if path.is_file() and path.stat().st_size and not _is_ours(path, begins):
+        advice = "choose another name" if kind == "html" else "choose another name, or add --force"
+        raise UserError(f"{path} exists and is not {what}: {advice}")
+    if path.suffix.lower() not in ("", *suffixes):
+        raise UserError(f"--{kind} {path}: expected a name that ends in {suffixes[0]}")
     return path
 
 
@@ -177,6 +208,17 @@ def precaution(what, call, *args):
         if errno.errorcode.get(error.errno) not in codes.split():
             raise
         note(f"this file system has no {what} ({os.strerror(error.errno)}); going on without")
+
+
+def _is_ours(path, begins):
+    """Whether a file begins so, or without a pattern is JSON."""
+    if begins:
+        with open(path, "rb") as file:
+            return re.match(begins, file.read(4096)) is not None
+    with contextlib.suppress(UserError):
+        read_json(path)
+        return True
+    return False
 
 
 def _flush(path):

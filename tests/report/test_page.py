@@ -474,7 +474,7 @@ def test_weights_keep_their_order_and_the_largest_is_all_light():
 def test_only_a_page_of_ours_is_replaced_unasked(text, tmp_path, fails):
     path = tmp_path / "page.html"
     path.write_text(text)
-    with fails("page.html exists and is no page of this suite"):
+    with fails("page.html exists and is not a page of this suite"):
         page_room.page_path(path)
     assert page_room.page_path(path, force=True) == path
     for count in (0, 1):
@@ -610,7 +610,7 @@ def test_compared_models_are_each_scored_as_if_alone(evaluate, talkative, best_c
     with fails("--compare: expected no --average"):
         evaluate("--model", best_checkpoint, talkative, "--compare", "--average", "mean.pth.tar")
     Path("page.html").write_text("mine")
-    with fails("page.html exists and is no page of this suite"):
+    with fails("page.html exists and is not a page of this suite"):
         evaluate("--model", talkative)
 
 

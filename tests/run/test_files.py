@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import errno
+import functools
 import importlib
 import json
 import os
@@ -166,16 +167,19 @@ def test_a_disk_that_fails_while_it_flushes_is_an_error(code, tmp_path, monkeypa
     assert len(list(tmp_path.iterdir())) == 1
 
 
+json_path = functools.partial(files.output_path, kind="json")
+
+
 def test_a_link_is_followed_and_a_fifo_written_to(tmp_path):
     (tmp_path / "target.json").write_text("[]")
     for name, target in (("link", "target.json"), ("dangling", "new.json")):
         (tmp_path / name).symlink_to(target)
-        files.write_json(files.output_path(tmp_path / name), {"a": 1})
+        files.write_json(json_path(tmp_path / name), {"a": 1})
         assert (tmp_path / name).is_symlink() and files.read_json(tmp_path / target) == {"a": 1}
     os.mkfifo(tmp_path / "fifo")
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         read = threads.submit((tmp_path / "fifo").read_text)
-        files.write_json(files.output_path(tmp_path / "fifo"), [1])
+        files.write_json(json_path(tmp_path / "fifo"), [1])
         assert json.loads(read.result(10)) == [1]
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
@@ -183,7 +187,7 @@ def test_a_link_is_followed_and_a_fifo_written_to(tmp_path):
 def test_a_hyphen_is_standard_output(capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdout", sys.stderr)  # where the other text goes
     for name in ("-", "/dev/stdout"):
-        files.write_json(files.output_path(name), [1])
+        files.write_json(json_path(name), [1])
         assert json.loads(capfd.readouterr().out) == [1]
 
 
@@ -194,14 +198,17 @@ def test_a_file_that_would_be_lost_or_cannot_be_written_is_refused_first(tmp_pat
     (tmp_path / "link").symlink_to("README.md")
     for name in ("README.md", "link"):
         with fails(f"{name} exists and is not JSON: choose another name, or add --force"):
-            files.output_path(tmp_path / name)
-        assert files.output_path(tmp_path / name, force=True) == tmp_path / name
-    for name in ("old.json", "empty", "new"):
-        assert files.output_path(str(tmp_path / name)) == tmp_path / name
+            json_path(tmp_path / name)
+        assert json_path(tmp_path / name, force=True) == tmp_path / name
+    for name in ("old.json", "empty", "new", "new.json", "NEW.JSON"):
+        assert json_path(str(tmp_path / name)) == tmp_path / name
+    for name in ("c.csv", "c.json.txt", "c.xlsx"):
+        with fails(f"--json .*{name}: expected a name that ends in .json"):
+            json_path(tmp_path / name)
     with fails("there is no folder .*/typo"):
-        files.output_path(tmp_path / "typo" / "out.json")
+        json_path(tmp_path / "typo" / "out.json")
     with fails("is a folder; expected a file"):
-        files.output_path(tmp_path)
+        json_path(tmp_path)
     assert (tmp_path / "README.md").read_text() == "words" and not (tmp_path / "new").exists()
 
 
