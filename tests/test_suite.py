@@ -96,7 +96,9 @@ def test_the_top_level_holds_nothing_else():
     }
 
 
-HEAVY = "torch numpy scipy h5py PIL matplotlib torchvision timm nltk pycocoevalcap skimage tqdm"
+HEAVY = (
+    "torch numpy scipy h5py PIL matplotlib torchvision timm nltk pycocoevalcap skimage tqdm regex"
+)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Cores, threads and devices of this machine, and the seeds of what is random on them."""
 
 import collections
-import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
@@ -14,8 +13,8 @@ from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
 from captioning.run.messages import UserError
 
-psutil, resource, shlex, subprocess, torch = lazy(
-    "psutil", "resource", "shlex", "subprocess", "torch"
+futures, psutil, resource, shlex, subprocess, torch = lazy(
+    "concurrent.futures", "psutil", "resource", "shlex", "subprocess", "torch"
 )
 
 
@@ -135,7 +134,7 @@ def peak_memory_gb(device):
 
 def read_ahead(function, items, workers, ahead=0):
     """``map(function, items)`` in order; threads prepare ``ahead`` results, or two a worker."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+    with futures.ThreadPoolExecutor(max(1, workers)) as pool:
         pending = collections.deque()
         try:
             for item in items:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import regex
-
+from captioning.run.lazy import lazy
 from captioning.run.messages import UserError
+
+(regex,) = lazy("regex")
 
 # Each gives the path of a file in a folder; `name` is what all files of a data set share.
 split_path = lambda folder, split, name: Path(folder) / f"{split.upper()}_{name}.hdf5"
