@@ -4,6 +4,8 @@
     python docs/report.py
     # first take in runs: output folders of train.py and eval.py
     python docs/report.py --add runs/lstm-seed0 runs/lstm-seed1
+    # a table and curves of runs of your own, in a folder of their own; the pages stay as they are
+    python docs/report.py --add sweep/*-seed* --to sweep
 
 A run is called as its folder. Runs whose names differ in "-seed0", "-seed1" alone are one row: mean
 ± half of the range. A page has a table where the marks <!-- name --> and <!-- end --> stand. Which
@@ -75,6 +77,8 @@ def read_run(folder):
         }
     for path in sorted(Path(folder).glob("metrics_*.json")):
         metrics = files.read_json(path)
+        if "beam_sizes" not in metrics:
+            continue  # a comparison of several models
         run[metrics["split"]] = {
             "length_penalty": metrics["length_penalty"],
             "consensus": metrics.get("consensus", 0.0),
@@ -102,15 +106,47 @@ def with_tables(runs, text):
     return re.sub(r"<!-- ([^>\n]*?) -->\n(?:(?!<!--).)*<!-- end -->", draw, text, flags=re.S)
 
 
+def said_of(run):
+    """What a run has, in a few words."""
+    parts = [f"{len(run['epochs'])} epochs"] if "epochs" in run else []
+    for split in ("val", "test"):
+        if split in run:
+            parts.append(f"{split} scored with beam {', '.join(run[split]['beams'])}")
+    return "; ".join(parts)
+
+
+def write_own(runs, folder):
+    """Write a table and curves of some runs into a folder: ``runs.md`` and ``curves.png``."""
+    if not runs:
+        raise SystemExit("--to: expected --add RUN too, the runs to show")
+    text = report_tables.own_tables(runs)
+    written = {folder / "runs.md": text}
+    with files.atomic_path(folder / "runs.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    if trained := {name: run for name, run in runs.items() if "epochs" in run}:
+        written[folder / "curves.png"] = None
+        with plots.default_settings(), files.atomic_path(folder / "curves.png") as temporary:
+            report_plots.own_plot(trained).savefig(temporary, dpi=150)
+    print(text, "written:", *(f"\n  {path}" for path in written), sep="")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     text = "folders of runs to take into runs.json first (default: none)"
     parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="RUN", help=text)
+    text = "folder for a table and curves of the added runs alone (default: the suite's pages)"
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help=text)
     text = "the suite's top folder, with README.md and docs (default: this script's)"
     parser.add_argument("--folder", type=Path, default=ROOT, help=text)
     args = parser.parse_args()
+    added = {f.resolve().name: read_run(f) for f in args.add}
+    for name, run in added.items():
+        print(f"{name}: {said_of(run)}")
+    if args.to:
+        write_own(added, args.to)
+        return
     path = args.folder / "docs" / "runs.json"
-    runs = files.read_json(path) | {f.resolve().name: read_run(f) for f in args.add}
+    runs = files.read_json(path) | added
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
     texts = {path: "{\n" + ",\n".join(lines) + "\n}\n"}
     wrong = []
@@ -123,6 +159,7 @@ def main():
     with plots.default_settings():
         for name, draw in report_plots.PLOTS.items():
             draw(runs).savefig(args.folder / "docs" / f"{name}.png", dpi=150)
+    print("written:", *texts, args.folder / "docs/*.png", sep="\n  ")
     if wrong:
         raise SystemExit("\n".join(["all is drawn, but these sentences do not hold:", *wrong]))
 

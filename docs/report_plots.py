@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from report_rows import BEAMS, DECODERS, RECIPE, RECIPE_50, SAMPLED, scored, seeds
+from report_rows import BEAMS, DECODERS, RECIPE, RECIPE_50, SAMPLED, scored, seeds, without_seed
 
 import models
 
@@ -39,6 +39,21 @@ def label_ends(one, ends, distance=0.09):
             text, (x, lowest), (6, 0), textcoords="offset points", color=color, fontsize=12,
             va="center", annotation_clip=False,
         )  # fmt: skip
+
+
+def own_plot(runs):
+    """Curves of any runs, a colour for each, seeds in the same."""
+    figure, axes = panels("training: nats per word", "validation: CIDEr")
+    for one, key in zip(axes, ("nll", "CIDEr")):
+        for number, name in enumerate(sorted(set(map(without_seed, runs)))):
+            for i, run in enumerate(seeds(runs, name)):
+                xs, ys = zip(*((e["epoch"], e[key]) for e in run["epochs"]))
+                style = {"color": f"C{number % 10}", "label": "" if i else name}
+                one.plot(xs, ys, "o-", markersize=4, **style)
+        one.xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].set_xlabel("epoch", fontsize=12)
+    axes[0].legend(fontsize=11)
+    return figure
 
 
 def decoders_plot(runs):

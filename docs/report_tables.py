@@ -110,6 +110,31 @@ def others_table(runs):
     return scores_table(runs, rows, METRICS, ("val", "test"), ("1", "3", "5", "10", "20"))
 
 
+def own_tables(runs):
+    """A page of any runs: what training reached, what ``eval.py`` found; seeds are one row."""
+    names = {name: name for name in sorted(set(map(without_seed, runs)))}
+    body = []
+    for name in names:
+        group = [run["epochs"] for run in seeds(runs, name) if "epochs" in run]
+        if group:
+            best = [max(epochs, key=lambda epoch: epoch["CIDEr"]) for epochs in group]
+            figures = (cell([e[key] for e in best], 1) for key in ("BLEU-4", "ROUGE-L", "CIDEr"))
+            minutes = cell([epochs[-1]["seconds"] / 60 for epochs in group], 0)
+            body.append([name, len(group), *figures, cell([e["epoch"] for e in best], 0), minutes])
+    header = ["training", "seeds", "BLEU-4", "ROUGE-L", "CIDEr", "best epoch", "minutes"]
+    beams = sorted({b for run in runs.values() for s in SPLITS for b in beams_of(run, s)}, key=int)
+    scores = scores_table(runs, names, METRICS, tuple(SPLITS), beams or ("5",), first="scores")
+    lead = (
+        "Seeds of a run are one row: mean ± half of the range. Of trainings: validation, at the\n"
+    )
+    lead += "epoch of the best CIDEr."
+    return "\n\n".join(filter(None, [lead, table(header, body), scores])) + "\n"
+
+
+def beams_of(run, split):
+    return run.get(split, {}).get("beams", {})
+
+
 def commands_list(runs):
     """The command of each training, once for all its seeds."""
     lines = {}

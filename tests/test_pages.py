@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import string
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,12 @@ def commands(text):
     program = r"\s*(?:\w+=\S+ )*(?:python3?|(?:srun )?torchrun .*?)"
     scripts = "create_input_files|train|eval|caption"
     for block, spoken in re.findall(r"```bash\n(.*?)```|(?<!`)`([^`\n]+)`(?!`)", text, re.S):
-        for line in (block or spoken).replace("\\\n", " ").splitlines():
+        typed = (block or spoken).replace("\\\n", " ")
+        values = dict(re.findall(r"\bfor (\w+) in (\S+)", typed))  # a loop's first round
+        values |= dict(re.findall(r"^\s*(\w+)=(\S+)$", typed, re.M))
+        for _ in range(2):  # one may be made of another
+            typed = string.Template(typed).safe_substitute(values)
+        for line in typed.splitlines():
             for part in re.split(r"&&|;", line.split(" #")[0]):
                 found = re.match(rf"{program} ({scripts})\.py\b(.*)", part)
                 if found:
@@ -354,6 +360,8 @@ def test_every_command_of_readme_and_guide_runs(few_shapes, tmp_path, monkeypatc
     for name in ("path/to/image.jpeg", "photo.jpg", "photos/1.jpg", "more/2.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(make_picture(1)).save(name)
+    theirs = [{"file_name": f"{name}_ab.jpg", "caption": SAID} for name in ("08", "09")]
+    write(Path("theirs.json"), json.dumps(theirs))
     vectors = (f"{word} " + " ".join(["0.1"] * 16) for word in SAID.split())
     write(Path("glove.6B.300d.txt"), *vectors)
     encoder = TINY_TRAINING.index("--encoded_image_size")

@@ -112,6 +112,31 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
     assert rows(page, "decoders in full") == before
 
 
+def test_runs_of_ones_own_get_a_table_and_curves_where_one_says(
+    trained, copy, tmp_path, monkeypatch, capsys
+):
+    for name in ("wide-seed0", "wide-seed1", "gru-seed0"):
+        shutil.copytree(trained, tmp_path / "sweep" / name)
+    scored = {"split": "test", "length_penalty": 0.7, "people": {}}
+    scored["beam_sizes"] = {"5": {"BLEU-1": 60.0, "BLEU-4": 21.5, "CIDEr": 50.25}}
+    files.write_json(tmp_path / "sweep/wide-seed0/metrics_test_x.json", scored)
+    compared = {"split": "test", "compared": {}}
+    files.write_json(tmp_path / "sweep/gru-seed0/metrics_test_x_comparison_of_2.json", compared)
+    before = {name: (copy / name).read_bytes() for name in TEXTS}
+    folders = sorted((tmp_path / "sweep").iterdir())
+    run_report(copy, monkeypatch, "--add", *folders, "--to", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "wide-seed0: 2 epochs; test scored with beam 5\n" in said
+    assert "wide-seed1: 2 epochs\n" in said and "gru-seed0: 2 epochs\n" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"runs.md", "curves.png"}
+    text = (tmp_path / "out/runs.md").read_text()
+    assert text in said and "| gru | 1 |" in text and "| wide | 2 |" in text
+    assert "| wide | test | 60.0 |" in text and "50.2" in text
+    assert {name: (copy / name).read_bytes() for name in TEXTS} == before
+    with pytest.raises(SystemExit, match="--to: expected --add"):
+        run_report(copy, monkeypatch, "--to", tmp_path / "none")
+
+
 def test_a_row_counts_more_than_two_seeds_and_leaves_out_what_is_not_there():
     scored = {"test": {"beams": {"5": {"CIDEr": 50.0}}}}
     runs = {"a-seed0": scored, "a-seed1": scored, "a-seed2": scored, "a-b-seed0": scored, "c": {}}
