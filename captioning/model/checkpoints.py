@@ -5,41 +5,12 @@ from pathlib import Path
 
 import torch
 
-from captioning.data.words import END, PAD, START, UNK
+from captioning.data.words import is_word_map
 from captioning.model.tensor_files import load_tensors, save_checkpoint
 from captioning.model.tutorial import tutorial_checkpoint
 from captioning.model.vocabulary import with_words
 from captioning.run.messages import UserError, note
 from captioning.run.paths import checkpoint_path
-
-
-def average_weights(captioners, build):
-    """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups").
-
-    Weights can be averaged if the trainings started from one checkpoint, for example before and
-    after self-critical training. Averaging models that do not share a starting point gives noise.
-
-    :param captioners: list of ``Captioner``; the mean speaks the words of the first one, and the
-        rows of words that another does not know are the first one's
-    :param build: function of a configuration and the number of words: a decoder
-    :return: the first ``Captioner``, whose tensors are overwritten
-    :raises UserError: if they are not of one architecture
-    """
-    kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
-    if any(kind != kinds[0] for kind in kinds):
-        raise UserError("the models are not of one architecture: their weights have no mean")
-    first = captioners[0]
-    for part in ("encoder", "decoder"):
-        states = [getattr(captioner, part).state_dict() for captioner in captioners]
-        if part == "decoder":
-            words = states[0], first.word_map, functools.partial(build, first.config)
-            states = [with_words(s, c.word_map, *words) for c, s in zip(captioners, states)]
-        for key, tensor in getattr(first, part).state_dict().items():
-            if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
-                tensors = torch.stack([state[key].cpu() for state in states])
-                tensor.copy_(tensors.double().mean(dim=0))
-    return first
-
 
 # What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
 ARCHITECTURE = (
@@ -50,12 +21,9 @@ ARCHITECTURE = (
 
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
 
-
 DEFAULT_CAPTIONER = Path(__file__).parents[2] / "docs" / "captioner" / "flickr8k.pth.tar"
-
-
 CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
-CHECKPOINT_KEYS["history"] = list
+CHECKPOINT_KEYS |= {"history": list}
 
 
 def run_checkpoint(path, name=None):
@@ -145,9 +113,7 @@ def check_checkpoint(checkpoint, path, build):
 
 def check_config(config, word_map):
     """:raises ValueError: if the word map is none, or a value of the configuration out of range"""
-    special = {PAD, UNK, START, END}
-    are_words = special <= word_map.keys() and all(isinstance(word, str) for word in word_map)
-    if not are_words or set(word_map.values()) != set(range(len(word_map))):
+    if not is_word_map(word_map):
         raise ValueError("its word map is none")
     bounds = {
         **dict.fromkeys(DROPOUTS, (float, 0, 1)),
@@ -173,3 +139,31 @@ def check_weights(name, expected, given):
         fault = "are not all finite, as after a training that diverged"
     if fault:
         raise ValueError(f"the weights of its {name} {fault}")
+
+
+def average_weights(captioners, build):
+    """One captioner with the mean weights of several (Wortsman et al. 2022, "Model soups").
+
+    Weights can be averaged if the trainings started from one checkpoint, for example before and
+    after self-critical training. Averaging models that do not share a starting point gives noise.
+
+    :param captioners: list of ``Captioner``; the mean speaks the words of the first one, and the
+        rows of words that another does not know are the first one's
+    :param build: function of a configuration and the number of words: a decoder
+    :return: the first ``Captioner``, whose tensors are overwritten
+    :raises UserError: if they are not of one architecture
+    """
+    kinds = [[captioner.config[key] for key in ARCHITECTURE] for captioner in captioners]
+    if any(kind != kinds[0] for kind in kinds):
+        raise UserError("the models are not of one architecture: their weights have no mean")
+    first = captioners[0]
+    for part in ("encoder", "decoder"):
+        states = [getattr(captioner, part).state_dict() for captioner in captioners]
+        if part == "decoder":
+            words = states[0], first.word_map, functools.partial(build, first.config)
+            states = [with_words(s, c.word_map, *words) for c, s in zip(captioners, states)]
+        for key, tensor in getattr(first, part).state_dict().items():
+            if tensor.is_floating_point():  # summed in float64 on the CPU, which every machine has
+                tensors = torch.stack([state[key].cpu() for state in states])
+                tensor.copy_(tensors.double().mean(dim=0))
+    return first
