@@ -2,7 +2,7 @@
 
 python caption.py --img photo.jpg --model checkpoints
 python caption.py --img photo.jpg --model checkpoints --n_best 3 --gif
-python caption.py --img trip/ --no_plot --html trip.html --json trip.json
+python caption.py --img trip/ --html trip.html --json trip.json
 """
 
 import functools
@@ -81,7 +81,10 @@ def get_args_parser():
     flag("--n_best", type=command_line.bounded(int, 1, 100), default=1, help=text)
     text = "pictures captioned together; lower it if memory runs out"
     flag("--batch_size", type=command_line.bounded(int, 1, 65536), default=32, help=text)
-    flag("--output_folder", type=Path, default=Path("captions"), help="folder for the drawings")
+    text = (
+        "folder for the drawings (default: captions; with --html none are drawn if it is left out)"
+    )
+    flag("--output_folder", type=Path, help=text)
     switch("--no_plot", help="draw no <picture>_attention.png, print only")
     switch("--gif", help="also draw <picture>_attention.gif, word by word")
     switch("--show", help="also open each drawing in a window, where there is a screen")
@@ -103,6 +106,9 @@ def check_flags(args):
     args.lists = lists.list_paths(args.force, json=args.json, csv=args.csv, txt=args.txt)
     if args.html:
         page.page_path(args.html, args.force)
+    # a page shows what drawings show: beside it they are drawn if another flag asks for them
+    args.no_plot |= bool(args.html) and not (args.output_folder or args.gif or args.show)
+    args.output_folder = args.output_folder or Path("captions")
     if not args.no_plot:
         files.check_disk(args.output_folder, 0)
     # Pillow and matplotlib warn of pictures and letters, which are named in our own words

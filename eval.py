@@ -16,7 +16,7 @@ if sys.flags.safe_path:
     sys.exit("eval.py: error: unset PYTHONSAFEPATH, which hides this suite's files")
 
 import utils
-from captioning.run import command_line, distributed, files, machine, paths
+from captioning.run import command_line, distributed, files, machine, messages, paths
 from captioning.run.lazy import lazy
 from utils import UserError
 
@@ -223,7 +223,7 @@ def report(args, data, outputs, rows, theirs, said):
     # the yardstick: what people say of a picture first, held against what others say of it
     described = [captions for captions in data.references if len(captions) > 1]
     rest, first = [captions[1:] for captions in described], [c[0] for c in described]
-    people = metrics.score_variety(rest, first) if described else {}
+    people = metrics.score_variety(rest, first) if len(described) > 1 else {}
     names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
              "no_repeat")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
@@ -232,7 +232,8 @@ def report(args, data, outputs, rows, theirs, said):
     found |= {"captions": theirs} if theirs else {}
     kind = "model" if args.compare else "beam size"
     heading = f"{kind} or file" if theirs else kind
-    figures = [tables.make_table(heading, {**rows, **theirs, "people": people})]
+    columns = rows | theirs | ({"people": people} if people else {})  # not of a single picture
+    figures = [tables.make_table(heading, columns)]
     if args.compare or theirs:
         against = f"{kind} {next(iter(rows))}"
         texts, own = ({label: part[i] for label, part in said.items()} for i in (0, 2))
@@ -242,7 +243,7 @@ def report(args, data, outputs, rows, theirs, said):
     files.write_json(outputs["metrics"], facts | options | found)
     evaluation.write_scores(data, said, heading, outputs["scores"])
     lead = f"{args.split} split of {data.name}"
-    print(f"\n{lead}, {len(data):,} pictures")
+    print(f"\n{lead}, {messages.counted(len(data), 'picture')}")
     for table in figures:
         tables.print_table(table)
     if next(iter(rows.values()))["METEOR"] is None:

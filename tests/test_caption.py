@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,9 +154,9 @@ def test_what_a_folder_holds_beside_pictures_is_counted_by_kind(describe):
     printed, results = describe("--img", "pictures", "--no_plot")
     assert [Path(result["image"]).name for result in results] == names[:4]
     (note,) = [line for line in printed.err.splitlines() if "skipped" in line]
-    for part in ("2 .heic", "1 .txt", "1 without an ending", "1 hidden", "1 .h5", "1 attention d"):
-        assert part in note
-    assert "1 sub-folders (see --recursive)" in note
+    parts = ["2 .heic", "1 .txt", "1 without an ending", "1 hidden file", "1 attention drawing"]
+    for part in (*parts, "1 .h5", "1 sub-folder", "(see --recursive for sub-folders)"):
+        assert re.search(rf"{re.escape(part)}(,|$| \()", note), part
     _, results = describe("--img", "pictures", "--no_plot", "--recursive")
     assert [Path(result["image"]).name for result in results] == ["e.png", *names[:4]][1:] + [
         "e.png"
@@ -190,7 +191,7 @@ def test_what_matches_nothing_is_named(pattern, describe, fails, tmp_path):
 def test_a_folder_with_other_files_alone_says_what_they_are(describe, fails):
     Path("pictures/sub").mkdir(parents=True)
     Path("pictures/1.heic").write_text("")
-    with fails("without pictures, skipped: 1 .heic, 1 sub-folders"):
+    with fails("without pictures, skipped: 1 .heic, 1 sub-folder \\("):
         describe("--img", "pictures")
 
 
@@ -269,6 +270,27 @@ def test_none_readable_is_exit_code_2_and_writes_nothing(describe, exits, capsys
         describe("--img", "pictures")
     assert "1 of 1 pictures could not be read" in capsys.readouterr().err
     assert not Path("captions.json").exists() and not Path("out").exists()
+
+
+def test_a_page_comes_without_drawings_unless_another_flag_asks_for_them(
+    best_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = save("pictures/photo.png")
+    for flags, drawn in {
+        ("--html", "page.html"): False,
+        ("--html", "page.html", "--output_folder", "out"): True,
+        ("--html", "page.html", "--gif"): True,
+        (): True,
+        ("--html", "page.html", "--no_plot"): False,
+    }.items():
+        argv = ["--model", best_checkpoint, "--img", str(path), "--device", "cpu", *flags]
+        args = caption.get_args_parser().parse_args(list(map(str, argv)))
+        caption.main(args)
+        folder = args.output_folder
+        assert (folder / "photo_attention.png").exists() == drawn, flags
+        assert Path("page.html").exists()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_what_is_done_is_in_the_json_file_if_the_rest_fails(describe, monkeypatch):

@@ -7,7 +7,7 @@ import regex
 
 from captioning.data.finding import suffix
 from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, holds_captions, key_of, row_of
-from captioning.run.messages import UserError
+from captioning.run.messages import UserError, counted
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -41,7 +41,7 @@ def csv_rows(text, path, notes):
             fields = [fields[0], delimiter.join(fields[1:])]
         yield row_of(list(zip(header, fields)), where)
     if unlike and delimiter != "|":
-        what = f"{unlike:,} captions of {path} hold {DELIMITERS[delimiter]} without quotes"
+        what = f"{counted(unlike, 'caption')} of {path} with {DELIMITERS[delimiter]} but no quotes"
         notes.append(f"{what}: all that follows the picture's name was read as the caption")
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from captioning.data.pictures import PICTURE_SUFFIXES
-from captioning.run.messages import UserError, note, printable, why
+from captioning.run.messages import UserError, counted, note, printable, why
 
 
 def open_zip(path):
@@ -183,15 +183,18 @@ def _pictures_of(folder, recursive):
     for path in inside if recursive else sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         if path.is_dir():
-            skipped["sub-folders (see --recursive)"] += 1
+            skipped["sub-folder"] += 1
         elif path.name.startswith(".") or not path.is_file() or _is_drawing(path):
-            skipped["hidden files" if path.name.startswith(".") else "attention drawings"] += 1
+            skipped["hidden file" if path.name.startswith(".") else "attention drawing"] += 1
         elif Image.registered_extensions().get(suffix) in readable:
             files.append(path)
         else:
             skipped[suffix or "without an ending"] += 1
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in skipped.items())
-    return files, f", skipped: {kinds}" if kinds else ""
+    things = ("sub-folder", "hidden file", "attention drawing")  # the other kinds are endings
+    said = lambda kind, n: counted(n, kind) if kind in things else f"{n:,} {kind}"
+    kinds = ", ".join(said(kind, number) for kind, number in skipped.items())
+    hint = " (see --recursive for sub-folders)" if skipped["sub-folder"] else ""
+    return files, f", skipped: {kinds}{hint}" if kinds else ""
 
 
 def _is_drawing(path):

@@ -11,7 +11,7 @@ from captioning.data.pictures import open_image
 from captioning.data.records import SPLITS, Record, too_many_lost
 from captioning.data.rows import split_of
 from captioning.data.text_files import read_text
-from captioning.run.messages import UserError
+from captioning.run.messages import UserError, counted
 
 
 def custom_records(images, captions, seed):
@@ -33,8 +33,8 @@ def custom_records(images, captions, seed):
     pictures, where = Pictures(images), ", ".join(map(str, captions))
     records, notes = _records(rows, pictures, where, seed, notes)
     if pictures.count > len(records):
-        unused = f"{pictures.count - len(records):,} pictures of {pictures.places}"
-        notes.append(f"{unused} have no caption in {where}; they are left out")
+        unused = counted(pictures.count - len(records), "picture")
+        notes.append(f"{unused} of {pictures.places} without a caption in {where}: left out")
     return records, notes
 
 
@@ -135,9 +135,10 @@ def _records(rows, pictures, where, seed, notes):
             records.append(row._replace(split=splits[name], image=image))
     notes = [*notes, *dealt, *_check_missing(missing, len(described), pictures.places)]
     if mute := len(gathered) - len(described):
-        notes.append(f"{mute:,} pictures have no caption in {where}; they are left out")
+        notes.append(f"{counted(mute, 'picture')} without a caption in {where}: left out")
     if repeated:
-        notes.append(f"{repeated:,} rows of {where} repeat a caption of the same picture; left out")
+        rows = f"{counted(repeated, 'row')} of {where}"
+        notes.append(f"{rows} with a caption that the picture has already: left out")
     return records, notes
 
 

@@ -8,7 +8,7 @@ import torch
 
 from captioning.report.metrics import too_short
 from captioning.run.files import atomic_path
-from captioning.run.messages import note
+from captioning.run.messages import counted, note
 
 
 def print_header(captioner, train_data, val_data, options):
@@ -22,7 +22,7 @@ def print_header(captioner, train_data, val_data, options):
         f"{config['machine']}\nmodel: {config['encoder']}, {encoder:.1f} M parameters; "
         f"{config['attention']} attention and {config['decoder']}, {decoder:.1f} M parameters\n"
         f"data: {config['data_name']}: {len(train_data):,} training images with "
-        f"{len(train_data.captions):,} captions, {len(val_data):,} validation images; "
+        f"{len(train_data.captions):,} captions, {counted(len(val_data), 'validation image')}; "
         f"{len(captioner.word_map) - 4:,} words and 4 special tokens"
     )
     updates = config["total_updates"] // config["epochs"]

@@ -30,6 +30,11 @@ def one_line(message):
     return message if len(message) <= 1000 else f"{message[:500]} … {message[-400:]}"
 
 
+def counted(number, thing):
+    """A number of things, with the plural's s: ``1 picture``, ``2,000 pictures``."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 @functools.cache
 def note(text):
     """Say something on standard error, once."""

@@ -43,7 +43,7 @@ def test_karpathys_files(tmp_path, own_data, fails):
     ]
     assert np.array_equal(records[1].image(32), Image.open(folder / "val2014" / "01.jpg"))
     assert [record.image_id for record in records] == [None, None, 3]
-    assert sum("1 pictures have no caption" in note for note in notes) == 1
+    assert sum("1 picture without a caption in" in note for note in notes) == 1
     for value in ([], {"images": []}, {"images": 5}):
         path.write_text(json.dumps(value))
         with fails("dataset.json"):
@@ -338,4 +338,4 @@ def test_captions_with_commas_and_no_quotes(tmp_path):
     rows = [("0.png", "a dog", " a cat"), ("1.png", '"a, b"'), ("2.png", "a bird")]
     records, notes = datasets.custom_records(folder, write_csv(tmp_path / "c.csv", rows), 0)
     assert [r.captions for r in records] == [["a dog, a cat"], ["a, b"], ["a bird"]]
-    assert notes[0].startswith("1 captions of ") and "was read as the caption" in notes[0]
+    assert notes[0].startswith("1 caption of ") and "was read as the caption" in notes[0]

@@ -65,7 +65,7 @@ def test_pictures_and_captions_without_each_other_are_said(own_data):
     (folder / "readme.txt").write_text("not a picture")
     records, notes = datasets.custom_records(folder, path, 0)
     assert len(records) == 20 and records[0].captions.count("A grass") == 1
-    expected = ("'ghost.jpg' is missing", "1 rows of", "1 pictures of")
+    expected = ("'ghost.jpg' is missing", "1 row of", "1 picture of")
     assert len(notes) == 3 and all(words in note for words, note in zip(expected, notes))
 
 

@@ -541,6 +541,7 @@ def test_what_is_done_is_on_the_page_if_the_rest_fails(talkative, tmp_path, monk
     monkeypatch.setattr(sheets, "draw", lambda *_: 1 / 0)
     Image.fromarray(make_picture(0)).save("0.png")
     argv = ["--img", "0.png", "--html", "page.html", "--device", "cpu", "--model", str(talkative)]
+    argv += ["--output_folder", "out"]
     with pytest.raises(ZeroDivisionError):
         caption.main(caption.get_args_parser().parse_args(argv))
     assert len(read_page(Path("page.html"))["pictures"]) == 1

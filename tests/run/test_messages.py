@@ -17,6 +17,11 @@ def test_an_error_is_one_line_of_bearable_length_that_ends_in_what_to_do():
     assert str(UserError(message)) == message  # and so it stays when it comes from another process
 
 
+def test_one_thing_is_one_and_several_have_an_s():
+    counts = [messages.counted(n, "picture") for n in (0, 1, 2, 2000)]
+    assert counts == ["0 pictures", "1 picture", "2 pictures", "2,000 pictures"]
+
+
 def test_in_a_log_progress_is_a_plain_line_now_and_then(capsys, monkeypatch):
     def read(says):
         with utils.progress(desc="reading", total=3, unit="picture", mininterval=0) as bar:
