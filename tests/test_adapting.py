@@ -252,15 +252,18 @@ def test_the_mean_with_a_model_of_fewer_words(training_data, trained, described,
         assert torch.equal(both[-1], a[-1])
 
 
-def test_the_captioner_of_the_suite_is_scored_on_anybodys_data(own_data, tmp_path, monkeypatch):
+def test_the_captioner_of_the_suite_is_scored_on_anybodys_data(own_data, tmp_path, capsys):
     images, captions = own_data
     flags = ["--dataset", "mine", "--images", images, "--captions", captions]
     prepare(*flags, "--data_folder", tmp_path / "data", size=256)
     data = tmp_path / "data", paths.base_name("mine", 5, 1)
     flags = ["--model", "captioner", "--data_name", data[1], "--beam_size", 1]
-    row = evaluate(data, tmp_path / "out", *flags)["beam_sizes"]["1"]
+    scores = evaluate(data, tmp_path / "out", *flags)
+    row, out = scores["beam_sizes"]["1"], capsys.readouterr().out
     assert row["BLEU-1"] > 0  # it says "a" and "dog"
     assert row["CIDEr"] is None  # of a single picture it is always 0
+    assert scores["people"] == {} and "people" not in out  # nor does it show any variety
+    assert f"split of {data[1]}, 1 picture\n" in out
 
 
 # ------------------------------------------------------------------------------- the trial's data
