@@ -124,10 +124,8 @@ def own_tables(runs):
     header = ["training", "seeds", "BLEU-4", "ROUGE-L", "CIDEr", "best epoch", "minutes"]
     beams = sorted({b for run in runs.values() for s in SPLITS for b in beams_of(run, s)}, key=int)
     scores = scores_table(runs, names, METRICS, tuple(SPLITS), beams or ("5",), first="scores")
-    lead = (
-        "Seeds of a run are one row: mean ± half of the range. Of trainings: validation, at the\n"
-    )
-    lead += "epoch of the best CIDEr."
+    lead = "Seeds of a run are one row: mean ± half of the range.\n"
+    lead += "Of trainings: validation, at the epoch of the best CIDEr."
     return "\n\n".join(filter(None, [lead, table(header, body), scores])) + "\n"
 
 
