@@ -69,53 +69,6 @@ def main(args):
         sys.exit(1 if results else 2)
 
 
-def get_args_parser():
-    description, _, examples = (__doc__ or "").strip().partition("\n\n")
-    parser = command_line.ArgumentParser(description=description, examples=examples)
-    flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
-    text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
-    flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
-    switch("--recursive", help="look into the sub-folders of folders too")
-    command_line.add_captioning_flags(parser)
-    text = "captions printed per picture, best first; at most --beam_size"
-    flag("--n_best", type=command_line.bounded(int, 1, 100), default=1, help=text)
-    text = "pictures captioned together; lower it if memory runs out"
-    flag("--batch_size", type=command_line.bounded(int, 1, 65536), default=32, help=text)
-    text = (
-        "folder for the drawings (default: captions; with --html none are drawn if it is left out)"
-    )
-    flag("--output_folder", type=Path, help=text)
-    switch("--no_plot", help="draw no <picture>_attention.png, print only")
-    switch("--gif", help="also draw <picture>_attention.gif, word by word")
-    switch("--show", help="also open each drawing in a window, where there is a screen")
-    text = "also write all captions to this file; - is standard output, with nothing else on it"
-    flag("--json", type=Path, help=text)
-    flag("--csv", type=Path, help="the same as a table for spreadsheets, a row for each caption")
-    text = "the same as lines of picture#number, tab, caption, which create_input_files.py reads"
-    flag("--txt", type=Path, help=text)
-    switch("--force", help="let --json, --csv, --txt and --html replace a file of another kind")
-    return parser
-
-
-def check_flags(args):
-    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
-    if args.n_best > args.beam_size:
-        raise UserError(f"--n_best {args.n_best}: expected at most --beam_size {args.beam_size}")
-    if args.no_plot and (args.gif or args.show):
-        raise UserError("--no_plot draws nothing, so --gif and --show cannot be had with it")
-    args.lists = lists.list_paths(args.force, json=args.json, csv=args.csv, txt=args.txt)
-    if args.html:
-        page.page_path(args.html, args.force)
-    # a page shows what drawings show: beside it they are drawn if another flag asks for them
-    args.no_plot |= bool(args.html) and not (args.output_folder or args.gif or args.show)
-    args.output_folder = args.output_folder or Path("captions")
-    if not args.no_plot:
-        files.check_disk(args.output_folder, 0)
-    # Pillow and matplotlib warn of pictures and letters, which are named in our own words
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.filterwarnings("ignore", message="Glyph .* missing")
-
-
 def load(args):
     """The captioner that ``--model`` names, and the options of its beam search, as a dict."""
     device = machine.pick_device(args.device)
@@ -173,6 +126,53 @@ def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
         captions.append(page.page_caption(words, hypothesis, scores, likely))
     picture = page.page_picture(picture, args.page_side)
     return {"name": path.as_posix(), "captions": captions} | picture
+
+
+def get_args_parser():
+    description, _, examples = (__doc__ or "").strip().partition("\n\n")
+    parser = command_line.ArgumentParser(description=description, examples=examples)
+    flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
+    text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
+    flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
+    switch("--recursive", help="look into the sub-folders of folders too")
+    command_line.add_captioning_flags(parser)
+    text = "captions printed per picture, best first; at most --beam_size"
+    flag("--n_best", type=command_line.bounded(int, 1, 100), default=1, help=text)
+    text = "pictures captioned together; lower it if memory runs out"
+    flag("--batch_size", type=command_line.bounded(int, 1, 65536), default=32, help=text)
+    text = (
+        "folder for the drawings (default: captions; with --html none are drawn if it is left out)"
+    )
+    flag("--output_folder", type=Path, help=text)
+    switch("--no_plot", help="draw no <picture>_attention.png, print only")
+    switch("--gif", help="also draw <picture>_attention.gif, word by word")
+    switch("--show", help="also open each drawing in a window, where there is a screen")
+    text = "also write all captions to this file; - is standard output, with nothing else on it"
+    flag("--json", type=Path, help=text)
+    flag("--csv", type=Path, help="the same as a table for spreadsheets, a row for each caption")
+    text = "the same as lines of picture#number, tab, caption, which create_input_files.py reads"
+    flag("--txt", type=Path, help=text)
+    switch("--force", help="let --json, --csv, --txt and --html replace a file of another kind")
+    return parser
+
+
+def check_flags(args):
+    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
+    if args.n_best > args.beam_size:
+        raise UserError(f"--n_best {args.n_best}: expected at most --beam_size {args.beam_size}")
+    if args.no_plot and (args.gif or args.show):
+        raise UserError("--no_plot draws nothing, so --gif and --show cannot be had with it")
+    args.lists = lists.list_paths(args.force, json=args.json, csv=args.csv, txt=args.txt)
+    if args.html:
+        page.page_path(args.html, args.force)
+    # a page shows what drawings show: beside it they are drawn if another flag asks for them
+    args.no_plot |= bool(args.html) and not (args.output_folder or args.gif or args.show)
+    args.output_folder = args.output_folder or Path("captions")
+    if not args.no_plot:
+        files.check_disk(args.output_folder, 0)
+    # Pillow and matplotlib warn of pictures and letters, which are named in our own words
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", message="Glyph .* missing")
 
 
 if __name__ == "__main__":

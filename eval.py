@@ -59,69 +59,6 @@ def main(args):
             report(args, data, outputs, rows, {k: row for k, (row, _) in figures.items()}, said)
 
 
-def score(data, captions, alphas=None):
-    """All figures of a split's captions: metrics, variety and, where scenes are known, truth.
-
-    :param data: ``CaptionDataset``
-    :param captions: list (pictures) of lists of words
-    :param alphas: list (pictures) of float tensors (num_words, num_pixels), for scenes
-    :return: (row, own): dict of floats, ints and None (not to be had); dict of lists, the pictures'
-        own scores, where they are to be had
-    """
-    row = metrics.score_captions(data.references, captions, meteor=True, each=True)
-    own = row.pop("each")
-    if len(data) == 1:
-        row["CIDEr"] = None  # it weighs words by their rarity among pictures: always 0
-        del own["CIDEr"]
-    row |= metrics.score_variety(data.references, captions)
-    if data.scenes is not None:
-        row |= scenes.score_scenes(data.scenes, captions, alphas)
-    return row, own
-
-
-def get_args_parser():
-    description, _, examples = (__doc__ or "").strip().partition("\n\n")
-    parser = command_line.ArgumentParser(description=description, examples=examples)
-    command_line.add_captioning_flags(parser, several=True)
-    flag = parser.add_argument
-    text = "several models do not vote as an ensemble: each is scored by itself, side by side"
-    flag("--compare", action="store_true", help=text)
-    text = "captions of other systems, in COCO's format of results, to be scored beside the model's"
-    flag("--captions", type=Path, nargs="+", default=[], metavar="FILE", help=text)
-    text = "score, and save as this, the mean of models of which one was trained from another"
-    flag("--average", type=Path, help=text)
-    text = "score, and save as this, the model (or the mean) as a small file to give to others"
-    flag("--export", type=Path, help=text)
-    flag("--data_name", help="the data's name (default: what the checkpoint was trained on)")
-    text = "which pictures; choose models on val, report on test"
-    flag("--split", choices=("train", "val", "test"), default="test", help=text)
-    text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
-    flag("--output_folder", type=Path, help=text)
-    return parser
-
-
-def check_flags(args):
-    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
-    if args.consensus and args.split == "train":
-        raise UserError("--consensus asks the training captions, which cannot be scored with it")
-    given = args.model or []
-    if args.compare and (len(set(given)) < max(2, len(given)) or len(args.beam_size) > 1):
-        raise UserError("--compare: expected several different --model, and one --beam_size")
-    if args.compare and (args.average or args.export):
-        raise UserError("--compare: expected no --average and no --export, which make one model")
-    if len(set(args.captions)) < len(args.captions):
-        raise UserError("--captions: expected different files")
-    if args.export and len(given) > 1 and not args.average:
-        raise UserError("--export: expected one --model, or several with --average")
-    for flag in ("average", "export"):
-        if path := getattr(args, flag):
-            if distributed.broadcast(path.exists()):
-                raise UserError(f"--{flag} {path} exists: choose another name, or remove it")
-            files.output_path(path)
-    if args.html:
-        page.page_path(args.html)
-
-
 def load(args, device):
     """What the flags name, all of it checked before the work.
 
@@ -214,6 +151,26 @@ def check_fit(captioners, data):
         )
 
 
+def score(data, captions, alphas=None):
+    """All figures of a split's captions: metrics, variety and, where scenes are known, truth.
+
+    :param data: ``CaptionDataset``
+    :param captions: list (pictures) of lists of words
+    :param alphas: list (pictures) of float tensors (num_words, num_pixels), for scenes
+    :return: (row, own): dict of floats, ints and None (not to be had); dict of lists, the pictures'
+        own scores, where they are to be had
+    """
+    row = metrics.score_captions(data.references, captions, meteor=True, each=True)
+    own = row.pop("each")
+    if len(data) == 1:
+        row["CIDEr"] = None  # it weighs words by their rarity among pictures: always 0
+        del own["CIDEr"]
+    row |= metrics.score_variety(data.references, captions)
+    if data.scenes is not None:
+        row |= scenes.score_scenes(data.scenes, captions, alphas)
+    return row, own
+
+
 def report(args, data, outputs, rows, theirs, said):
     """Write all figures as JSON, each picture's as CSV, and a page if wanted; print the table.
 
@@ -264,6 +221,49 @@ def report(args, data, outputs, rows, theirs, said):
         shown = evaluation.report_page(data, sum(figures, []), shown, lead, args.page_side)
         page.write_page(args.html, shown)
         print(f"  {args.html}")
+
+
+def get_args_parser():
+    description, _, examples = (__doc__ or "").strip().partition("\n\n")
+    parser = command_line.ArgumentParser(description=description, examples=examples)
+    command_line.add_captioning_flags(parser, several=True)
+    flag = parser.add_argument
+    text = "several models do not vote as an ensemble: each is scored by itself, side by side"
+    flag("--compare", action="store_true", help=text)
+    text = "captions of other systems, in COCO's format of results, to be scored beside the model's"
+    flag("--captions", type=Path, nargs="+", default=[], metavar="FILE", help=text)
+    text = "score, and save as this, the mean of models of which one was trained from another"
+    flag("--average", type=Path, help=text)
+    text = "score, and save as this, the model (or the mean) as a small file to give to others"
+    flag("--export", type=Path, help=text)
+    flag("--data_name", help="the data's name (default: what the checkpoint was trained on)")
+    text = "which pictures; choose models on val, report on test"
+    flag("--split", choices=("train", "val", "test"), default="test", help=text)
+    text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
+    flag("--output_folder", type=Path, help=text)
+    return parser
+
+
+def check_flags(args):
+    """:raises UserError: for flags that do not fit each other, or name what cannot be written"""
+    if args.consensus and args.split == "train":
+        raise UserError("--consensus asks the training captions, which cannot be scored with it")
+    given = args.model or []
+    if args.compare and (len(set(given)) < max(2, len(given)) or len(args.beam_size) > 1):
+        raise UserError("--compare: expected several different --model, and one --beam_size")
+    if args.compare and (args.average or args.export):
+        raise UserError("--compare: expected no --average and no --export, which make one model")
+    if len(set(args.captions)) < len(args.captions):
+        raise UserError("--captions: expected different files")
+    if args.export and len(given) > 1 and not args.average:
+        raise UserError("--export: expected one --model, or several with --average")
+    for flag in ("average", "export"):
+        if path := getattr(args, flag):
+            if distributed.broadcast(path.exists()):
+                raise UserError(f"--{flag} {path} exists: choose another name, or remove it")
+            files.output_path(path)
+    if args.html:
+        page.page_path(args.html)
 
 
 if __name__ == "__main__":
