@@ -396,7 +396,7 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
         "grounding": 0.3,
     },
     "focus": FOCUS,
-    "adapt": {"epochs": 10, "batch_size": 4, "metric": "CIDEr", "amp": True},
+    "adapt": {"epochs": 20, "batch_size": 4, "metric": "CIDEr", "amp": True},
 }  # fmt: skip
 
 

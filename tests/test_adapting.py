@@ -1,5 +1,6 @@
 """A model goes on with other data: its words, few pictures, and what docs/adapting.py deals out."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from test_create_input_files import prepare
 from test_eval import evaluate
+from test_pages import commands, text_of
+from test_pages import run as run_script
 from test_train import run
 
 import datasets
@@ -264,6 +267,27 @@ def test_the_captioner_of_the_suite_is_scored_on_anybodys_data(own_data, tmp_pat
     assert row["CIDEr"] is None  # of a single picture it is always 0
     assert scores["people"] == {} and "people" not in out  # nor does it show any variety
     assert f"split of {data[1]}, 1 picture\n" in out
+
+
+def test_the_commands_of_the_guide_adapt_the_captioner(own_data, tmp_path, monkeypatch, capsys):
+    folder, captions = own_data
+    rows = re.sub(",(split|train|val|test)$", "", captions.read_text(), flags=re.M)
+    (tmp_path / "captions.csv").write_text(rows)  # dealt out by lot: 16, 2 and 2
+    folder.rename(tmp_path / "FOLDER")
+    monkeypatch.chdir(tmp_path)
+    section = re.search(r"^## I have 60 pictures\n(.*?)^## ", text_of("docs/guide.md"), re.S | re.M)
+    more = {"train": ["--epochs", "1"], "caption": ["--no_plot"]}
+    found = list(commands(section[1]))
+    assert [script for script, _ in found[:3]] == ["create_input_files", "train", "caption"]
+    for script, argv in found[:4]:
+        run_script(script, [*argv, *more.get(script, [])], monkeypatch)
+    printed = capsys.readouterr().out
+    assert "words of captioner" in printed and Path("captions.html").exists()
+    adapted = models.load_captioner(models.run_checkpoint("checkpoints/mine"))
+    known = models.load_checkpoint(models.run_checkpoint("captioner"))["word_map"]
+    assert known.items() <= adapted.word_map.items()
+    mean = models.load_captioner("checkpoints/mean.pth.tar")
+    assert mean.word_map == adapted.word_map
 
 
 # ------------------------------------------------------------------------------- the trial's data
