@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -364,6 +365,45 @@ def test_scripts_run_in_a_notebook_and_without_docstrings(optimize, own_data, tm
 def test_help_needs_no_docstrings(script, tmp_path):
     done = as_user(script, "--help", cwd=tmp_path, PYTHONOPTIMIZE="2")
     assert done.returncode == 0 and "(default" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("first", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_readmes_first_three_commands_run_in_order_in_one_clone(first, tmp_path):
+    """From the given one on, in the environment of this test and not in a new one."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("no git here")
+    clone, python = tmp_path / "clone", tmp_path / "bin" / "python"
+    for name in listed.stdout.splitlines():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    subprocess.run(["sh", "-c", "git init -q && git add -A"], cwd=clone, check=True)
+    Image.fromarray(make_picture(0)).save(clone / "photo.jpg")
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)[first - 1 : 3]:
+        typed = [part for part in block.replace("\\\n", "").split("&&") if "-m venv" not in part]
+        typed = [part for part in typed if "activate" not in part and "pip install" not in part]
+        command = (
+            "&&".join(typed).strip().replace("-m pytest tests", "-m pytest tests -k top_level")
+        )
+        done = subprocess.run(
+            ["sh", "-c", command],
+            cwd=clone, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+    assert "1 passed" in done.stdout  # the last one was pytest
+    status = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True
+    )
+    new = [line for line in status.stdout.splitlines() if line.startswith("??")]
+    assert new == ["?? photo.jpg"]  # .gitignore names what the commands write
 
 
 def test_the_benchmark_trains_as_train_does():

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from captioning.data.words import PAD_ID
 
@@ -33,12 +32,19 @@ def collect(captions, live, scores, attentions):
     targets = torch.cat([captions[:n, t + 1] for t, n in enumerate(live)])  # (num_words,)
     row = torch.arange(len(captions), device=captions.device)  # (B,)
     rows = torch.cat([row[:n] for n in live])  # (num_words,)
+    step = torch.arange(len(live), device=captions.device)  # (max_decode_length,)
+    steps = torch.cat([step[t].expand(n) for t, n in enumerate(live)])  # (num_words,)
     real = captions[:, 1 : len(live) + 1] != PAD_ID  # (B, max_decode_length)
-    alphas = pad_sequence([attention.alpha[:, 0] for attention in attentions])
+
+    def unpacked(parts):  # by one kernel, where pad_sequence takes six a step
+        packed = torch.cat(parts).squeeze(1)  # (num_words, ...)
+        return packed.new_zeros(*real.shape, *packed.shape[1:]).index_put((rows, steps), packed)
+
+    alphas = unpacked([attention.alpha for attention in attentions])
     alphas = alphas * real.unsqueeze(2)  # (B, max_decode_length, num_pixels)
     log_probs = None
     if attentions[0].log_prob is not None:  # (B, max_decode_length)
-        log_probs = pad_sequence([attention.log_prob[:, 0] for attention in attentions]) * real
+        log_probs = unpacked([attention.log_prob for attention in attentions]) * real
     return DecoderOutput(torch.cat(scores), targets, alphas, log_probs, rows)
 
 

@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, locks between runs, JSON and CSV, and room on the disk."""
 
 import contextlib
-import csv
 import errno
 import hashlib
 import io
@@ -16,7 +15,7 @@ from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
 from captioning.run.messages import UserError, cannot, note
 
-fcntl, tqdm = lazy("fcntl", "tqdm")
+csv, fcntl, tqdm = lazy("csv", "fcntl", "tqdm")
 
 
 @contextlib.contextmanager
