@@ -32,7 +32,7 @@ def main(args):
     with machine.processes(args.device) as device, machine.autocast(device, args.amp):
         data, searches, theirs, outputs = load(args, device)
         print(machine.describe_machine(device))
-        mine, rows, said = distributed.share(len(data)), {}, {}
+        mine, rows, said, failed = distributed.share(len(data)), {}, {}, []
         features = functools.cache(lambda c: c.features(data, args.data_folder, mine, args.workers))
         for label, (captioners, beam_size, consensus) in searches.items():
             outs = [features(captioner) for captioner in captioners]
@@ -48,15 +48,18 @@ def main(args):
             if distributed.is_main():
                 captions = [captioners[0].text(hypothesis) for hypothesis in best]
                 rows[label], own = score(data, captions, [h.alphas for h in best])
-                if gazed is not None:
-                    rows[label] |= gaze.measure_gaze(captioners[0], gazed, best)
-                rows[label]["ms per picture"] = 1000 * seconds / len(captions)
                 said[label] = captions, best, own
                 evaluation.write_captions(data, said[label], outputs["captions"][label])
+                with messages.naming("the gaze could not be measured", failed):
+                    if gazed is not None:
+                        rows[label] |= gaze.measure_gaze(captioners[0], gazed, best)
+                rows[label]["ms per picture"] = 1000 * seconds / len(captions)
         if distributed.is_main():
             figures = {label: score(data, captions) for label, captions in theirs.items()}
             said |= {label: (theirs[label], None, own) for label, (_, own) in figures.items()}
             report(args, data, outputs, rows, {k: row for k, (row, _) in figures.items()}, said)
+    if failed:  # all else was scored and written
+        sys.exit(1)
 
 
 def load(args, device):

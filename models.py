@@ -10,6 +10,7 @@ What scripts and students take from here and is not defined here stands in the r
 ``captioning/model`` that it is imported from.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from captioning.model.beams import (
     best_ended,
     empty_beams,
     read_beams,
+    repeat_rows,
     sample_captions,
     score_words,
 )
@@ -41,7 +43,7 @@ from captioning.model.checkpoints import (
     run_checkpoint,
 )
 from captioning.model.consensus import Consensus, mean_features
-from captioning.model.decoders import ImageContext, collect, live_rows
+from captioning.model.decoders import ImageContext, collect, count_states, fitting, live_rows
 from captioning.model.encoder_weights import load_classifier_weights
 from captioning.model.encoders import ENCODERS, Backbone, calibrate, feature_store
 from captioning.model.grid import compute_dtype, pooling_matrix, position_code
@@ -50,6 +52,7 @@ from captioning.model.schedules import SCHEDULES, Schedule, scheduled_sampling_e
 from captioning.model.self_critical import sample_and_reward, self_critical_loss
 from captioning.model.teacher import AttentionTeacher, CaptioningNetwork
 from captioning.model.tensor_files import save_checkpoint
+from captioning.model.transformer import TransformerDecoder
 from captioning.model.utterances import Caption
 from captioning.run.command_line import BEAM_SIZE, LENGTH_PENALTY, MAX_DECODE_STEPS
 from captioning.run.messages import look_up, progress
@@ -141,10 +144,6 @@ def soft(energies, decoder):
 ATTENTIONS = {"soft": (Attention, soft), "hard": (Attention, hard), "mean": (NoAttention, soft)}
 
 
-# To add a recurrent cell, add an entry: cell(input_size, hidden_size), called as torch's own.
-DECODERS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
-
-
 class DecoderWithAttention(nn.Module):
     """LSTM or GRU that looks at the image before each word (Xu et al. 2015, sections 3.1.2 and 4).
 
@@ -154,7 +153,7 @@ class DecoderWithAttention(nn.Module):
 
     :param vocab_size, encoder_dim: words in the word map; channels of the encoder's grid
     :param attention_dim, embed_dim, decoder_dim: widths of attention network, embedding and state
-    :param decoder, attention: keys of ``DECODERS`` and ``ATTENTIONS``
+    :param attention: a key of ``ATTENTIONS``
     :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
     :param deep_output: score words from word, state and context (eq. 7), not from the state alone
     :param attend_word: attention sees the previous word, which the state has not read yet (not in
@@ -162,17 +161,17 @@ class DecoderWithAttention(nn.Module):
     :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
     :param dropout, embed_dropout, feature_dropout: on what words are scored from, on embedded
         words, on the encoder's grid
-    :raises UserError: if decoder or attention is unknown
+    :param cell: cell(input_size, hidden_size) makes the recurrent cell, called as torch's own
+    :raises UserError: if the attention is unknown
     """
 
     def __init__(
         self, vocab_size, encoder_dim=2048, attention_dim=512, embed_dim=512, decoder_dim=512,
-        decoder="lstm", attention="soft", encoded_image_size=14, deep_output=False,
-        attend_word=False, position_encoding=False, dropout=0.5, embed_dropout=0.0,
-        feature_dropout=0.0,
+        attention="soft", encoded_image_size=14, deep_output=False, attend_word=False,
+        position_encoding=False, dropout=0.5, embed_dropout=0.0, feature_dropout=0.0,
+        cell=nn.LSTMCell,
     ):  # fmt: skip
         super().__init__()
-        cell = look_up(DECODERS, decoder, "decoder")
         score, self.attend = look_up(ATTENTIONS, attention, "attention")
         self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
         self.deep_output, self.position_encoding = deep_output, position_encoding
@@ -183,7 +182,9 @@ class DecoderWithAttention(nn.Module):
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
-        self.init_c = nn.Linear(encoder_dim, decoder_dim) if cell is nn.LSTMCell else None
+        states = count_states(self.decode_step, embed_dim + encoder_dim)
+        inits = [nn.Linear(encoder_dim, decoder_dim) for _ in range(states - 1)]
+        self.init_c, self.init_more = (inits or [None])[0], nn.ModuleList(inits[1:])
         self.f_beta = nn.Linear(decoder_dim, encoder_dim)
         if deep_output:
             self.deep_h = nn.Linear(decoder_dim, embed_dim)
@@ -204,7 +205,7 @@ class DecoderWithAttention(nn.Module):
         :param encoder_out: float (num_images, n, encoder_dim), any float type
         :param image_index: int64 (B,), the image of each row; None: every image once
         :return: (context, state): ``ImageContext``, and a tuple of float32 (B, 1, decoder_dim):
-            (h, c) for an LSTM, else (h,)
+            (h, c) for an LSTM, (h,) for a GRU, as many as the cell returns
         """
         place = encoder_out.device, compute_dtype(encoder_out.device)
         encoder_out = encoder_out.to(*place)  # (num_images, n, encoder_dim)
@@ -218,7 +219,7 @@ class DecoderWithAttention(nn.Module):
             pool = pooling_matrix(side, self.encoded_image_size, *place)  # (num_pixels, n)
             encoder_att = pool @ encoder_att  # (num_images, num_pixels, attention_dim)
             mean = pool.mean(dim=0) @ encoder_out  # (num_images, encoder_dim)
-        inits = [self.init_h, self.init_c] if self.init_c else [self.init_h]
+        inits = [self.init_h, *filter(None, [self.init_c]), *self.init_more]
         state = tuple(init(mean).float().unsqueeze(1) for init in inits)  # (num_images, 1, ...)
         if image_index is not None:  # index_select, whose gradient is summed in a fixed order
             encoder_out = encoder_out.index_select(0, image_index)  # (B, n, encoder_dim)
@@ -293,6 +294,17 @@ class DecoderWithAttention(nn.Module):
         return collect(captions, live, scores, attentions)
 
 
+def recurrent(cell):
+    """A factory of decoders around a recurrent cell, for ``DECODERS``."""
+    return functools.partial(DecoderWithAttention, cell=cell)
+
+
+# To add a decoder, add an entry: ``recurrent`` of a cell, or a class with ``init_hidden_state``,
+# ``step`` and ``forward``, called with vocab_size and those of the configuration that it names.
+DECODERS = {"lstm": recurrent(nn.LSTMCell), "gru": recurrent(nn.GRUCell)}
+DECODERS |= {"transformer": TransformerDecoder}
+
+
 def doubly_stochastic_penalty(alphas):
     """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
 
@@ -347,7 +359,7 @@ def beam_search(
     enter its n best; without a length penalty that is exact. Where nothing ended, the best
     unfinished hypotheses are returned.
 
-    :param decoders: list of ``DecoderWithAttention`` with one word map, in eval mode
+    :param decoders: list of decoders with one word map, in eval mode
     :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features
     :param word_map: word to id
     :param beam_size, n_best: hypotheses kept alive (1 is greedy), and captions returned, per image
@@ -360,17 +372,18 @@ def beam_search(
     :raises UserError: if the model's scores are not finite
     """
     keep = beam_size if consensus else n_best
-    contexts, states = zip(*map(DecoderWithAttention.init_hidden_state, decoders, encoder_outs))
-    states = [tuple(s.expand(-1, beam_size, -1) for s in state) for state in states]
+    starts = [d.init_hidden_state(out) for d, out in zip(decoders, encoder_outs)]
+    contexts, states = [c for c, _ in starts], [repeat_rows(s, beam_size) for _, s in starts]
     device, vocab_size = encoder_outs[0].device, decoders[0].vocab_size
     banned = torch.tensor(special_tokens(word_map), device=device)
     words = torch.full((len(encoder_outs[0]), beam_size), word_map[START], device=device)
     rows = torch.arange(len(words), device=device).unsqueeze(1)  # (B, 1), to index with (B, k)
-    num_pixels = contexts[0].encoder_att.shape[1] if with_alphas else 0
-    live, ended = (empty_beams(len(words), k, num_pixels, device) for k in (beam_size, keep))
-    live.log_prob[:, 0] = 0  # at the start all beams are one
     for step in range(max_decode_steps + 1):
         log_probs, alpha, states = score_words(decoders, words, states, contexts)
+        alpha = alpha if with_alphas else alpha[..., :0]  # (B, K, num_pixels)
+        if step == 0:
+            live, ended = (empty_beams(alpha[:, :1], count) for count in (beam_size, keep))
+            live.log_prob[:, 0] = 0  # at the start all beams are one
         log_probs[..., banned] = -math.inf  # (B, K, vocab_size)
         if no_repeat:
             log_probs = ban_repeats(log_probs, live.seqs)
@@ -378,7 +391,7 @@ def beam_search(
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
         log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
         parent, word = index // vocab_size, index % vocab_size
-        alpha = alpha[rows, parent, :num_pixels]  # (B, 2K, num_pixels)
+        alpha = alpha[rows, parent]  # (B, 2K, num_pixels)
         score = log_prob / (step + 1) ** length_penalty  # (B, 2K)
         word_log_prob = log_probs[rows, parent, word]  # (B, 2K)
         grown = live.take(parent).append(log_prob, score, word, word_log_prob, alpha)
@@ -476,8 +489,8 @@ class Captioner:
 
 def build_decoder(config, vocab_size):
     """A decoder from the configuration that a checkpoint keeps."""
-    names = ("encoder_dim", *ARCHITECTURE[1:], *DROPOUTS)
-    return DecoderWithAttention(vocab_size, **{name: config[name] for name in names})
+    factory = look_up(DECODERS, config["decoder"], "decoder")
+    return factory(vocab_size, **fitting(factory, config))
 
 
 def build_model(config, vocab_size):

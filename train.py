@@ -21,11 +21,13 @@ if sys.flags.safe_path:
 import utils
 from captioning.run import command_line, distributed, files, machine, messages, paths, signals
 from captioning.run.lazy import lazy
+from captioning.run.presets import DECODER_DEFAULTS, PRESETS
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
-batches, cider, cuda_graphs, schedules, starting, tally, vocabulary = lazy(
-    *("batches", "cider", "cuda_graphs", "schedules", "starting", "tally", "vocabulary"),
+batches, cider, cuda_graphs, decoders, schedules, starting, tally, vocabulary = lazy(
+    *("batches", "cider", "cuda_graphs", "decoders", "schedules", "starting", "tally"),
+    "vocabulary",
     within="captioning.model",
 )
 curves, log, metrics = lazy("curves", "log", "metrics", within="captioning.report")
@@ -74,7 +76,10 @@ def train(trainer, args):
                     trainer.save(trainer.latest_path)
             trainer.stop.check()
         record = trainer.epoch_record()
-        scores, hypotheses = validate(trainer, args)
+        trainer.save(trainer.latest_path)  # first: validation may fail
+        where = f"{trainer.latest_path} has what epoch {record['epoch']} learned"
+        with messages.naming(f"validation failed; {where}"):
+            scores, hypotheses = validate(trainer, args)
         record |= scores | {"seconds": round(time.time() - trainer.started, 1)}
         is_best = record[args.metric] > schedules.best_score(history, args.metric)
         with trainer.stop.held():
@@ -142,8 +147,8 @@ class Trainer:
         self.latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
         self.best_path = paths.checkpoint_path(args.output_folder, args.data_name, best=True)
         self.features = self.val_features = self.progress = self.teacher = None
-        # self-critical training has no true words to teach, and NoAttention nothing to learn
-        if args.grounding and not args.scst and list(captioner.decoder.attention.parameters()):
+        # self-critical training has no true words to teach, and no attention nothing to learn
+        if args.grounding and not args.scst and args.attention != "mean":
             sizes = captioner.encoder.encoder_dim, len(captioner.word_map)
             self.teacher = models.AttentionTeacher(*sizes).to(self.device)
         self.optimizer = build_optimizer(args, captioner, self.teacher)
@@ -330,6 +335,7 @@ def prepare(args, stack):
     machine.set_seed(args.seed)
     weights = "none" if checkpoint else args.encoder_weights
     encoder = models.Encoder(args.encoder, weights).to(device)
+    args.decoder_options = decoders.own_options(models.DECODERS, args)
     sizes = vars(args) | {"encoder_dim": encoder.encoder_dim}
     build, encoder_dim = functools.partial(models.build_decoder, sizes), encoder.encoder_dim
     decoder = build(len(word_map))
@@ -343,12 +349,11 @@ def prepare(args, stack):
     if not checkpoint and weights == "none":
         starting.calibrate_on(encoder, train_data, device, learns=args.fine_tune_encoder)
     encoder.fine_tune(args.fine_tune_encoder)
-    decoder.to(device).sample_location = args.sample_location
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     config["total_updates"] = args.epochs * math.ceil(len(train_data) / args.batch_size)
     config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size}
     config["machine"] = machine.describe_machine(device)
-    captioner = models.Captioner(encoder, decoder, word_map, config)
+    captioner = models.Captioner(encoder, decoder.to(device), word_map, config)
     latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
     stack.enter_context(files.locked(paths.lock_path(latest_path), latest_path))
     starting.check_space(args.output_folder, encoder, decoder)
@@ -362,6 +367,8 @@ def prepare(args, stack):
         trainer.features, trainer.val_features = starting.frozen_features(
             captioner, (train_data, val_data), args.data_folder, args.amp, args.workers
         )
+    decoders.check_decoder(captioner, train_data, trainer.features)
+    decoder.sample_location = args.sample_location
     if resuming:
         starting.resume(trainer, checkpoint, path)
         trainer.write_reports()  # which the interrupted run may not have come to
@@ -382,22 +389,6 @@ def build_optimizer(args, captioner, teacher=None):
 
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
-
-FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
-         "feature_dropout": 0.1}  # fmt: skip
-
-PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
-    "shapes": {
-        "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
-        "encoded_image_size": 0, "position_encoding": True, "decoder_dim": 256,
-        "attention_dim": 256, "embed_dim": 128, "epochs": 5, "batch_size": 16,
-        "learning_rate": 3e-3, "warmup": 50, "label_smoothing": 0.0,
-        "dropout": 0.2, "embed_dropout": 0.1, "beam_size": 1, "amp": True, **FOCUS,
-        "grounding": 0.3,
-    },
-    "focus": FOCUS,
-    "adapt": {"epochs": 20, "batch_size": 4, "metric": "CIDEr", "amp": True},
-}  # fmt: skip
 
 
 def get_args_parser():
@@ -433,7 +424,11 @@ def get_args_parser():
     add("--encoder_weights", default="imagenet", metavar="FILE", help=text)
     text = "side of the grid that attention sees; 0 keeps the CNN's own (faster)"
     add("--encoded_image_size", type=number(int, 0, 64), default=14, help=text)
-    add("--decoder", default="lstm", metavar="NAME", help="recurrent cell: lstm or gru")
+    add("--decoder", default="lstm", metavar="NAME", help="lstm or gru, recurrent, or transformer")
+    own = {"dest": "decoder_options", "action": command_line.IntoDict, "default": {}}
+    add("--layers", **own, type=number(int, 1, 48), help="of the transformer (default: 2)")
+    text = "of each attention of the transformer (default: 4)"
+    add("--heads", **own, type=number(int, 1, 64), help=text)
     text = "soft weighs all places, hard samples one (REINFORCE), mean does not look anywhere"
     add("--attention", default="soft", metavar="NAME", help=text)
     add("--attention_dim", type=width, default=512, help="width of the attention network")
@@ -541,4 +536,5 @@ def check_args(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, command_line.with_preset(get_args_parser(), PRESETS))
+    defaults = {"preset": PRESETS, "decoder": DECODER_DEFAULTS}
+    utils.run(main, command_line.with_defaults(get_args_parser(), defaults))

@@ -220,4 +220,6 @@ if __name__ == "__main__":
     sys.argv = [script, *flags]
     script = importlib.import_module(script.removesuffix(".py"))
     parser = script.get_args_parser()
-    utils.run(script.main, command_line.with_preset(parser, getattr(script, "PRESETS", {})))
+    utils.run(
+        script.main, command_line.with_defaults(parser, {"preset": getattr(script, "PRESETS", {})})
+    )

@@ -16,6 +16,10 @@ from captioning.data import formats
 from datasets import CaptionDataset, Record
 from utils import UserError
 
+RECURRENT = [name for name in models.DECODERS if name != "transformer"]  # take any attention
+PAIRS = [(decoder, look) for decoder in RECURRENT for look in models.ATTENTIONS]
+PAIRS += [("transformer", "soft")]
+
 EXAMPLES = [  # candidate, references
     (
         "a dog runs on the grass",

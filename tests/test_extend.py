@@ -37,7 +37,7 @@ ATTENTIONS["dot"] = (DotProductAttention, soft)
 """
 
 RNN_DECODER = """
-DECODERS["rnn"] = nn.RNNCell
+DECODERS["rnn"] = recurrent(nn.RNNCell)
 """
 
 MOBILENET_ENCODER = """
@@ -100,7 +100,7 @@ def train_caption_and_draw(data, folder, monkeypatch, capsys, *flags):
     captioner = models.load_captioner(path)
     image = datasets.resize_image(make_picture(0), captioner.image_size)
     ((best, *_),) = captioner.caption(
-        torch.from_numpy(image).unsqueeze(0), beam_size=3, max_decode_steps=6
+        torch.from_numpy(image).unsqueeze(0), beam_size=3, max_decode_steps=6, no_repeat=True
     )
     assert " ".join(captioner.text(best)) in capsys.readouterr().out
     torch.testing.assert_close(best.alphas.sum(1), torch.ones(len(best.words)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_decoder, make_decoder
-from helpers import CAPTIONS, END, LENGTHS, PAD, PICTURES, START, features
+from helpers import CAPTIONS, END, LENGTHS, PAD, PAIRS, PICTURES, RECURRENT, START, features
 
 import models
 
@@ -89,7 +89,7 @@ def by_its_own_step(decoder, encoder_out, captions, lengths, pictures):
 
 VARIANTS = [
     dict(zip(("decoder", "attention", "deep_output", "encoded_image_size"), values))
-    for values in itertools.product(models.DECODERS, models.ATTENTIONS, (False, True), (0, 2, 5))
+    for values in itertools.product(RECURRENT, models.ATTENTIONS, (False, True), (0, 2, 5))
 ]
 
 
@@ -135,12 +135,12 @@ def test_decoder_equals_the_textbook(options, epsilon):
 MANY = CAPTIONS.repeat_interleave(5, dim=0), [n for n in LENGTHS for _ in range(5)]
 
 
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("decoder, attention", PAIRS)
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("amp", [False, True])
-def test_an_update_leaves_nothing_behind(attention, backward, amp):
+def test_an_update_leaves_nothing_behind(decoder, attention, backward, amp):
     """Without the cycle collector: what it would free late would fill a GPU meanwhile."""
-    decoder = make_decoder(attention=attention).train()
+    decoder = make_decoder(decoder=decoder, attention=attention).train()
 
     def left():
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
@@ -185,7 +185,7 @@ def test_gradients_are_the_same_every_time():
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
 
-@pytest.mark.parametrize("decoder", ["lstm", "gru"])
+@pytest.mark.parametrize("decoder", RECURRENT)
 def test_parameter_names_are_the_tutorials(decoder):
     layers = [
         "attention.encoder_att",
@@ -205,10 +205,11 @@ def test_parameter_names_are_the_tutorials(decoder):
     assert set(make_decoder(decoder=decoder).state_dict()) == expected
 
 
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("decoder, attention", PAIRS)
 @pytest.mark.parametrize("encoded_image_size", [0, 2])
-def test_forward_equals_repeated_step(attention, encoded_image_size):
-    decoder = make_decoder(attention=attention, encoded_image_size=encoded_image_size)
+def test_forward_equals_repeated_step(decoder, attention, encoded_image_size):
+    options = {"attention": attention, "encoded_image_size": encoded_image_size}
+    decoder = make_decoder(decoder=decoder, **options)
     encoder_out = features()
     with torch.no_grad():
         output = decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES)
@@ -221,10 +222,10 @@ def test_forward_equals_repeated_step(attention, encoded_image_size):
                 torch.testing.assert_close(output.alphas[row, t], looked.alpha[row, 0])
 
 
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
-def test_a_caption_does_not_depend_on_its_neighbours(attention):
+@pytest.mark.parametrize("decoder, attention", PAIRS)
+def test_a_caption_does_not_depend_on_its_neighbours(decoder, attention):
     """Alone, in another batch, padded, run on past its end: its scores stay what they are."""
-    decoder, encoder_out = make_decoder(attention=attention), features()
+    decoder, encoder_out = make_decoder(decoder=decoder, attention=attention), features()
     with torch.no_grad():
         together = by_row(decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES), LENGTHS)
         padded = decoder(encoder_out, F.pad(CAPTIONS, (0, 3)), [9] * 4, PICTURES)
@@ -245,10 +246,10 @@ def test_a_caption_does_not_depend_on_its_neighbours(attention):
             )
 
 
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
+@pytest.mark.parametrize("decoder, attention", PAIRS)
 @pytest.mark.parametrize("lengths", [LENGTHS, [6] * 4], ids=["exact", "run_on"])
-def test_alphas_sum_to_one_while_a_caption_lasts_and_are_zero_after(attention, lengths):
-    decoder = make_decoder(attention=attention).train()
+def test_alphas_sum_to_one_while_a_caption_lasts_and_are_zero_after(decoder, attention, lengths):
+    decoder = make_decoder(decoder=decoder, attention=attention).train()
     alphas = decoder(features(), CAPTIONS, lengths, PICTURES).alphas
     for row, length in enumerate(LENGTHS):
         torch.testing.assert_close(alphas[row, :length].sum(1), torch.ones(length))
@@ -278,7 +279,10 @@ def test_unknown_decoder_is_refused(options, fails):
 @pytest.mark.parametrize("encoded_image_size", [0, 2])
 def test_bfloat16_products_give_nearly_the_same(decoder, encoded_image_size):
     decoder = make_decoder(
-        scale=1.0, decoder=decoder, encoded_image_size=encoded_image_size, deep_output=True
+        scale=1.0,
+        decoder=decoder,
+        encoded_image_size=encoded_image_size,
+        deep_output=decoder in RECURRENT,
     )
     outputs = []
     for amp in (False, True):
@@ -389,9 +393,8 @@ def test_shares_of_a_batch_add_up():
     torch.testing.assert_close(sum(parts), whole)
 
 
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
-@pytest.mark.parametrize("decoder", models.DECODERS)
-def test_one_batch_can_be_learnt_by_heart(attention, decoder):
+@pytest.mark.parametrize("decoder, attention", PAIRS)
+def test_one_batch_can_be_learnt_by_heart(decoder, attention):
     torch.manual_seed(1)
     sizes = {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 32}
     decoder = build_decoder(decoder=decoder, attention=attention, **sizes)

@@ -210,7 +210,7 @@ def run(script, argv, monkeypatch):
     module = importlib.import_module(script)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *argv])
     parser = module.get_args_parser()
-    parser = command_line.with_preset(parser, getattr(module, "PRESETS", {}))
+    parser = command_line.with_defaults(parser, {"preset": getattr(module, "PRESETS", {})})
     module.main(parser.parse_args(argv))
 
 

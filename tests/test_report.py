@@ -296,7 +296,7 @@ class ThreeCaptions:
 def tiny_decoder():
     torch.manual_seed(0)
     config = dict.fromkeys((*models.ARCHITECTURE[1:], *models.DROPOUTS), 0)
-    config |= {"decoder": "lstm", "attention": "soft", "deep_output": True}
+    config |= {"decoder": "lstm", "attention": "soft", "deep_output": True, "decoder_options": {}}
     config |= {"encoder_dim": 6, "attention_dim": 4, "embed_dim": 4, "decoder_dim": 4}
     return models.build_decoder(config, 10).eval()
 

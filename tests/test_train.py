@@ -202,7 +202,9 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
 
 def test_a_preset_changes_defaults_and_a_flag_beside_it_wins(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--preset", "focus", "--grounding", "0.1"])
-    args = command_line.with_preset(train.get_args_parser(), train.PRESETS).parse_args()
+    args = command_line.with_defaults(
+        train.get_args_parser(), {"preset": train.PRESETS}
+    ).parse_args()
     assert (args.alpha_c, args.attend_word, args.deep_output) == (0.0, True, True)
     assert args.grounding == 0.1
 
@@ -605,7 +607,8 @@ def test_features_are_computed_once_and_never_taken_from_other_weights(
     assert pictures_encoded("first", "--resume", "--epochs", 3) == 0
     assert pictures_encoded("other_seed", "--seed", 1) == 32  # other random weights
     assert len(stores()) == 4
-    assert pictures_encoded("fine", "--fine_tune_encoder", "--epochs", 1, "--batch_size", 12) == 6
+    # 6 to validate, and two with which the decoder is checked before
+    assert pictures_encoded("fine", "--fine_tune_encoder", "--epochs", 1, "--batch_size", 12) == 8
     assert len(stores()) == 4
     store = np.load(data[0] / stores()[0])
     assert store.dtype == np.float16 and store.shape[1:] == (4, 512)
@@ -906,3 +909,46 @@ def test_data_of_another_word_map_is_refused(training_data, tmp_path, fails):
     files.write_json(path, word_map)
     with fails("encoded with another word map"):
         run(data, tmp_path / "out")
+
+
+def test_a_validation_that_fails_loses_nothing(training_data, tmp_path, monkeypatch, capsys):
+    """The epoch is in the checkpoint, and the run goes on from there as if nothing had happened."""
+    whole = run(training_data, tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(models, "caption_split", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(training_data, tmp_path / "run")
+    path = both_checkpoints(tmp_path / "run", training_data)[0]
+    assert f"error: validation failed; {path} has what epoch 1 learned" in capsys.readouterr().err
+    assert models.load_checkpoint(path)["update"] == 3
+    resumed = run(training_data, tmp_path / "run", "--resume")
+    assert same(resumed["decoder"], whole["decoder"])
+    keys = ("epoch", "update", "loss", "nll", "val_nll", "CIDEr")
+    histories = [[[r[key] for key in keys] for r in c["history"]] for c in (resumed, whole)]
+    assert histories[0] == histories[1]
+
+
+def test_the_transformer_trains_samples_and_goes_on(training_data, tmp_path, fails):
+    """With scheduled sampling, then self-critical, with its own options in the checkpoint."""
+    own = ("--decoder", "transformer", "--layers", "1", "--heads", "2")
+    sampling = ("--scheduled_sampling", "linear", "--ss_min", "0.5", "--amp")
+    first = run(training_data, tmp_path / "first", *own, *sampling)
+    assert first["config"]["decoder_options"] == {"layers": 1, "heads": 2}
+    folder = tmp_path / "first"
+    start = ("--init_from", folder, "--epochs", "1")
+    scst = run(training_data, tmp_path / "scst", *start, "--scst", "--heads", "2")
+    assert scst["config"]["decoder_options"] == {"layers": 1, "heads": 2}
+    assert math.isfinite(scst["history"][0]["val_nll"])
+    with fails("--decoder_options .*was built with"):
+        run(training_data, tmp_path / "other", *start, "--layers", "2")
+    with fails("--layers 2 is not for --decoder lstm"):
+        run(training_data, tmp_path / "lstm", "--layers", "2")
+
+
+def test_the_transformer_brings_its_own_defaults(monkeypatch):
+    argv = ["train.py", "--decoder", "transformer", "--dropout", "0.1"]
+    monkeypatch.setattr("sys.argv", argv)
+    defaults = {"preset": train.PRESETS, "decoder": train.DECODER_DEFAULTS}
+    args = command_line.with_defaults(train.get_args_parser(), defaults).parse_args()
+    assert (args.learning_rate, args.dropout, args.embed_dropout) == (4e-4, 0.1, 0.3)
+    assert args.decoder_options == {}

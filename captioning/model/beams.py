@@ -62,12 +62,20 @@ class Beams(NamedTuple):
         )
 
 
-def empty_beams(batch_size, count, num_pixels, device):
-    """Hypotheses without a word, and so unlikely that any other is preferred."""
-    none = torch.full((batch_size, count), -math.inf, device=device)
-    words = torch.zeros(batch_size, count, 0, dtype=torch.long, device=device)
-    alphas = torch.zeros(batch_size, count, 0, num_pixels, device=device)
+def empty_beams(alpha, count):
+    """Hypotheses without a word, and so unlikely that any other is preferred.
+
+    :param alpha: weights of one word, (B, 1, num_pixels), which tell sizes and device
+    """
+    none = alpha.new_full((len(alpha), count), -math.inf)
+    words = alpha.new_zeros(len(alpha), count, 0, dtype=torch.long)
+    alphas = alpha.new_zeros(len(alpha), count, 0, alpha.shape[2])
     return Beams(none, none.clone(), words, words.float(), alphas)
+
+
+def repeat_rows(state, count):
+    """A state of one row for each image, (B, 1, ...) each, for as many rows: (B, count, ...)."""
+    return tuple(s.expand(-1, count, *s.shape[2:]) for s in state)
 
 
 def best_ended(ended, grown, is_end, beam_size):
@@ -144,7 +152,7 @@ def sample_captions(decoder, encoder_out, word_map, samples, max_decode_steps):
         max_decode_steps cut
     """
     context, state = decoder.init_hidden_state(encoder_out)
-    state = tuple(s.expand(-1, samples, -1) for s in state)  # (B, samples, decoder_dim)
+    state = repeat_rows(state, samples)
     device, captions = encoder_out.device, []
     words = torch.full((len(encoder_out), samples), word_map[START], device=device)
     banned = torch.tensor(special_tokens(word_map), device=device)

@@ -15,7 +15,7 @@ from captioning.run.paths import checkpoint_path
 # What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
 ARCHITECTURE = (
     "encoder", "decoder", "attention", "encoded_image_size", "attention_dim", "embed_dim",
-    "decoder_dim", "deep_output", "position_encoding", "attend_word",
+    "decoder_dim", "deep_output", "position_encoding", "attend_word", "decoder_options",
 )  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def read_checkpoint(path, build, word_map=None):
         isinstance(checkpoint.get(key), kind) for key, kind in CHECKPOINT_KEYS.items()
     ):
         raise UserError(f"{path} is no checkpoint: expected a file written by train.py")
-    checkpoint["config"].setdefault("attend_word", False)  # earlier revisions did not know it
+    for key, value in {"attend_word": False, "decoder_options": {}}.items():
+        checkpoint["config"].setdefault(key, value)  # earlier revisions did not know it
     check_checkpoint(checkpoint, path, build)
     own = checkpoint["word_map"]
     if word_map not in (None, own):
@@ -122,6 +123,10 @@ def check_config(config, word_map):
         "fine_tune_encoder": (bool, False, True),
         "data_name": (str, "", "\U0010ffff"),
     }
+    options = config["decoder_options"]
+    plain = isinstance(options, dict) and all(isinstance(key, str) for key in options)
+    if not plain or not {type(value) for value in options.values()} <= {bool, int, float, str}:
+        raise ValueError("its decoder_options are none")
     for key, (kind, low, high) in bounds.items():
         if type(config[key]) is not kind or not low <= config[key] <= high:
             raise ValueError(f"its configuration says {key}={config[key]!r}")

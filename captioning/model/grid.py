@@ -1,4 +1,4 @@
-"""The grid of places that attention weighs: its pooling, its code of positions, its number type."""
+"""The grid of places that attention weighs: its pooling, codes of positions, its number type."""
 
 import math
 from functools import lru_cache
@@ -56,3 +56,14 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
     code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (size, at least channels / 2)
     code = torch.cat([code.repeat_interleave(size, dim=0), code.repeat(size, 1)], dim=1)
     return (0.1 * code[:, :channels]).to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def position_waves(length, width, device):
+    """A fixed code of each word's place in a caption (Vaswani et al. 2017, section 3.5).
+
+    :return: float32 (length, width)
+    """
+    rates = torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(length).unsqueeze(1) * rates  # (length, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width].to(device)

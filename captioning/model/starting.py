@@ -79,6 +79,7 @@ def as_built(args, parser, config, path, resuming=False):
     flags, defaults = vars(args), vars(parser.parse_args([]))
     for key in ARCHITECTURE:  # a flag may agree or be left out
         given, built = flags[key], config[key]
+        given = built | given if isinstance(given, dict) else given
         if given not in (built, defaults[key]):
             raise UserError(f"--{key} {given}: {path} was built with {built}; leave the flag out")
     flags = flags | {key: config[key] for key in ARCHITECTURE}

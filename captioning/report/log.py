@@ -36,6 +36,7 @@ def print_header(captioner, train_data, val_data, options):
     if short and config["metric"] == "BLEU-4":
         note(f"validation: {short}; choose the best epoch by --metric CIDEr")
     for group, changed in options.items():
+        changed = changed | changed.pop("decoder_options", {})
         print(f"{group}: {' '.join(as_typed(*flag) for flag in changed.items())}")
 
 

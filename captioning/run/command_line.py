@@ -84,6 +84,14 @@ def bounded(kind, low, high):
     return parse
 
 
+class IntoDict(argparse.Action):
+    """Of several flags with one ``dest``: keeps their values in a dict, by the flags' names."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        name = self.option_strings[0].removeprefix("--")
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: values})
+
+
 def add_device_flags(parser):
     """Flags of every script that runs a network."""
     add = parser.add_argument_group("machine").add_argument
@@ -176,10 +184,16 @@ def changed_flags(parser, args):
     return groups
 
 
-def with_preset(parser, presets):
-    """The parser with the defaults of the preset that the command line names, if it names one."""
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset")
-    args, _ = preset.parse_known_args()
-    parser.set_defaults(**presets.get(args.preset, {}))
+def with_defaults(parser, tables):
+    """The parser with the defaults that belong to values on the command line.
+
+    :param tables: dict of flags to dicts of their values to defaults of other flags; later flags
+        win over earlier ones
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in tables:
+        first.add_argument(f"--{name}")
+    given, _ = first.parse_known_args()
+    for name, table in tables.items():
+        parser.set_defaults(**table.get(getattr(given, name), {}))
     return parser

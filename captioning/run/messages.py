@@ -1,10 +1,12 @@
 """What the user is told: errors of one line, notes that are said once, progress."""
 
+import contextlib
 import functools
 import math
 import os
 import sys
 import time
+import traceback
 
 from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
@@ -39,6 +41,25 @@ def counted(number, thing):
 def note(text):
     """Say something on standard error, once."""
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def naming(failure, goes_on=None):
+    """Say what it means if the block fails.
+
+    :param failure: a line for standard error
+    :param goes_on: a list: the work goes on, the error's traceback is shown, and the list gets the
+        line; None: the error is raised again
+    """
+    try:
+        yield
+    except Exception as error:
+        if goes_on is not None:
+            traceback.print_exception(error)
+            goes_on.append(failure)
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        if goes_on is None:
+            raise
 
 
 def cannot(do, path, error):

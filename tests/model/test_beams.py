@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import make_decoder
-from helpers import END, PAD, START, UNK, features, search
+from helpers import END, PAD, PAIRS, START, UNK, features, search
 
 import caption
 import eval as evaluation
@@ -36,9 +36,8 @@ def check_log_probs(hypothesis, forced):
     assert hypothesis.log_prob == pytest.approx(sum(forced), rel=1e-4)
 
 
-@pytest.mark.parametrize("attention", models.ATTENTIONS)
-@pytest.mark.parametrize("decoder", models.DECODERS)
-def test_beam_one_is_greedy(attention, decoder, word_map):
+@pytest.mark.parametrize("decoder, attention", PAIRS)
+def test_beam_one_is_greedy(decoder, attention, word_map):
     decoder, encoder_out = make_decoder(attention=attention, decoder=decoder), features(8)
     with torch.no_grad():
         decoder.fc.bias[END] -= 1
