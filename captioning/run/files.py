@@ -152,7 +152,7 @@ def output_path(path, force=False, kind=None, begins=None):
     if str(path) in ("-", "/dev/stdout", "/dev/fd/1") and kind in ("json", "csv", "txt"):
         return Path("-")
     if path.is_dir():
-        example = path / f"output.{kind or 'pth.tar'}"
+        example = path / (f"captions.{kind}" if kind else "model.pth.tar")
         raise UserError(f"{path} is a folder; expected a file, such as {example}")
     if path.exists() and not path.is_file():  # a FIFO or a device
         return path

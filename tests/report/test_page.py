@@ -484,7 +484,7 @@ def test_only_a_page_of_ours_is_replaced_unasked(text, tmp_path, fails):
     assert page_room.page_path(path) == path
     with fails("there is no folder"):
         page_room.page_path(tmp_path / "no" / "page.html")
-    with fails("is a folder.*page.html"):
+    with fails("is a folder.*captions.html"):
         page_room.page_path(tmp_path)
 
 
