@@ -18,9 +18,7 @@ ARCHITECTURE = (
     "decoder_dim", "deep_output", "position_encoding", "attend_word", "decoder_options",
 )  # fmt: skip
 
-
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
-
 DEFAULT_CAPTIONER = Path(__file__).parents[2] / "docs" / "captioner" / "flickr8k.pth.tar"
 CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
 CHECKPOINT_KEYS |= {"history": list}

@@ -3,7 +3,6 @@
 FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
 
-
 PRESETS = {  # defaults that suit a data set; any flag given beside --preset wins
     "shapes": {
         "data_name": "shapes_5_cap_per_img_5_min_word_freq", "encoder": "efficientnet_lite0",
@@ -16,7 +15,6 @@ PRESETS = {  # defaults that suit a data set; any flag given beside --preset win
     "focus": FOCUS,
     "adapt": {"epochs": 20, "batch_size": 4, "metric": "CIDEr", "amp": True},
 }  # fmt: skip
-
 
 DECODER_DEFAULTS = {  # defaults that suit a decoder; any flag given beside --decoder wins
     "transformer": {"learning_rate": 4e-4, "dropout": 0.3, "embed_dropout": 0.3,
