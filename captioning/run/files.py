@@ -2,9 +2,7 @@
 
 import contextlib
 import errno
-import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -15,7 +13,7 @@ from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
 from captioning.run.messages import UserError, cannot, note
 
-csv, fcntl, tqdm = lazy("csv", "fcntl", "tqdm")
+csv, fcntl, hashlib, json, tqdm = lazy("csv", "fcntl", "hashlib", "json", "tqdm")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import ctypes
-import hashlib
 import io
 import os
 import sys
@@ -13,8 +12,8 @@ from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
 from captioning.run.messages import UserError
 
-futures, psutil, resource, shlex, subprocess, torch = lazy(
-    "concurrent.futures", "psutil", "resource", "shlex", "subprocess", "torch"
+futures, hashlib, psutil, resource, shlex, subprocess, torch = lazy(
+    "concurrent.futures", "hashlib", "psutil", "resource", "shlex", "subprocess", "torch"
 )
 
 

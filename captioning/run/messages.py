@@ -6,12 +6,11 @@ import math
 import os
 import sys
 import time
-import traceback
 
 from captioning.run.distributed import is_main
 from captioning.run.lazy import lazy
 
-difflib, tqdm = lazy("difflib", "tqdm")
+difflib, tqdm, traceback = lazy("difflib", "tqdm", "traceback")
 
 
 class UserError(ValueError):
