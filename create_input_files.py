@@ -21,11 +21,12 @@ from captioning.run import command_line, files, machine, paths
 from captioning.run.lazy import lazy
 from utils import UserError
 
-datasets, models, downloads, formats, contact_sheet = lazy(
+datasets, models, downloads, formats, records, contact_sheet = lazy(
     "datasets",
     "models",
     "captioning.data.downloads",
     "captioning.data.formats",
+    "captioning.data.records",
     "captioning.report.contact_sheet",
 )
 
@@ -40,17 +41,18 @@ def main(args):
         print(f"The files of {name} are in {args.data_folder} already; --force makes them again.")
         return
     start = time.monotonic()
+    lost = records.Lost(paths.left_out_path(args.data_folder, name), args.skip_bad_pictures)
     with no_empty_folder(args.data_folder):
-        records, notes, source = find_records(args)
-        files.check_disk(args.data_folder, len(records) * 3 * args.image_size**2)
+        pictures, notes, source = find_records(args, lost)
+        files.check_disk(args.data_folder, len(pictures) * 3 * args.image_size**2)
         sizes = {"image_size": args.image_size, "captions_per_image": args.captions_per_image}
         limits = {"min_word_freq": args.min_word_freq, "max_len": args.max_len, "seed": args.seed}
-        about = {"dataset": args.dataset, "source": source, "workers": args.workers}
+        about = {"dataset": args.dataset, "source": source, "workers": args.workers, "lost": lost}
         summaries, word_map = datasets.write_dataset(
-            args.data_folder, records, known=known, **about, **sizes, **limits
+            args.data_folder, pictures, known=known, **about, **sizes, **limits
         )
     sheet = draw_examples(args, name, anew=True)
-    for note in [*notes, *describe_losses(summaries, args)]:
+    for note in [*notes, *describe_losses(summaries, args), *lost.finish()]:
         print(f"Note: {note}.")
     print(describe(summaries, word_map, known, args))
     print(
@@ -59,21 +61,20 @@ def main(args):
     )
 
 
-def find_records(args):
+def find_records(args, lost):
     """:return: list of ``datasets.Record``, notes for the user, and where they come from"""
     if args.dataset == "shapes":
         return *datasets.shapes_records(seed=args.seed, size=args.image_size), "generated"
     if args.images:
         captions = captions_of(args)
-        return *datasets.custom_records(args.images, captions, args.seed), formats.fingerprint(
-            captions
-        )
+        pictures, notes = datasets.custom_records(args.images, captions, args.seed, lost)
+        return pictures, notes, formats.fingerprint(captions)
     folders = args.source or [args.data_folder]
     if not args.source:
         found = zip(downloads.ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
         downloads.download(args.data_folder, [archive for archive, path in found if not path])
     split = "official split" if datasets.flickr8k_files(folders)[2] else "split by seed"
-    return *datasets.flickr8k_records(folders, args.seed), f"Flickr8k, {split}"
+    return *datasets.flickr8k_records(folders, args.seed, lost), f"Flickr8k, {split}"
 
 
 KNOWN = ("flickr8k", "flickr30k", "coco", "shapes")
@@ -100,11 +101,14 @@ def get_args_parser():
     text = "Flickr8k: its archives, what they unpack to, or Kaggle's folder"
     group.add_argument("--source", **paths, metavar="FOLDER", help=text)
     text = (
-        "CSV with the header image,caption[,split], JSON with the same keys, name.jpg#0<TAB>"
-        "caption, COCO's or Karpathy's JSON files, Kaggle's Flickr30k"
+        "CSV with a header such as image,caption[,split], JSON with the same keys, name.jpg#0<TAB>"
+        "caption, COCO's or Karpathy's JSON files, a folder of .txt; docs/guide.md has a table"
     )
     group.add_argument("--captions", "--karpathy_json", **paths, metavar="FILE", help=text)
-    text = "folder or zip archive of pictures; without --captions it holds metadata.csv or .jsonl"
+    text = (
+        "folder or zip archive of pictures; without --captions it holds metadata.csv or .jsonl, or "
+        "a .txt beside each picture"
+    )
     group.add_argument("--images", **paths, metavar="FOLDER", help=text)
     group = parser.add_argument_group("what is made of them")
     group.add_argument("--data_folder", type=Path, default=Path("data"), help="where the files go")
@@ -116,6 +120,8 @@ def get_args_parser():
         "its words keep their numbers and new ones follow; captioner is the suite's own"
     )
     group.add_argument("--words_of", type=Path, metavar="MODEL", help=text)
+    text = "go on without pictures that are missing or cannot be read, however many"
+    group.add_argument("--skip_bad_pictures", action="store_true", help=text)
     group.add_argument("--force", action="store_true", help="make the files again")
     return parser
 
@@ -196,10 +202,10 @@ def describe_losses(summaries, args):
             ("without_captions", "pictures without a usable caption were left out"),
         ):
             lines += [f"{split}: {summary[key]:,} {what}"] * (summary[key] > 0)
-        unreadable = summary["unreadable"]
-        lines += [f"{split}: left out, {message}" for message in unreadable[:20]]
-        if len(unreadable) > 20:
-            lines.append(f"{split}: left out, {len(unreadable) - 20:,} more that cannot be read")
+        unreadable, most = [*summary["unreadable"].values()], records.MOST_NOTES
+        lines += [f"{split}: left out, {message}" for message in unreadable[:most]]
+        if len(unreadable) > most:
+            lines.append(f"{split}: left out, {len(unreadable) - most:,} more that cannot be read")
     if summaries["val"]["pictures"] == 1:
         lines.append("val: CIDEr is always 0 on a split of one picture; choose the best by BLEU-4")
     if train["unknown"] > 0.2 * train["words"]:

@@ -23,7 +23,7 @@ import numpy as np
 from captioning.data import hdf5
 from captioning.data.features import encode_split
 from captioning.data.pictures import open_image, resize_image
-from captioning.data.records import SPLITS, Record, Settings, is_list_of
+from captioning.data.records import SPLITS, Lost, Record, Settings, is_list_of
 from captioning.data.shapes import is_scene, shapes_records
 from captioning.data.sources import custom_records, flickr8k_files, flickr8k_records
 from captioning.data.words import (
@@ -47,7 +47,16 @@ from captioning.run.paths import base_name, lock_path, split_path, word_map_path
 
 
 def write_dataset(
-    folder, records, *, dataset, source, min_word_freq=5, known=None, workers=None, **settings
+    folder,
+    records,
+    *,
+    dataset,
+    source,
+    min_word_freq=5,
+    known=None,
+    workers=None,
+    lost=None,
+    **settings,
 ):
     """Write the three splits and the word map; they appear together, once all are whole.
 
@@ -56,12 +65,13 @@ def write_dataset(
     :param min_word_freq: words rarer than this in the training split become ``<unk>``
     :param known: word map of a model, whose words keep their numbers; new ones follow
     :param workers: threads that decode pictures; default: one for each core
+    :param lost: :class:`Lost`, which decides whether too many pictures cannot be read
     :param settings: see :class:`Settings`
     :return: dict of each split's summary (see :func:`write_split`), the word map
     :raises UserError: if a split has no pictures, no word is frequent enough, too many pictures
         cannot be read, or a file cannot be written
     """
-    settings = Settings(**settings)
+    settings, lost = Settings(**settings), lost or Lost()
     name = base_name(dataset, settings.captions_per_image, min_word_freq)
     parts = {split: [record for record in records if record.split == split] for split in SPLITS}
     if lacking := [split for split in SPLITS if not parts[split]]:
@@ -79,6 +89,8 @@ def write_dataset(
         for split, part in parts.items():
             path = finished.enter_context(atomic_path(split_path(folder, split, name)))
             summaries[split] = write_split(path, part, word_map, settings, about, workers)
+            lost.add(summaries[split]["unreadable"], len(part), f"of {split} cannot be read")
+        lost.check()
         path = finished.enter_context(atomic_path(map_path))
         path.write_text(json.dumps(word_map, ensure_ascii=False) + "\n", encoding="utf-8")
     return summaries, word_map
@@ -95,12 +107,13 @@ def write_split(path, records, word_map, settings, about, workers=None):
     :param about: dict of what else the file should say of itself
     :return: dict of counts: ``pictures``, ``captions`` (encoded), ``references``, ``words``
         (encoded), ``unknown`` (of these, ``<unk>``), ``empty`` and ``too_long`` (captions),
-        ``without_captions`` (pictures), ``bytes``; and ``unreadable``, a list of messages
-    :raises UserError: if more than 3 % of the pictures cannot be read (a single one may always be)
+        ``without_captions`` (pictures), ``bytes``; and ``unreadable``, a dict of names to messages
+    :raises UserError: if no picture with a caption can be read
     """
     kept, summary = hdf5.choose_captions(records, settings)
     with hdf5.new_file(path, kept, settings) as file:
         readable, unreadable, digest = hdf5.write_images(file, kept, settings.image_size, workers)
+        unreadable = {hdf5.valid_text(kept[i][0].name): why for i, why in unreadable.items()}
         kept = [kept[i] for i in readable]
         encoded = [words for _, _, usable in kept for words in usable]
         captions = np.empty((len(encoded), settings.max_len + 2), np.int32)

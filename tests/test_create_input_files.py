@@ -209,6 +209,69 @@ def test_second_run_stops_and_force_gives_the_same_bytes(own_data, tmp_path, cap
         prepare(*flags)
 
 
+def test_a_crawl_with_bad_pictures_names_them_all_and_goes_on_where_told(tmp_path, capsys, fails):
+    folder, out = tmp_path / "crawl", tmp_path / "out"
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{i:03d}.png").write_bytes(picture_bytes(i) if i % 10 else b"<html>")
+    rows = "".join(f"{i:03d}.png,a dog\n" for i in range(313))  # 13 are missing, 30 are broken
+    (tmp_path / "c.csv").write_text(f"image,caption\n{rows}")
+    flags = ["--dataset", "mine", "--images", folder, "--captions", tmp_path / "c.csv"]
+    flags += ["--data_folder", out]
+    name = datasets.base_name("mine", 5, 1)
+    with fails(
+        f"13 of 313 pictures are missing .*'300.png', .*{name}.txt names all 13 .*--skip_bad"
+    ):
+        prepare(*flags)
+    (listed,) = out.iterdir()
+    assert listed.name == f"LEFT_OUT_{name}.txt"
+    assert [line.split("\t")[0] for line in listed.read_text().splitlines()] == [
+        f"{i}.png" for i in range(300, 313)
+    ]
+    (tmp_path / "c.csv").write_text("".join(f"image,caption\n{rows}".splitlines(True)[:301]))
+    with fails(r"\d+ of \d+ pictures of train cannot be read, such as '\d\d0.png'.* names all 30 "):
+        prepare(*flags)
+    assert [path.name for path in out.iterdir()] == [listed.name]
+    lines = dict(line.split("\t") for line in listed.read_text().splitlines())
+    assert sorted(lines) == [f"{i:03d}.png" for i in range(0, 300, 10)]
+    assert "000.png as a picture: not in a known format" in lines["000.png"]
+    (tmp_path / "c.csv").write_text(f"image,caption\n{rows}")
+    capsys.readouterr()
+    prepare(*flags, "--skip_bad_pictures")
+    assert f"Note: {listed} names all 43 that are lost." in capsys.readouterr().out
+    assert len(listed.read_text().splitlines()) == 43
+    splits = [datasets.split_path(out, split, name) for split in datasets.SPLITS]
+    assert sum(len(datasets.CaptionDataset(path)) for path in splits) == 270
+    for i in range(0, 300, 10):
+        (folder / f"{i:03d}.png").write_bytes(picture_bytes(i))
+    (tmp_path / "c.csv").write_text("".join(f"image,caption\n{rows}".splitlines(True)[:301]))
+    prepare(*flags, "--force")
+    assert not listed.exists()  # nothing is lost any more
+
+
+def test_captions_that_were_edited_in_a_folder_are_noticed(tmp_path, capsys, fails):
+    (tmp_path / "p").mkdir()
+    for i in range(10):
+        (tmp_path / "p" / f"{i}.png").write_bytes(picture_bytes(i))
+        (tmp_path / "p" / f"{i}.txt").write_text("a dog")
+    flags = ["--dataset", "mine", "--images", tmp_path / "p", "--data_folder", tmp_path / "out"]
+    prepare(*flags)
+    prepare(*flags)
+    assert "already" in capsys.readouterr().out
+    (tmp_path / "p" / "3.txt").write_text("a cat")
+    with fails("was made with source p .SHA-256 .*, not p .SHA-256 .*give --force"):
+        prepare(*flags)
+    rows = "".join(f"{i}.png,a bird\n" for i in range(10))
+    (tmp_path / "p" / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    prepare(*flags, "--force")
+    prepare(*flags)
+    (tmp_path / "p" / "metadata.csv").write_text(
+        f"file_name,text\n{rows}".replace("3.png,a", "3.png,A")
+    )
+    with fails("was made with source p .SHA-256"):
+        prepare(*flags)
+
+
 def test_a_missing_file_is_made_again(own_data, tmp_path):
     flags = [
         "--dataset",

@@ -120,7 +120,7 @@ def test_unreadable_picture_is_named_and_left_out(tmp_path):
         record(i, captions=[f"number {i}"], image=broken if i == 30 else None) for i in range(3, 60)
     ]
     (train, _, _), summaries, _ = write(tmp_path, records)
-    assert summaries["train"]["unreadable"] == ["cannot read the picture"]
+    assert summaries["train"]["unreadable"] == {"30.jpg": "cannot read the picture"}
     assert "30.jpg" not in train.image_names and len(train) == 57
     for i, name in enumerate(train.image_names):
         number = int(name.split(".")[0])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from captioning.data.pictures import PICTURE_SUFFIXES
+from captioning.data.pictures import HOW_TO_READ_HEIC, PICTURE_SUFFIXES, learn_heic
 from captioning.run.messages import UserError, counted, note, printable, why
 
 
@@ -47,7 +47,8 @@ def walk(folder, above=()):
         is_link = entry.is_symlink()
         path = os.path.realpath(entry.path) if is_link else os.path.join(real, entry.name)
         if not (os.path.isdir(path) if is_link else entry.is_dir()):
-            yield entry.name, path
+            if not is_link or os.path.exists(path):
+                yield entry.name, path
         elif path not in (*above, real):
             for name, path in walk(entry.path, (*above, real)):
                 yield f"{entry.name}/{name}", path
@@ -182,19 +183,22 @@ def _pictures_of(folder, recursive):
     inside = (folder / name for name, _ in walk(folder))
     for path in inside if recursive else sorted(folder.iterdir()):
         suffix = path.suffix.lower()
+        is_heic = suffix in (".heic", ".heif")
         if path.is_dir():
             skipped["sub-folder"] += 1
         elif path.name.startswith(".") or not path.is_file() or _is_drawing(path):
             skipped["hidden file" if path.name.startswith(".") else "attention drawing"] += 1
-        elif Image.registered_extensions().get(suffix) in readable:
+        elif learn_heic() if is_heic else Image.registered_extensions().get(suffix) in readable:
             files.append(path)
         else:
             skipped[suffix or "without an ending"] += 1
     things = ("sub-folder", "hidden file", "attention drawing")  # the other kinds are endings
-    said = lambda kind, n: counted(n, kind) if kind in things else f"{n:,} {kind}"
-    kinds = ", ".join(said(kind, number) for kind, number in skipped.items())
-    hint = " (see --recursive for sub-folders)" if skipped["sub-folder"] else ""
-    return files, f", skipped: {kinds}{hint}" if kinds else ""
+    named = lambda kind, n: counted(n, kind) if kind in things else f"{n:,} {kind}"
+    kinds = ", ".join(named(kind, number) for kind, number in skipped.items())
+    hints = ["see --recursive for sub-folders"] * bool(skipped["sub-folder"])
+    hints += [HOW_TO_READ_HEIC] * bool(skipped[".heic"] + skipped[".heif"])
+    said = f"{kinds} ({'; '.join(hints)})" if hints else kinds
+    return files, f", skipped: {said}" if kinds else ""
 
 
 def _is_drawing(path):

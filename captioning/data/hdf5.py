@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from captioning.data.pictures import resize_image
-from captioning.data.records import is_list_of, too_many_lost
+from captioning.data.records import is_list_of
 from captioning.data.words import WORD, clean_caption, tokenize
 from captioning.run.files import reserve
 from captioning.run.machine import own_cores, read_ahead
@@ -56,7 +56,7 @@ def new_file(path, kept, settings):
 
 
 def write_images(file, kept, size, workers):
-    """Write pictures; numbers of the readable ones, messages on the others, SHA-256 of all."""
+    """Write pictures; numbers of the readable ones, dict of the others' to why, SHA-256 of all."""
     shape = (len(kept), 3, size, size)
     chunked = {"chunks": (1, *shape[1:]), "maxshape": (None, *shape[1:])}  # a chunk is a picture
     images = file.create_dataset("images", shape, np.uint8, **chunked)
@@ -67,19 +67,19 @@ def write_images(file, kept, size, workers):
         except UserError as error:
             return error
 
-    readable, unreadable, digest = [], [], hashlib.sha256()
+    readable, unreadable, digest = [], {}, hashlib.sha256()
     squares = read_ahead(load, kept, workers or len(own_cores()))
     bar = progress(squares, total=len(kept), desc="writing pictures", unit="picture")
     for i, image in enumerate(bar):
         if isinstance(image, UserError):
-            unreadable.append(str(image))
-            if too_many_lost(len(unreadable), len(kept)):
-                what = f"{len(unreadable)} of the first {i + 1:,} pictures cannot be read"
-                raise UserError(f"{what}, too many to go on; the last: {image}") from image
+            unreadable[i] = str(image)
         else:
             images.id.write_direct_chunk((len(readable), 0, 0, 0), image)
             digest.update(image)
             readable.append(i)
+    if unreadable and not readable:
+        what = f"none of the {len(kept):,} pictures of a split can be read"
+        raise UserError(f"{what}: {unreadable[0]}")
     if not readable:
         raise UserError("a split has no picture with a caption; check the captions and --max_len")
     images.resize(len(readable), axis=0)

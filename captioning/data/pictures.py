@@ -1,27 +1,32 @@
 """Picture files: read as a person would see them, and squashed into squares."""
 
 import contextlib
+import functools
+import importlib
 import io
 import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import regex
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from captioning.run.messages import UserError, why
+from captioning.run.messages import UserError, note, why
 
 MAX_PIXELS = 89_478_485  # of a decoded picture: 268 MB as RGB; Pillow warns beyond it
 MAX_BYTES = 2**28  # of a file of a picture or a text
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".webp", ".avif"}
-PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm"}
+PICTURE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".heic", ".heif"}
+HOW_TO_READ_HEIC = "for HEIC: python -m pip install pillow-heif"
+DEPTHS = (8, 10, 12, 14, 16)  # bits of grey or of a colour that a camera or a scanner gives
 
 
 def open_image(path, size=None):
     """Read a picture as a person would see it: of every mode as RGB, rotated as its EXIF says.
 
-    Transparent pixels lie over white, 16-bit and float values are scaled, films give one picture.
+    Transparent pixels lie over white, more than 8 bits are scaled, films give one picture.
 
     :param path: of a file; a ``zipfile.Path`` too
     :param size: side in pixels that the picture will be resized to, if known: a large JPEG is then
@@ -31,6 +36,8 @@ def open_image(path, size=None):
     """
     try:
         data = read_bytes(path)
+        if is_heic := bool(regex.match(rb".{4}ftyp(he|mif1|msf1)", data, regex.DOTALL)):
+            learn_heic()
         # Image.open refuses 179 million pixels before it is known how many of a JPEG are decoded
         opened = JpegImageFile if data.startswith(b"\xff\xd8\xff") else Image.open
         with opened(io.BytesIO(data)) as image:
@@ -39,12 +46,16 @@ def open_image(path, size=None):
                 image.draft(None, (2 * size, 2 * size))
             if image.width * image.height > MAX_PIXELS or pixels > 4 * MAX_PIXELS:
                 raise UserError(f"it has {pixels:,} pixels, too many")
+            is_deep = image.mode == "RGB" and ";16" in str(image.tile)
             image.load()
-            return _upright_rgb(image)
+            rgb = _upright_rgb(image)
+            # of colours in 16 bits Pillow keeps the upper 8, of which cameras may use a few
+            return Image.fromarray(_scaled(np.asarray(rgb), 8)) if is_deep else rgb
     except Exception as error:  # Pillow's decoders raise nearly every type on damaged data
         # the text of the first kind holds an address in memory
-        is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not in a known format" if is_unknown else why(error)
+        reason = why(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not in a known format{f' ({HOW_TO_READ_HEIC})' if is_heic else ''}"
         raise UserError(
             f"cannot read {path} as a picture: {reason}; expected a whole JPEG, PNG, GIF, WebP"
             f" or TIFF file of at most {MAX_PIXELS:,} pixels"
@@ -107,18 +118,39 @@ def read_bytes(path):
     return path.read_bytes()
 
 
+@functools.cache
+def learn_heic():
+    """Teach Pillow to read HEIC, if the package pillow-heif is there; return whether it is."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
 def _upright_rgb(image):
     """A picture of any mode as RGB, turned as its EXIF says."""
     with contextlib.suppress(Exception):  # the picture is sound even if its EXIF is not
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float: find out the scale
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0).clip(0)
-        scales = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max())
-        values = np.rint(values * (255 / next(top for top in scales if values.max() <= top)))
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, whole or float
+        values = np.nan_to_num(np.asarray(image), posinf=0).clip(0)
+        if not image.mode.startswith("I;16") and (values.max() <= 1 or values.max() >= 2**16):
+            values = values * (65535 / max(values.max(), 1))
+        return Image.fromarray(_scaled(values)).convert("RGB")
     image = image.convert("LA") if image.mode == "La" else image
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(values, lost=0):
+    """Values from 0 to the most that the usual number of bits holds which they need, as uint8.
+
+    :param values: of 16 bits, or whole numbers without ``lost`` of the lower ones
+    """
+    bits = next(bits for bits in DEPTHS if values.max() < 2 ** max(bits - lost, 1))
+    if bits < 16 and values.dtype.kind != "f":
+        note(f"pictures that hold {bits} bits in 16 or more are scaled to full brightness")
+    return np.rint(values * (255 / (2 ** max(bits - lost, 1) - 1))).astype(np.uint8)

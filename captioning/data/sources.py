@@ -8,18 +8,19 @@ import math
 from captioning.data.finding import Pictures, as_list, open_zip
 from captioning.data.formats import read_rows
 from captioning.data.pictures import open_image
-from captioning.data.records import SPLITS, Record, too_many_lost
+from captioning.data.records import MOST_NOTES, SPLITS, Lost, Record
 from captioning.data.rows import split_of
 from captioning.data.text_files import read_text
 from captioning.run.messages import UserError, counted
 
 
-def custom_records(images, captions, seed):
+def custom_records(images, captions, seed, lost=None):
     """The user's own pictures and captions, or a published data set in one of the known formats.
 
     :param images: folder or zip archive of the pictures, or a list of them
     :param captions: file of captions, or a list of them, see ``READERS`` and :func:`read_rows`
     :param seed: pictures without a split are dealt out with it, see ``_deal_splits``
+    :param lost: :class:`Lost`, which decides whether too many pictures are missing
     :return: list of :class:`Record`, list of notes for the user
     :raises UserError: if a row is malformed (its line is named) or the pictures are not there
     """
@@ -31,7 +32,7 @@ def custom_records(images, captions, seed):
         for line, row in read_rows(path, notes)
     )
     pictures, where = Pictures(images), ", ".join(map(str, captions))
-    records, notes = _records(rows, pictures, where, seed, notes)
+    records, notes = _records(rows, pictures, where, seed, notes, lost or Lost())
     if pictures.count > len(records):
         unused = counted(pictures.count - len(records), "picture")
         notes.append(f"{unused} of {pictures.places} without a caption in {where}: left out")
@@ -50,16 +51,17 @@ def _splits_of_files(paths):
     return [split if "test" in splits or split == "train" else None for split in splits]
 
 
-def flickr8k_records(folder, seed=0):
+def flickr8k_records(folder, seed=0, lost=None):
     """Flickr8k, with its official split if the lists of it are there.
 
     :param folder: holds ``Flickr8k_Dataset.zip`` and ``Flickr8k_text.zip`` (read in place), what
         they unpack to, or Kaggle's ``Images`` and ``captions.txt``; or a list of such folders
     :param seed: without lists the pictures are dealt out with it, see ``_deal_splits``
+    :param lost: :class:`Lost`, which decides whether too many pictures are missing
     :return: list of :class:`Record`, list of notes for the user
     :raises UserError: if something is missing or damaged
     """
-    notes, captions = [], collections.defaultdict(list)
+    notes, captions, lost = [], collections.defaultdict(list), lost or Lost()
     where = ", ".join(str(place.absolute()) for place in as_list(folder))
     images, source, lists = flickr8k_files(folder)
     if not images or not source:
@@ -72,10 +74,11 @@ def flickr8k_records(folder, seed=0):
     names = [(name.strip(), s) for s in lists for name in read_text(lists[s]).split("\n")]
     names = names or [(name, None) for name in captions]
     rows = [(where, Record(name, split, captions[name])) for name, split in names if name]
-    notes += _check_missing([row.name for _, row in rows if not row.captions], len(rows), source)
+    mute = [row.name for _, row in rows if not row.captions]
+    notes += _check_missing(mute, len(rows), source, lost)
     if not lists:
         notes.append("for the official split put Flickr8k_text.zip beside captions.txt")
-    return _records(rows, Pictures(images), where, seed, notes)
+    return _records(rows, Pictures(images), where, seed, notes, lost)
 
 
 def flickr8k_files(folder):
@@ -102,7 +105,7 @@ def _first(places, names):
     return next((path for path in paths if path.exists()), None)
 
 
-def _records(rows, pictures, where, seed, notes):
+def _records(rows, pictures, where, seed, notes, lost):
     """Gather rows by picture, find the pictures, and deal out those without a split.
 
     :param rows: iterable of (file and line, or another place; :class:`Record`)
@@ -133,7 +136,8 @@ def _records(rows, pictures, where, seed, notes):
         else:
             image = functools.partial(open_image, path)
             records.append(row._replace(split=splits[name], image=image))
-    notes = [*notes, *dealt, *_check_missing(missing, len(described), pictures.places)]
+    places, examples = pictures.places, pictures.examples
+    notes = [*notes, *dealt, *_check_missing(missing, len(described), places, lost, examples)]
     if mute := len(gathered) - len(described):
         notes.append(f"{counted(mute, 'picture')} without a caption in {where}: left out")
     if repeated:
@@ -142,14 +146,20 @@ def _records(rows, pictures, where, seed, notes):
     return records, notes
 
 
-def _check_missing(missing, total, where):
-    """Note a few missing pictures; refuse many."""
-    if missing and (total == len(missing) or too_many_lost(len(missing), total)):
-        raise UserError(
-            f"{len(missing):,} of {total:,} pictures are missing in {where} (or have no captions), "
-            f"such as {', '.join(map(repr, missing[:3]))}; is it the right folder, and whole?"
-        )
-    return [f"{name!r} is missing in {where} (or has no caption); left out" for name in missing]
+def _check_missing(missing, total, where, lost, there=()):
+    """Notes on a few missing pictures; raises UserError if they are too many.
+
+    :param there: names of some pictures that are there
+    """
+    hint = "; is it the right folder, and whole?"
+    if there:
+        hint += f" It has {', '.join(map(repr, there))}"
+    why = f"is missing in {where} (or has no caption)"
+    what = f"are missing in {where} (or have no captions)"
+    lost.add(dict.fromkeys(missing, why), total, what, hint)
+    lost.check()
+    notes = [f"{name!r} {why}; left out" for name in missing[:MOST_NOTES]]
+    return notes + [f"{len(missing) - MOST_NOTES:,} more are missing"] * (len(missing) > MOST_NOTES)
 
 
 def _deal_splits(splits, seed):

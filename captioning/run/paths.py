@@ -17,6 +17,9 @@ word_map_path = lambda folder, name: Path(folder) / f"WORDMAP_{name}.json"
 contact_sheet_path = lambda folder, name: Path(folder) / f"CONTACT_SHEET_{name}.png"
 
 
+left_out_path = lambda folder, name: Path(folder) / f"LEFT_OUT_{name}.txt"  # lost pictures
+
+
 pictures_folder = lambda folder, name: Path(folder) / f"PICTURES_{name}"  # generated ones, as PNG
 
 

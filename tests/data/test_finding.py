@@ -120,3 +120,74 @@ def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
         f"pictures/{name}" for name in ("b.jpg", "C.JPG", "a.png", "sub/d.png", "sub/deep/e.png")
     ]
     assert not Path("out").exists()
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder of two pictures, one under two names, and links of folders, one to its parent."""
+    folder = save_pictures(tmp_path / "pictures", ["0.png", "far/1.png"])
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "far").rename(tmp_path / "elsewhere" / "far")
+    (folder / "far").symlink_to(tmp_path / "elsewhere" / "far")
+    (folder / "again.png").symlink_to("0.png")
+    (folder / "near").symlink_to("far")
+    (folder / "up").symlink_to(".")
+    (folder / "further_up").symlink_to(tmp_path)
+    (folder / "nothing").symlink_to("nowhere")
+    (folder / "itself.png").symlink_to("itself.png")
+    return folder
+
+
+def test_through_links_each_picture_is_found_once(linked, describe):
+    for flags in ((linked, "--recursive"), (f"{linked}/**/*.png",), (linked, f"{linked}/far")):
+        _, results = describe("--img", *flags, "--no_plot")
+        assert sorted(Path(result["image"]).resolve().name for result in results) == [
+            "0.png",
+            "1.png",
+        ]
+
+
+def test_a_picture_is_one_whatever_it_is_called_by(linked, tmp_path):
+    names = ["again.png", "1.png", "near/1.png"]
+    for name, expected in zip(names, [0, 1, 1]):
+        records, notes = datasets.custom_records(
+            linked, write_csv(tmp_path / "c.csv", [(name, "a dog")]), 0
+        )
+        assert [shown(record) for record in records] == [expected]
+        assert notes[-1].startswith("1 pictures of ")  # the other one has no caption
+    assert finding.Pictures([linked, linked / "up"]).count == 2
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        ("**", ["a.png", "b/c.png", "b/d/e.png"]),
+        ("**/*.png", ["a.png", "b/c.png", "b/d/e.png"]),
+        ("b/**", ["b/c.png", "b/d/e.png"]),
+        ("**/d/*.png", ["b/d/e.png"]),
+        ("**/**/c.*", ["b/c.png"]),
+        ("b/**/[!e].png", ["b/c.png"]),
+        ("**/.h/*", [".h/f.png"]),
+        ("*/*", ["b/c.png"]),
+    ],
+)
+def test_patterns_are_those_of_a_shell(pattern, expected, tmp_path):
+    folder = save_pictures(tmp_path / "p", ["a.png", "b/c.png", "b/d/e.png", ".h/f.png"])
+    found = finding.find_pictures([f"{folder}/{pattern}"])
+    assert [path.relative_to(folder).as_posix() for path in found] == expected
+
+
+def test_missing_pictures_are_shown_beside_what_is_there(tmp_path, fails):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for name in ("__.jpg", "T_r.jpg"):
+            archive.writestr(name, b"")
+    data = (tmp_path / "p.zip").read_bytes()  # Windows packs names in its own encodings
+    data = data.replace(b"__.jpg", "狗.jpg".encode("gbk"))
+    (tmp_path / "p.zip").write_bytes(data.replace(b"T_r.jpg", "Tür.jpg".encode("latin-1")))
+    path = write_csv(tmp_path / "c.csv", [("狗.jpg", "a dog"), ("Tür.jpg", "a door")])
+    first, second = zipfile.ZipFile(tmp_path / "p.zip").namelist()
+    assert "狗" not in first and "ü" not in second
+    with fails(
+        f"2 of 2 pictures are missing .*'狗.jpg', 'Tür.jpg'; .*It has '{first}', '{second}'"
+    ):
+        datasets.custom_records(tmp_path / "p.zip", path, 0)

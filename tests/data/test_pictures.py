@@ -1,7 +1,9 @@
 """Tests of ``captioning/data/pictures.py``."""
 
 import os
+import struct
 import tempfile
+import zlib
 
 import numpy as np
 import pytest
@@ -185,3 +187,46 @@ def test_a_jpeg_of_104_megapixels_is_read_at_a_fraction(fails):
     assert image.shape == (1104, 1472, 3) and (image[9, 9] == 77).all()
     with fails("104,005,632 pixels, too many"):
         read_image(data)
+
+
+def deep_png(values):
+    """A PNG of 16 bits, grey (height, width) or RGB (height, width, 3), which Pillow writes not."""
+    (height, width), colours = values.shape[:2], values.ndim == 3
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2 * colours, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("colours", [False, True])
+def test_few_bits_in_sixteen_are_scaled_with_a_note(colours, bits, capsys):
+    values = np.linspace(0, 2**bits - 1, 64).round().reshape(8, 8)
+    if colours:
+        values = values[..., None].repeat(3, 2)
+    shown = read_image(deep_png(values)).astype(float)
+    assert shown.min() == 0 and shown.max() == 255 and shown.shape == (8, 8, 3)
+    expected = np.linspace(0, 255, 64).reshape(8, 8)  # Pillow keeps of colours the upper 8 bits
+    assert np.abs(shown - expected[..., None]).max() <= (
+        255 / (2 ** (bits - 8) - 1) if colours else 1
+    )
+    said = capsys.readouterr().err
+    assert (f"hold {bits} bits in 16 or more are scaled" in said) == (bits < 16)
+
+
+def test_heic_is_read_if_the_package_is_there_else_it_is_said_how(tmp_path, fails, monkeypatch):
+    path = tmp_path / "a.jpg"  # whatever its name
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0rest")
+    monkeypatch.setattr(pictures_room, "learn_heic", lambda: False)
+    monkeypatch.setattr(pictures_room.Image, "ID", [])  # the formats that Pillow tries
+    with fails("a.jpg as a picture: not in a known format .for HEIC: .* install pillow-heif"):
+        datasets.open_image(path)
+    monkeypatch.undo()
+    pillow_heif = pytest.importorskip("pillow_heif")
+    red = Image.new("RGB", (64, 48), "red")
+    pillow_heif.from_pillow(red).save(path, quality=90)
+    image = datasets.open_image(path)
+    assert image.size == (64, 48) and np.abs(np.asarray(image).astype(int) - [255, 0, 0]).max() < 9
