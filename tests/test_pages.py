@@ -281,6 +281,17 @@ def token_lines():
     write(Path("captions.token.txt"), *(f"{n}#0\t{SAID}" for n in names))
 
 
+def texts():
+    for name in save_pictures(Path("FOLDER")):
+        write(Path("FOLDER", name).with_suffix(".txt"), SAID, SAID)
+
+
+def a_file_for_each_split():
+    names = save_pictures(Path("FOLDER"))
+    for split, part in (("train", names[:8]), ("val", names[8:9]), ("test", names[9:])):
+        write(Path(f"{split}.csv"), "image,caption", *(f"{n},{SAID}" for n in part))
+
+
 HAVE = {  # how a row of the guide's table of data begins, and what it says that one has
     "nothing": lambda: make_flickr8k(Path("data")),
     "`Flickr8k_Dataset.zip`": lambda: make_flickr8k(Path("FOLDER")),
@@ -292,6 +303,8 @@ HAVE = {  # how a row of the guide's table of data begins, and what it says that
     "a CSV": csv,
     "JSON lines": json_lines,
     "Flickr's token lines": token_lines,
+    "a text beside": texts,
+    "a file of captions": a_file_for_each_split,
 }
 
 

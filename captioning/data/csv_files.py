@@ -49,7 +49,7 @@ def _table(text, path, delimiter):
     """List of (number of a line, its fields), without empty lines."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return [(reader.line_num, fields) for fields in reader if any(fields)]
+        return [(reader.line_num, fields) for fields in reader if any(map(str.strip, fields))]
     except csv.Error as error:
         if delimiter in ",;":
             where = f"{path}, line {reader.line_num}"
@@ -57,7 +57,7 @@ def _table(text, path, delimiter):
     # tables with tabs or bars need no quotes, so that a caption may begin with one
     lines = enumerate(regex.split(r"\r\n|\r|\n", text), 1)
     table = [(number, list(map(_bare, line.split(delimiter)))) for number, line in lines]
-    return [(number, fields) for number, fields in table if any(fields)]
+    return [(number, fields) for number, fields in table if any(map(str.strip, fields))]
 
 
 def _delimiter(text, path):

@@ -3,7 +3,8 @@
 import collections
 import json
 
-from captioning.data.rows import IMAGE_KEYS, key_of, row_of
+from captioning.data.records import is_list_of
+from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, key_of, row_of
 from captioning.run.messages import UserError, why
 
 
@@ -37,6 +38,9 @@ def _layout(text, path):
     if isinstance(content.get("images"), list):
         fields_of = _coco_fields(content, path) if "annotations" in content else _karpathy_fields
         return enumerate(content["images"], 1), fields_of, "image"
+    if content and all(key in SPLIT_NAMES and is_list_of(content[key], dict) for key in content):
+        entries = [{**entry, "split": split} for split in content for entry in content[split]]
+        return enumerate(entries, 1), whole, "entry"
     if any(key_of(key) in IMAGE_KEYS for key in content):
         return [(1, content)], whole, "line"
     return enumerate(content.items(), 1), _named_fields, "entry"

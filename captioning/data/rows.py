@@ -50,7 +50,8 @@ def row_of(fields, where):
     captions = [texts_of(value) for value in values if isinstance(value, (str, list))]
     if name is None or not captions or None in captions:
         forms = 'below the header image,caption[,split], or {"image": "a.jpg", "caption": "a dog"}'
-        what = f"expected a picture's name and its caption, {forms}; found {str(dict(fields))[:80]}"
+        found = ", ".join(f"{key}: {value!r}" for key, value in fields)[:80] or "nothing"
+        what = f"expected a picture's name and its caption, {forms}; found {found}"
         raise UserError(f"{where}: {what}")
     captions = [unescaped(text) for texts in captions for text in texts]
     captions = [text for text in captions if text.strip()] or captions[:1]

@@ -108,7 +108,10 @@ def test_own_captions_are_the_same_in_each_format(tmp_path, own_data):
             "image,caption,split\n00.jpg,a,train\n00.jpg,b,val\n",
             "line 3: 00.jpg is in val here, but in train",
         ),
-        ("image,caption\n,a dog\n", "line 2: expected a picture's name"),
+        (
+            "image,caption\n,a dog\n",
+            "line 2: expected a picture's name .*; found image: '', caption: 'a dog'",
+        ),
         ('{"image": "00.jpg", "caption": "a"}\n{"image": "01.jpg"\n', "line 2: not valid JSON"),
         ('{"image": "00.jpg", "caption": 5}\n', "line 1: expected"),
         ('{"image": 5, "captions": ["a"]}\n', "line 1: expected"),

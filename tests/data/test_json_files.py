@@ -25,6 +25,12 @@ def test_entries_and_objects_from_names_to_captions_are_read_alike(form, indent,
     assert found == ROWS
 
 
+def test_an_object_may_hold_a_list_of_entries_for_each_split(tmp_path):
+    content = {"train": ENTRIES[:1], "dev": [{"image": "c.png", "caption": "a bird"}]}
+    found, _ = rows_of(tmp_path / "c.json", json.dumps(content))
+    assert found == [("a.png", "train", ROWS[0][2]), ("c.png", "val", ["a bird"])]
+
+
 def test_a_single_object_may_have_many_lines(tmp_path):
     found, _ = rows_of(tmp_path / "c.json", json.dumps(ENTRIES[0], indent=2))
     assert found == ROWS[:1]
