@@ -157,8 +157,8 @@ def test_what_a_folder_holds_beside_pictures_is_counted_by_kind(describe, monkey
     assert [Path(result["image"]).name for result in results] == names[:4]
     (note,) = [line for line in printed.err.splitlines() if "skipped" in line]
     parts = ["2 .heic", "1 .txt", "1 without an ending", "1 hidden file", "1 attention drawing"]
-    for part in (*parts, "1 .h5", "1 sub-folder", "(see --recursive for sub-folders)"):
-        assert re.search(rf"{re.escape(part)}(,|$| \()", note), part
+    for part in (*parts, "1 .h5", "1 sub-folder", "(see --recursive for sub-folders; for HEIC:"):
+        assert re.search(rf"{re.escape(part)}(,|$| )", note), part
     _, results = describe("--img", "pictures", "--no_plot", "--recursive")
     assert [Path(result["image"]).name for result in results] == ["e.png", *names[:4]][1:] + [
         "e.png"
