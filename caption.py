@@ -75,6 +75,12 @@ def load(args):
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
     captioner = models.load_captioner(args.model, device, word_map)
     captioner.decoder.sample_location = args.sample_location
+    if args.head:
+        heads = getattr(captioner.decoder, "heads", 0)
+        if args.head > heads:
+            has = f"{heads} heads" if heads else "no heads, which the Transformer has"
+            raise UserError(f"--head {args.head}: the model has {has}")
+        captioner.decoder.shown_head = args.head - 1
     options = command_line.search_options(args) | {"n_best": args.n_best}
     options["with_alphas"] = bool(args.html) or not args.no_plot
     if args.consensus:
@@ -146,6 +152,8 @@ def get_args_parser():
     flag("--output_folder", type=Path, help=text)
     switch("--no_plot", help="draw no <picture>_attention.png, print only")
     switch("--gif", help="also draw <picture>_attention.gif, word by word")
+    text = "of a Transformer draw this head of the last layer, counted from 1 (default: their mean)"
+    flag("--head", type=command_line.bounded(int, 1, 64), metavar="K", help=text)
     switch("--show", help="also open each drawing in a window, where there is a screen")
     text = "also write all captions to this file; - is standard output, with nothing else on it"
     flag("--json", type=Path, help=text)

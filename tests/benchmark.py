@@ -283,6 +283,27 @@ def section_beam(device, args):
             row(f"beam search, {kind}", count / clock(device, batches), "images/s", slow)
 
 
+def section_decoders(device, args):
+    """Beam search by each decoder: beam 5, captions of ten words, places of an 8 x 8 grid."""
+    count = 64 if device.type == "cpu" else 1024
+    features = torch.randn(count, 64, 1280, device=device).relu()
+    options = {"word_map": WORD_MAP, "beam_size": 5, "max_decode_steps": 10, "with_alphas": False}
+    for amp, kind in ((False, "float32"), (True, "bfloat16")):
+        lstm = None
+        for name in models.DECODERS:
+            flags = options_of_training("--decoder", name, "--encoded_image_size", "0")
+            decoder = models.build_decoder(vars(flags) | {"encoder_dim": 1280}, VOCABULARY)
+            decoder = decoder.to(device).eval()
+            decoder.fc.bias.data[WORD_MAP["<end>"]] = -100
+            with machine.autocast(device, amp):
+                search = lambda decoder=decoder: models.beam_search(
+                    [decoder], [features], **options
+                )
+                rate = count / clock(device, search)
+            lstm = lstm or rate
+            row(f"beam search, {name}, {kind}", rate, "images/s", lstm)
+
+
 def section_encoders(device, args):
     """What each encoder costs at 256 x 256: of the part that is used."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -15,7 +15,7 @@ import datasets
 import eval as evaluation
 import models
 import train
-from captioning.report import curves, scenes, tables
+from captioning.report import curves, gaze, scenes, tables
 from captioning.report import evaluation as written
 from captioning.report import metrics as metrics_room
 from captioning.run import files as files_room
@@ -515,3 +515,20 @@ def test_captions_of_another_system_are_scored_beside_the_models(
     with fails("--captions: expected different files"):
         evaluate(training_data, tmp_path / "twice", *flags, tmp_path / "people.json")
     assert not (tmp_path / "half").exists() and not (tmp_path / "twice").exists()
+
+
+def test_a_gaze_that_fails_loses_no_metrics(
+    talkative, training_data, tmp_path, no_java, monkeypatch, capsys
+):
+    flags = ["--model", talkative, "--beam_size", 2]
+    with monkeypatch.context() as broken:
+        broken.setattr(gaze, "measure_gaze", lambda *_: 1 / 0)
+        with pytest.raises(SystemExit) as stopped:
+            evaluate(training_data, tmp_path / "broken", *flags)
+    assert stopped.value.code == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err and "error: the gaze could not be measured" in err
+    (path,) = (tmp_path / "broken").glob("metrics_*.json")
+    row = files_room.read_json(path)["beam_sizes"]["2"]
+    whole = evaluate(training_data, tmp_path / "whole", *flags)["beam_sizes"]["2"]
+    assert row["CIDEr"] == whole["CIDEr"] and "places" in whole and "places" not in row

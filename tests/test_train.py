@@ -10,10 +10,12 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from conftest import train_args
+from conftest import make_picture, train_args
 from PIL import Image
 
+import caption
 import datasets
+import eval
 import models
 import train
 import utils
@@ -943,6 +945,35 @@ def test_the_transformer_trains_samples_and_goes_on(training_data, tmp_path, fai
         run(training_data, tmp_path / "other", *start, "--layers", "2")
     with fails("--layers 2 is not for --decoder lstm"):
         run(training_data, tmp_path / "lstm", "--layers", "2")
+
+
+def test_a_transformers_captions_and_page_are_drawn_by_head(training_data, tmp_path, fails):
+    """The sheets of two heads differ, and eval.py measures its gaze and makes its page."""
+    run(training_data, tmp_path / "run", "--decoder", "transformer", "--epochs", "1")
+    path = both_checkpoints(tmp_path / "run", training_data)[1]
+    checkpoint = models.load_checkpoint(path)
+    generator = torch.Generator().manual_seed(0)
+    for weights in checkpoint["decoder"].values():  # so that it says something
+        weights.copy_(torch.rand(weights.shape, generator=generator) - 0.5)
+    models.save_checkpoint(path, checkpoint)
+    picture = tmp_path / "a.png"
+    Image.fromarray(make_picture(0)).save(picture)
+    common = ["--model", str(tmp_path / "run"), "--device", "cpu", "--max_decode_steps", "6"]
+
+    def describe(*flags):
+        words = ["--img", str(picture), *common, "--output_folder", str(tmp_path / "out"), *flags]
+        caption.main(caption.get_args_parser().parse_args(words))
+        return (tmp_path / "out" / "a_attention.png").read_bytes()
+
+    first = describe("--head", "1", "--html", str(tmp_path / "page.html"))
+    assert len({first, describe("--head", "2"), describe()}) == 3
+    with fails("--head 5: the model has 4 heads"):
+        describe("--head", "5")
+    folder = str(training_data[0])
+    words = [*common, "--data_folder", folder, "--html", str(tmp_path / "report.html")]
+    eval.main(eval.get_args_parser().parse_args([*words, "--output_folder", str(tmp_path)]))
+    (metrics,) = map(files.read_json, tmp_path.glob("metrics_*.json"))
+    assert metrics["beam_sizes"]["5"]["num_pixels"] == 4
 
 
 def test_the_transformer_brings_its_own_defaults(monkeypatch):

@@ -44,7 +44,7 @@ class TransformerDecoder(nn.Module):
             raise UserError(f"--heads {heads}: expected a divisor of {attention_dim}, the width")
         self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
         self.position_encoding = position_encoding
-        self.shown_head = None  # whose weights are ``alpha``, counted from 0; None: the mean
+        self.heads, self.shown_head = heads, None  # number; whose weights alpha is, None: the mean
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         same = embed_dim == decoder_dim
         self.widen = nn.Identity() if same else nn.Linear(embed_dim, decoder_dim)
