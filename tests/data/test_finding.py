@@ -154,7 +154,7 @@ def test_a_picture_is_one_whatever_it_is_called_by(linked, tmp_path):
             linked, write_csv(tmp_path / "c.csv", [(name, "a dog")]), 0
         )
         assert [shown(record) for record in records] == [expected]
-        assert notes[-1].startswith("1 pictures of ")  # the other one has no caption
+        assert notes[-1].startswith("1 picture of ")  # the other one has no caption
     assert finding.Pictures([linked, linked / "up"]).count == 2
 
 
