@@ -79,7 +79,6 @@ def find_records(args, lost):
 
 KNOWN = ("flickr8k", "flickr30k", "coco", "shapes")
 
-
 NUMBERS = {  # flags: lowest, highest and default value, help
     "captions_per_image": (1, 100, 5, "captions to train on; more are drawn from by --seed"),
     "min_word_freq": (1, 10**6, 5, "rarer words of the training captions become <unk>"),

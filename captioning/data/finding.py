@@ -135,11 +135,7 @@ def _common_end(a, b):
 
 
 as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
-
-
 _parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
-
-
 suffix = lambda name: s if (s := os.path.splitext(name)[1].lower()) in PICTURE_SUFFIXES else ""
 
 

@@ -10,10 +10,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from captioning.data.records import SPLITS, Record
 
 SHAPES = ("circle", "square", "triangle", "star")
-
 SHAPE_COLORS = {"red": (214, 34, 38), "green": (28, 152, 58), "blue": (32, 74, 214)}
 SHAPE_COLORS |= {"yellow": (250, 212, 22), "white": (250, 250, 250), "black": (18, 18, 20)}
-
 BACKGROUNDS = ("plain", "shaded", "striped", "speckled")
 PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 _INVERSE = {"left": "right", "above": "below"}
