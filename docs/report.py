@@ -48,7 +48,7 @@ def read_run(folder):
     run = {}
     for path in Path(folder).glob("log_*.jsonl"):
         config, *epochs = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        config = config["config"]
+        config = {"decoder_options": {}} | config["config"]  # earlier revisions had none
         defaults = vars(train.get_args_parser().parse_args([])) | train.PRESETS.get(
             config["preset"], {}
         )

@@ -3,7 +3,18 @@
 import math
 
 import numpy as np
-from report_rows import BEAMS, DECODERS, RECIPE, RECIPE_50, SAMPLED, scored, seeds, without_seed
+from report_rows import (
+    ADAPTING,
+    BEAMS,
+    DECODERS,
+    RECIPE,
+    RECIPE_50,
+    SAMPLED,
+    SIZES,
+    scored,
+    seeds,
+    without_seed,
+)
 
 import models
 
@@ -140,9 +151,31 @@ def recipe_plot(runs):
     return figure
 
 
+def adapting_plot(runs):
+    """Test CIDEr over the number of one's own pictures, a dot for each seed."""
+    figure, (one,) = panels("test: CIDEr on dogs, a dot for each seed", height=3.4)
+    ends = []
+    for (label, name), color in zip(ADAPTING.items(), FOUR):
+        found = {n: scored(runs, name.format(n), "test", "5") for n in SIZES}
+        found = {n: [row["CIDEr"] for row in rows] for n, rows in found.items() if rows}
+        if found:
+            means = [np.mean(figures) for figures in found.values()]
+            one.plot(list(found), means, "-", color=color)
+            for size, figures in found.items():
+                one.plot([size] * len(figures), figures, "o", color=color, markersize=4)
+            ends.append((max(found), means[-1], label.partition(" of ")[0], color))
+    one.set_xscale("log")
+    one.set_xticks(SIZES, SIZES)
+    one.minorticks_off()
+    label_ends(one, ends)
+    one.set_xlabel("pictures of dogs", fontsize=12)
+    return figure
+
+
 PLOTS = {
     "decoders": decoders_plot,
     "scheduled_sampling": scheduled_sampling_plot,
     "beams": beams_plot,
     "recipe": recipe_plot,
+    "adapting": adapting_plot,
 }

@@ -134,9 +134,22 @@ FAULTS = {
     "GRU, eight epochs": "gru8",
     "the best recipe (4e)": "mean50-scst8",
 }
+ADAPTING = {  # to dogs, of which the base has seen none; "-old" is scored on what it has seen
+    "the base as it is": "adapt-base",
+    "trained on these alone": "adapt-alone{}",
+    "adapted": "adapt-own{}",
+    "mean of base and adapted": "adapt-mean{}",
+}
+SIZES = (20, 60, 200)  # pictures of dogs
+ADAPTED = {
+    f"{label}, {size}{old}": name.format(size) + old
+    for label, name in ADAPTING.items()
+    for size in SIZES
+    for old in ("", "-old")
+}
 ALL = (
     FOCUS, GROUNDED, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH,
-    STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT,
+    STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT, ADAPTED,
 )  # fmt: skip
 
 

@@ -89,6 +89,19 @@ def costs_table(runs, rows):
     return table(["", "parameters", "words/s, fastest epoch", "minutes in all"], body)
 
 
+def adapting_table(runs):
+    """CIDEr on pictures of dogs and on those without, by how many pictures of dogs there were."""
+    body = []
+    for size in shown.SIZES:
+        for label, name in shown.ADAPTING.items():
+            names = name.format(size), f"{name.format(size)}-old"
+            figures = [[row["CIDEr"] for row in scored(runs, n, "test", "5")] for n in names]
+            if figures[0] and (size == shown.SIZES[0] or "{}" in name):
+                body.append([size if "{}" in name else "", label, *map(cell, figures)])
+    header = ["pictures", "", "CIDEr on dogs", "CIDEr on pictures without dogs"]
+    return table(header, body)
+
+
 def faults_table(runs):
     people = seeds(runs, "xe")[0]["test"]["people"]
     figures = (cell([people[name]], DIGITS.get(name, 1)) for name in VARIETY)
@@ -161,6 +174,7 @@ TABLES = {
     "recipe": lambda runs: scores_table(
         runs, {k: v for k, v in shown.BEST.items() if k[:2] != "3c"}, SHORT, beams=("5", "20")
     ),
+    "adapting": adapting_table,
     "shapes": lambda runs: scores_table(runs, shown.ON_SHAPES, (*SCENES[:4], "CIDEr")),
     "faults": faults_table,
     # of experiments.md
