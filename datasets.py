@@ -82,7 +82,7 @@ def write_dataset(
         what = f"no word of the training captions occurs {min_word_freq} times"
         raise UserError(f"{what}; check that they hold words, or lower --min_word_freq")
     about = {"dataset": dataset, "name": name, "min_word_freq": min_word_freq, "source": source}
-    about["words_of"] = word_map_digest(known) if known else ""
+    about |= {"words_of": word_map_digest(known)} if known else {}
     map_path, summaries = word_map_path(folder, name), {}
     with contextlib.ExitStack() as finished:  # at its end the files get their names
         finished.enter_context(locked(lock_path(map_path), Path(folder) / name))
