@@ -42,6 +42,7 @@ GROUNDED = {
     "ResNet-50, `--preset focus`": "focus50",
 }
 DECODERS = {"LSTM": "lstm8", "GRU": "gru8"}
+DECODERS_OF_ALL_KINDS = DECODERS | {"Transformer": "transformer8"}
 SAMPLED = {  # eight epochs, the schedules falling to 0.25
     "LSTM": "lstm8",
     "LSTM, linear": "lstm8-linear",

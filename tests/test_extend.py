@@ -56,6 +56,40 @@ def step(progress, schedule):
 SCHEDULES["step"] = step
 '''
 
+MULTI_HEAD_ATTENTION = """
+class MultiHeadAttention(nn.Module):
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__()
+        self.key = nn.Linear(encoder_dim, attention_dim)
+        self.query = nn.Linear(decoder_dim, attention_dim)
+        self.value = nn.Parameter(torch.randn(4, attention_dim // 4) / 4)  # four heads
+
+    def project(self, encoder_out):
+        return self.key(encoder_out)
+
+    def forward(self, keys, h):
+        hidden = torch.tanh(keys.unsqueeze(1) + self.query(h).unsqueeze(2))
+        energies = (hidden.unflatten(3, (4, -1)) * self.value).sum(4)  # (B, R, num_pixels, 4)
+        return energies.softmax(2).mean(3).log()  # whose softmax is the heads' mean
+
+ATTENTIONS["heads"] = (MultiHeadAttention, soft)
+"""
+
+TWO_LAYERS = """
+class TwoLayers(nn.Module):
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.lower = nn.LSTMCell(input_size, hidden_size)
+        self.upper = nn.LSTMCell(hidden_size, hidden_size)
+
+    def forward(self, x, state=None):
+        upper, lower = (state[:2], state[2:]) if state else (None, None)
+        lower = self.lower(x, lower)
+        return *self.upper(lower[0], upper), *lower  # attention sees the first
+
+DECODERS["two_layers"] = recurrent(TwoLayers)
+"""
+
 # the table, the entry's name, what is added to models.py, flags of train.py
 CHANGES = {
     "attention": ("ATTENTIONS", "dot", DOT_PRODUCT_ATTENTION, ["--attention", "dot"]),
@@ -66,13 +100,21 @@ CHANGES = {
     "schedule": ("SCHEDULES", "step", STEP_SCHEDULE, ["--scheduled_sampling", "step"]),
 }  # fmt: skip
 
+# further changes, each in one place, and how many lines they may take
+FURTHER = {
+    "several heads": (
+        "ATTENTIONS", "heads", MULTI_HEAD_ATTENTION, ["--attention", "heads"], 16,
+    ),
+    "two layers": ("DECODERS", "two_layers", TWO_LAYERS, ["--decoder", "two_layers"], 20),
+}  # fmt: skip
+
 
 @pytest.fixture
 def change(monkeypatch):
     """Function of a key of ``CHANGES``: make that change until the test ends."""
 
     def make(what):
-        table, name, snippet, _ = CHANGES[what]
+        table, name, snippet, *_ = (CHANGES | FURTHER)[what]
         monkeypatch.setitem(getattr(models, table), name, None)  # which the snippet replaces
         exec(compile(snippet, "snippet", "exec"), dict(vars(models)))
 
@@ -121,6 +163,17 @@ def test_a_changed_model_trains_captions_and_draws(
     checkpoint = train_caption_and_draw(training_data, tmp_path, monkeypatch, capsys, *flags)
     key = "scheduled_sampling" if what == "schedule" else what
     assert checkpoint["config"][key] == CHANGES[what][1]
+
+
+@pytest.mark.parametrize("what", FURTHER)
+def test_a_further_change_trains_captions_and_draws(
+    what, change, training_data, tmp_path, monkeypatch, capsys
+):
+    _, name, snippet, flags, most = FURTHER[what]
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= most
+    change(what)
+    checkpoint = train_caption_and_draw(training_data, tmp_path, monkeypatch, capsys, *flags)
+    assert name in (checkpoint["config"]["attention"], checkpoint["config"]["decoder"])
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
