@@ -167,12 +167,12 @@ BOTH, ONE_TO_FIVE = ("val", "test"), ("1", "3", "5")
 TABLES = {
     # of results.md
     "encoders": lambda runs: scores_table(runs, shown.ENCODERS | shown.GRIDS, SHORT),
+    "decoders": lambda runs: scores_table(runs, shown.DECODERS, ("BLEU-1", *SHORT)),
     "transformer": lambda runs: scores_table(
         runs,
         shown.DECODERS_OF_ALL_KINDS,
         (*SHORT, "words used", "repeats itself", "colours agreed", "places", "fall"),
     ),
-    "decoders": lambda runs: scores_table(runs, shown.DECODERS, ("BLEU-1", *SHORT)),
     "sampling": lambda runs: scores_table(runs, of("LSTM"), SAMPLING, beams=("1", "5")),
     "gaze": lambda runs: scores_table(runs, shown.FOCUS, ("BLEU-4", "CIDEr", *GLANCE)),
     "attention": lambda runs: scores_table(runs, shown.ATTENTIONS, SCENES[:4]),
