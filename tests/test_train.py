@@ -315,7 +315,8 @@ def test_killed_between_best_and_latest_the_epoch_is_repeated(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(models, "save_checkpoint", killed_at_third)
         run(training_data, tmp_path)
-    assert saved[0] == both_checkpoints(tmp_path, training_data)[1]  # BEST first
+    latest, best = both_checkpoints(tmp_path, training_data)
+    assert saved == [latest, best, latest]  # before validation, and after it BEST first
     resumed = run(training_data, tmp_path, "--resume")
     assert same(
         resumed["decoder"],

@@ -138,7 +138,10 @@ def test_several_processes_train_and_evaluate_as_one(processes, flags, training_
     )
     evaluation.main(args)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(names) == 3 and names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert len(names) == 4 and names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    table = names.pop()  # each picture's own scores
+    assert table.endswith(".csv")
+    assert (tmp_path / "a" / table).read_text() == (tmp_path / "b" / table).read_text()
     for name in names:
         first, second = (json.loads((tmp_path / folder / name).read_text()) for folder in "ab")
         if name.startswith("captions"):
