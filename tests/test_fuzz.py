@@ -364,6 +364,7 @@ def whole_checkpoints(word_map):
         "deep_output": False,
         "position_encoding": False,
         "attend_word": False,
+        "decoder_options": {},
         "dropout": 0.5,
         "embed_dropout": 0.0,
         "feature_dropout": 0.0,

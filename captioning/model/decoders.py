@@ -144,6 +144,8 @@ def check_decoder(captioner, dataset, features=None):
         features = captioner.encode(torch.from_numpy(dataset.images(two)))
     else:
         features = features[two].to(device)
+    if not features.isfinite().all():
+        return  # the training will say that its loss is not finite
     vocab_size = decoder.vocab_size
     index = torch.arange(2, device=device)  # (B,)
     captions = (torch.arange(1, 9, device=device) % vocab_size).view(2, 4)
