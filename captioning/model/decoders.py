@@ -76,7 +76,10 @@ def count_states(cell, input_size):
     :raises UserError: if the cell cannot begin without a state, as torch's own cells can
     """
     try:
-        state = cell(torch.zeros(1, input_size))
+        # autocast would keep bfloat16 copies of these random weights, and use them once a
+        # checkpoint's weights have been loaded in their place
+        with torch.autocast("cpu", enabled=False):
+            state = cell(torch.zeros(1, input_size))
     except TypeError as error:
         name = type(cell).__name__
         raise UserError(

@@ -1,5 +1,6 @@
 """Tests of ``captioning/model/checkpoints.py``."""
 
+import contextlib
 import math
 import pickle
 import tarfile
@@ -280,3 +281,17 @@ def test_a_checkpoint_of_an_earlier_revision_still_captions(cell, tmp_path):
         assert best.log_prob == pytest.approx(log_prob, rel=1e-4)
         assert best.alphas[0].argmax() == place
         assert best.alphas[0].max().item() == pytest.approx(weight, rel=1e-3)
+
+
+def test_a_captioner_loaded_under_autocast_has_the_weights_of_its_file(best_checkpoint):
+    """As eval.py --amp loads it: nothing is left over of the random weights that it began with."""
+    features = torch.randn(3, 4, 512, generator=torch.Generator().manual_seed(0))
+    captions = torch.randint(1, 9, (3, 6), generator=torch.Generator().manual_seed(1))
+    said = []
+    for early in (True, False):
+        with contextlib.nullcontext() if early else torch.autocast("cpu", torch.bfloat16):
+            captioner = models.load_captioner(best_checkpoint)
+            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                rows = torch.arange(3)
+                said.append(captioner.decoder(features, captions, [5, 5, 5], rows).scores)
+    torch.testing.assert_close(*said, rtol=0, atol=0)
