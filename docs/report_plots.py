@@ -20,7 +20,7 @@ import models
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = {"lstm8": "#0072B2", "gru8": "#D55E00"}
-FOUR = ("#0072B2", "#D55E00", "#009E73", "#000000")
+FIVE = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7")
 
 
 def panels(*titles, height=2.9):
@@ -90,7 +90,7 @@ def scheduled_sampling_plot(runs):
     figure, axes = panels("probability of the true word", "test: CIDEr, a dot for each run")
     places = {"linear": (700, 0.65), "inverse_sigmoid": (2000, 0.85)}
     schedules = ["", *(name for name in places if seeds(runs, f"lstm8-{name}"))]
-    for schedule, color in zip(schedules[1:], FOUR[2:]):
+    for schedule, color in zip(schedules[1:], FIVE[2:]):
         run = seeds(runs, f"lstm8-{schedule}")[0]
         updates = np.linspace(0, run["updates"], 200)
         constants = models.Schedule(run["updates"], run["options"]["ss_min"])
@@ -121,7 +121,7 @@ def beams_plot(runs):
     figure, axes = panels("validation: CIDEr", "words per caption")
     for one, key in zip(axes, ("CIDEr", "words per caption")):
         ends = []
-        for (penalty, name), color in zip(BEAMS.items(), FOUR):
+        for (penalty, name), color in zip(BEAMS.items(), FIVE):
             beams = runs[name]["val"]["beams"]
             xs, ys = list(map(int, beams)), [row[key] for row in beams.values()]
             one.plot(xs, ys, "o-", color=color, markersize=4)
@@ -140,7 +140,7 @@ def recipe_plot(runs):
         "EfficientNet-Lite0": (*RECIPE.values(), "mean-consensus"),
         "ResNet-50": (*map(RECIPE_50.get, RECIPE), "mean50-consensus"),
     }
-    for (label, stages), color in zip(encoders.items(), FOUR):
+    for (label, stages), color in zip(encoders.items(), FIVE):
         for y, name in enumerate(stages):
             beam = "20" if name.endswith("consensus") else "5"
             points = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
@@ -155,7 +155,7 @@ def adapting_plot(runs):
     """Test CIDEr over the number of one's own pictures, a dot for each seed."""
     figure, (one,) = panels("test: CIDEr on dogs, a dot for each seed", height=3.4)
     ends = []
-    for (label, name), color in zip(ADAPTING.items(), FOUR):
+    for (label, name), color in zip(ADAPTING.items(), FIVE):
         found = {n: scored(runs, name.format(n), "test", "5") for n in SIZES}
         found = {n: [row["CIDEr"] for row in rows] for n, rows in found.items() if rows}
         if found:
