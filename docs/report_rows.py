@@ -140,7 +140,7 @@ ADAPTING = {  # to dogs, of which the base has seen none; "-old" is scored on wh
     "trained on these alone": "adapt-alone{}",
     "adapted": "adapt-own{}",
     "mean of base and adapted": "adapt-mean{}",
-    "trained on the base's pictures and these": "adapt-both{}",
+    "trained on both together": "adapt-both{}",
 }
 SIZES = (20, 60, 200)  # pictures of dogs
 ADAPTED = {
