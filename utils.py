@@ -23,7 +23,10 @@ def run(main, parser):
 
 
 def ending(prog, error):
-    """Exit code and last line (or None) for an error that the user can mend; raises any other."""
+    """Exit code and last line (or None) for an error that the user can mend; raises any other.
+
+    The code is 2, or 1 where some work was done and is kept (see ``messages.naming``).
+    """
     is_first = not int(os.environ.get("RANK", 0))  # of torchrun's processes, which end alike
     for number in StopSignals.numbers:  # the process is ending already; torchrun ends the others
         signal.signal(number, signal.SIG_IGN if is_first else signal.SIG_DFL)
@@ -33,6 +36,7 @@ def ending(prog, error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, OSError) and error.errno == fault.errno:
             error.filename = "standard output"
+    kept = getattr(error, "__notes__", [])
     cause = error  # an import that is interrupted can fail in any way
     while not isinstance(cause, (KeyboardInterrupt, UserError, type(None))):
         cause = cause.__context__
@@ -55,4 +59,4 @@ def ending(prog, error):
         error = UserError(f"{error}: {advice}")
     else:
         raise error
-    return 2, f"{prog}: error: {error}\n"
+    return 1 if kept else 2, f"{prog}: error: {UserError(': '.join([*kept, str(error)]))}\n"

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import matplotlib.figure
@@ -917,12 +918,20 @@ def test_data_of_another_word_map_is_refused(training_data, tmp_path, fails):
 def test_a_validation_that_fails_loses_nothing(training_data, tmp_path, monkeypatch, capsys):
     """The epoch is in the checkpoint, and the run goes on from there as if nothing had happened."""
     whole = run(training_data, tmp_path / "whole")
+
+    def fail(*_, **__):
+        raise utils.UserError("the scores are not finite")
+
     with monkeypatch.context() as broken:
-        broken.setattr(models, "caption_split", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(training_data, tmp_path / "run")
+        broken.setattr(models, "caption_split", fail)
+        broken.setattr(sys, "argv", ["train.py"])
+        parser = command_line.ArgumentParser(prog="train.py")
+        with pytest.raises(SystemExit) as ended:
+            utils.run(lambda _: run(training_data, tmp_path / "run"), parser)
     path = both_checkpoints(tmp_path / "run", training_data)[0]
-    assert f"error: validation failed; {path} has what epoch 1 learned" in capsys.readouterr().err
+    named = f"validation failed; {path} has what epoch 1 learned: the scores are not finite"
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(f"train.py: error: {named}\n")
     assert models.load_checkpoint(path)["update"] == 3
     resumed = run(training_data, tmp_path / "run", "--resume")
     assert same(resumed["decoder"], whole["decoder"])

@@ -1,6 +1,7 @@
 """Files, ranges, metrics and messages."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,31 @@ def test_a_package_that_is_not_installed_is_named_in_one_line(tmp_path):
         "script.py: error: No module named 'not_installed': python -m pip install -r "
         "requirements.txt installs what the suite needs\n"
     )
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        ("utils.UserError('no room')", "no room"),
+        ("OSError(28, 'No space left', 'file')", "cannot use file: No space left; .*"),
+        ("MemoryError('no room')", "out of memory: no room .*"),
+    ],
+)
+def test_what_fails_late_is_named_in_the_one_line_and_the_code_is_1(error, message, tmp_path):
+    done = run_script(SCRIPT.format(body=LATE.format(error)), tmp_path)
+    expected = rf"script\.py: error: the end failed; the rest is kept: {message}\n"
+    assert done.returncode == 1 and re.fullmatch(expected, done.stderr)
+
+
+def test_what_fails_late_by_our_own_mistake_is_named_below_the_traceback(tmp_path):
+    done = run_script(SCRIPT.format(body=LATE.format("ValueError(1)")), tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ValueError: 1\nthe end failed; the rest is kept\n")
+
+
+LATE = """from captioning.run.messages import naming
+        with naming("the end failed; the rest is kept"):
+            raise {}"""
 
 
 def test_our_own_mistakes_keep_their_traceback(tmp_path):

@@ -46,19 +46,20 @@ def note(text):
 def naming(failure, goes_on=None):
     """Say what it means if the block fails.
 
-    :param failure: a line for standard error
-    :param goes_on: a list: the work goes on, the error's traceback is shown, and the list gets the
-        line; None: the error is raised again
+    :param failure: what failed, and what is kept
+    :param goes_on: a list: the work goes on, the error's traceback and the failure are shown, and
+        the list gets the failure; None: the error is raised again with the failure as its note,
+        which Python shows below a traceback, and ``utils.ending`` in its line
     """
     try:
         yield
     except Exception as error:
-        if goes_on is not None:
-            traceback.print_exception(error)
-            goes_on.append(failure)
-        print(f"error: {failure}", file=sys.stderr, flush=True)
         if goes_on is None:
+            error.add_note(failure)
             raise
+        traceback.print_exception(error)
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        goes_on.append(failure)
 
 
 def cannot(do, path, error):
