@@ -210,6 +210,10 @@ def report(args, data, outputs, rows, theirs, said):
         print("METEOR left out: it needs a Java that works (see java -version)")
     if len(data) == 1:
         print("CIDEr left out: of a single picture it is always 0")
+    for label, row in rows.items():
+        if least := row.get("looks least for"):
+            least = ", ".join(f"{word} {share:.0f} %" for word, share in least.items())
+            print(f"{kind} {label} looks least for: {least}")
     for label, (captions, *_) in said.items():
         if short := metrics.too_short(captions):
             print(f"{label if label in theirs else f'{kind} {label}'}: {short}")

@@ -46,10 +46,11 @@ from captioning.model.consensus import Consensus, mean_features
 from captioning.model.decoders import ImageContext, collect, count_states, fitting, live_rows
 from captioning.model.encoder_weights import load_classifier_weights
 from captioning.model.encoders import ENCODERS, Backbone, calibrate, feature_store
-from captioning.model.grid import compute_dtype, pooling_matrix, position_code
-from captioning.model.losses import hard_attention_loss
+from captioning.model.grid import compute_dtype, context_vector, pooling_matrix, position_code
+from captioning.model.losses import doubly_stochastic_penalty, hard_attention_loss
 from captioning.model.schedules import SCHEDULES, Schedule, scheduled_sampling_epsilon
 from captioning.model.self_critical import sample_and_reward, self_critical_loss
+from captioning.model.sentinel import VisualSentinel
 from captioning.model.teacher import AttentionTeacher, CaptioningNetwork
 from captioning.model.tensor_files import save_checkpoint
 from captioning.model.transformer import TransformerDecoder
@@ -142,6 +143,7 @@ def soft(energies, decoder):
 
 # To add an attention, add an entry: the network that scores the places, and what its energies do.
 ATTENTIONS = {"soft": (Attention, soft), "hard": (Attention, hard), "mean": (NoAttention, soft)}
+ATTENTIONS |= {"adaptive": (Attention, soft)}  # with a ``VisualSentinel`` behind the places
 
 
 class DecoderWithAttention(nn.Module):
@@ -185,7 +187,9 @@ class DecoderWithAttention(nn.Module):
         states = count_states(self.decode_step, embed_dim + encoder_dim)
         inits = [nn.Linear(encoder_dim, decoder_dim) for _ in range(states - 1)]
         self.init_c, self.init_more = (inits or [None])[0], nn.ModuleList(inits[1:])
-        self.f_beta = nn.Linear(decoder_dim, encoder_dim)
+        widths = encoder_dim, attention_dim, embed_dim, decoder_dim
+        self.sentinel = VisualSentinel(*widths) if attention == "adaptive" else None
+        self.f_beta = None if self.sentinel else nn.Linear(decoder_dim, encoder_dim)
         if deep_output:
             self.deep_h = nn.Linear(decoder_dim, embed_dim)
             self.deep_z = nn.Linear(encoder_dim, embed_dim, bias=False)
@@ -225,7 +229,8 @@ class DecoderWithAttention(nn.Module):
             encoder_out = encoder_out.index_select(0, image_index)  # (B, n, encoder_dim)
             encoder_att = encoder_att.index_select(0, image_index)  # (B, num_pixels, attention_dim)
             state = tuple(s.index_select(0, image_index) for s in state)  # (B, 1, decoder_dim)
-        return ImageContext(encoder_out, encoder_att, pool), state
+            mean = mean.index_select(0, image_index)  # (B, encoder_dim)
+        return ImageContext(encoder_out, encoder_att, mean, pool), state
 
     def step(self, words, state, context):
         """Read the previous word, look at the image and score the next word (section 3.1.2).
@@ -238,20 +243,24 @@ class DecoderWithAttention(nn.Module):
         """
         h = state[0]  # (B, R, decoder_dim)
         embedded = self.embed_dropout(self.embedding(words))  # (B, R, embed_dim)
-        query = torch.cat([h, embedded.to(h.dtype)], dim=2) if self.attend_word else h
-        energies = self.attention(context.encoder_att, query)  # (B, R, num_pixels)
+        if self.sentinel:  # looks after the cell has read the word, and perhaps not at all
+            return self.sentinel(self, embedded, state, context)
+        energies = self.attention(context.encoder_att, self.query(h, embedded))
         attention = self.attend(energies, self)  # alpha: (B, R, num_pixels)
-        weights = attention.weights.to(context.encoder_out.dtype)  # (B, R, num_pixels)
-        if context.pool is not None:
-            weights = weights @ context.pool  # (B, R, n)
-        z = weights @ context.encoder_out  # (B, R, encoder_dim)
+        z = context_vector(attention.weights, context)  # (B, R, encoder_dim)
         z = torch.sigmoid(self.f_beta(h)) * z  # the gate of section 4.2.1
         state = self.recur(torch.cat([embedded.to(z.dtype), z], dim=2), state)
-        output = state[0]  # (B, R, decoder_dim)
+        return self.score(state[0], embedded, z), attention, state
+
+    def query(self, h, embedded):
+        """What attention is asked with: the state, (B, R, decoder_dim), perhaps the word, too."""
+        return torch.cat([h, embedded.to(h.dtype)], dim=2) if self.attend_word else h
+
+    def score(self, output, embedded, z):
+        """Scores of the next word, float32 (B, R, vocab_size)."""
         if self.deep_output:  # eq. 7
             output = embedded + self.deep_h(output) + self.deep_z(z)  # (B, R, embed_dim)
-        scores = self.fc(self.dropout(output)).float()  # (B, R, vocab_size)
-        return scores, attention, state
+        return self.fc(self.dropout(output)).float()  # (B, R, vocab_size)
 
     def recur(self, x, state):
         """Advance the recurrent cell: torch's take rows, and an LSTM's state as a pair."""
@@ -286,7 +295,7 @@ class DecoderWithAttention(nn.Module):
                 own = own.argmax(1) if argmax else sample(own.softmax(1))  # (n,)
                 words = torch.where(torch.rand(n, device=words.device) < epsilon, words, own)
             if n < len(state[0]):  # captions that have ended leave the batch
-                context = ImageContext(*(x[:n] for x in context[:2]), context.pool)
+                context = ImageContext(*(x[:n] for x in context[:3]), context.pool)
                 state = tuple(s[:n] for s in state)
             step_scores, attention, state = self.step(words.unsqueeze(1), state, context)
             scores.append(step_scores.squeeze(1))  # (n, vocab_size)
@@ -303,17 +312,6 @@ def recurrent(cell):
 # ``step`` and ``forward``, called with vocab_size and those of the configuration that it names.
 DECODERS = {"lstm": recurrent(nn.LSTMCell), "gru": recurrent(nn.GRUCell)}
 DECODERS |= {"transformer": TransformerDecoder}
-
-
-def doubly_stochastic_penalty(alphas):
-    """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
-
-    :param alphas: float (B, max_decode_length, num_pixels), zero past each caption's end
-    :return: scalar: the sum over captions and pixels of (1 - sum_t alpha_t)^2
-    """
-    visits = alphas.sum(dim=1)  # (B, num_pixels)
-    has_words = visits.sum(dim=1) > 0  # a CUDA graph fills its batch with rows that say nothing
-    return ((1 - visits).square().sum(dim=1) * has_words).sum()
 
 
 def caption_loss(

@@ -429,7 +429,8 @@ def get_args_parser():
     add("--layers", **own, type=number(int, 1, 48), help="of the transformer (default: 2)")
     text = "of each attention of the transformer (default: 4)"
     add("--heads", **own, type=number(int, 1, 64), help=text)
-    text = "soft weighs all places, hard samples one (REINFORCE), mean does not look anywhere"
+    text = "soft weighs all places, adaptive a place for not looking as well, hard samples one"
+    text += " (REINFORCE), mean does not look anywhere"
     add("--attention", default="soft", metavar="NAME", help=text)
     add("--attention_dim", type=width, default=512, help="width of the attention network")
     add("--embed_dim", type=width, default=512, help="width of the word embedding")

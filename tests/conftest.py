@@ -259,14 +259,19 @@ def best_checkpoint(trained, training_data):
 @pytest.fixture
 def talkative(best_checkpoint, tmp_path):
     """Path of a checkpoint like the tiny run's, whose decoder says many different things."""
-    checkpoint = models.load_checkpoint(best_checkpoint)
+    path = tmp_path / "talkative" / best_checkpoint.name
+    path.parent.mkdir()
+    make_talkative(best_checkpoint, path)
+    return path
+
+
+def make_talkative(source, path):
+    """Save a checkpoint with random weights in its decoder, which then says many things."""
+    checkpoint = models.load_checkpoint(source)
     generator = torch.Generator().manual_seed(0)
     for weights in checkpoint["decoder"].values():
         weights.copy_(torch.rand(weights.shape, generator=generator) - 0.5)
-    path = tmp_path / "talkative" / best_checkpoint.name
-    path.parent.mkdir()
     models.save_checkpoint(path, checkpoint)
-    return path
 
 
 @pytest.fixture(scope="module")

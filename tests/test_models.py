@@ -48,6 +48,13 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
         alphas.append([])
         for t in range(length):
             att, embedded = decoder.attention, decoder.embedding(caption[t])
+            if decoder.sentinel:
+                output, context, alpha, state = adaptive(decoder, embedded, pixels, state)
+                if decoder.deep_output:
+                    output = embedded + decoder.deep_h(output) + decoder.deep_z(context)
+                scores[-1].append(decoder.fc(output))
+                alphas[-1].append(alpha)
+                continue
             query = torch.cat([h, embedded]) if decoder.attend_word else h
             if type(att) is models.NoAttention:
                 energies = torch.zeros(len(pixels))
@@ -71,6 +78,23 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
             scores[-1].append(decoder.fc(output))
             alphas[-1].append(alpha)
     return [torch.stack(s) for s in scores], [torch.stack(a) for a in alphas]
+
+
+def adaptive(decoder, embedded, pixels, state):
+    """A step of Lu et al. 2017, sections 2.2 and 2.3, for one caption: eqs. 6 to 13."""
+    sentinel, att = decoder.sentinel, decoder.attention
+    is_lstm, x = isinstance(state, tuple), torch.cat([embedded, pixels.mean(0)])
+    gate = torch.sigmoid(sentinel.gate_x(x) + sentinel.gate_h(state[0] if is_lstm else state))
+    state = decoder.decode_step(x, state)
+    h, memory = state if is_lstm else (state, state)
+    s = gate * torch.tanh(memory)
+    asked = att.decoder_att(torch.cat([h, embedded]) if decoder.attend_word else h)
+    z = att.full_att(torch.relu(att.encoder_att(pixels) + asked)).squeeze(1)
+    own = att.full_att(torch.relu(sentinel.sentinel_att(s) + asked))
+    alpha = torch.cat([z, own]).softmax(0)
+    *weights, beta = alpha
+    context = sum(weight * pixel for weight, pixel in zip(weights, pixels))
+    return h + sentinel.image(context) + beta * s, context, alpha, state
 
 
 def by_its_own_step(decoder, encoder_out, captions, lengths, pictures):

@@ -9,7 +9,7 @@ from torch import nn
 class AttentionOutput(NamedTuple):
     """Where the model looked before one word."""
 
-    alpha: torch.Tensor  # float32 (B, R, num_pixels), sums to 1
+    alpha: torch.Tensor  # float32 (B, R, num_pixels), or one more with a sentinel; sums to 1
     weights: torch.Tensor  # float32 (B, R, num_pixels), of the sum that makes the context vector
     log_prob: torch.Tensor | None = None  # hard attention in training: (B, R), of the sample
 

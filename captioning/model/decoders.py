@@ -23,6 +23,7 @@ class ImageContext(NamedTuple):
 
     encoder_out: torch.Tensor  # (B, n, encoder_dim), on the encoder's own grid
     encoder_att: torch.Tensor  # (B, num_pixels, ...), projected by the attention network
+    mean: torch.Tensor  # (B, encoder_dim), of all places
     pool: torch.Tensor | None  # (num_pixels, n), if attention sees another grid than the encoder's
 
 
@@ -31,7 +32,9 @@ class DecoderOutput(NamedTuple):
 
     scores: torch.Tensor  # float32 (num_words, vocab_size), packed
     targets: torch.Tensor  # int64 (num_words,), packed; <pad> where a row ran past its caption
-    alphas: torch.Tensor  # float32 (B, max_decode_length, num_pixels), zero past each caption's end
+    # float32 (B, max_decode_length, num_pixels), zero past each caption's end; the weight of a
+    # visual sentinel, where there is one, stands behind the places, here as everywhere
+    alphas: torch.Tensor
     log_probs: torch.Tensor | None  # hard attention: (B, max_decode_length), of the samples
     rows: torch.Tensor  # int64 (num_words,), packed: the caption of each word
     grounding: torch.Tensor | None = None  # scalar, the loss of an ``AttentionTeacher``

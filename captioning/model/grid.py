@@ -29,13 +29,44 @@ def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     return torch.kron(side, side).to(device, dtype)
 
 
+def split_sentinel(alphas):
+    """Part the weights of a grid's places from a visual sentinel's, which stands behind them.
+
+    :param alphas: float (..., num_pixels), or (..., num_pixels + 1) with ``--attention adaptive``
+    :return: (weights, sentinel): float (..., num_pixels); float (...), or None if there is none
+    """
+    num_pixels = math.isqrt(alphas.shape[-1]) ** 2  # grids are square
+    sentinel = alphas[..., -1] if num_pixels < alphas.shape[-1] else None
+    return alphas[..., :num_pixels], sentinel
+
+
+def effective_places(weights):
+    """Over how many places weights, float (..., num_pixels), are spread: exp of their entropy."""
+    shares = F.normalize(weights, p=1, dim=-1)  # a sentinel may have had a part of them
+    return torch.special.entr(shares).sum(dim=-1).exp()
+
+
+def context_vector(weights, context):
+    """The features' sum by attention's weights (section 3.1.2), on the grid that attention sees.
+
+    :param weights: float (B, R, num_pixels)
+    :param context: ``ImageContext``
+    :return: float (B, R, encoder_dim)
+    """
+    weights = weights.to(context.encoder_out.dtype)  # (B, R, num_pixels)
+    if context.pool is not None:
+        weights = weights @ context.pool  # (B, R, n)
+    return weights @ context.encoder_out  # (B, R, encoder_dim)
+
+
 def on_encoder_grid(alphas, n):
     """What attention's weights give to each place of the encoder's own grid.
 
-    :param alphas: float (..., num_pixels), of the grid that attention sees
+    :param alphas: float (..., num_pixels), of the grid that attention sees, without a sentinel's
     :param n: places of the encoder's grid
     :return: float (..., n), with the same sums
     """
+    alphas, _ = split_sentinel(alphas)  # (..., num_pixels)
     side, new_side = math.isqrt(n), math.isqrt(alphas.shape[-1])
     return alphas if side == new_side else alphas @ pooling_matrix(side, new_side, alphas.device)
 

@@ -1,6 +1,21 @@
-"""The gradient estimate of hard attention (section 4.1 of the paper)."""
+"""The paper's losses on attention: the doubly stochastic penalty, and hard attention's gradient."""
 
 import torch
+
+from captioning.model.grid import split_sentinel
+
+
+def doubly_stochastic_penalty(alphas):
+    """Penalty that makes attention visit every pixel (Xu et al. 2015, eq. 14).
+
+    :param alphas: float (B, max_decode_length, num_pixels), zero past each caption's end; what a
+        sentinel behind them got is no visit
+    :return: scalar: the sum over captions and pixels of (1 - sum_t alpha_t)^2
+    """
+    visits = alphas.sum(dim=1)  # (B, num_pixels)
+    has_words = visits.sum(dim=1) > 0  # a CUDA graph fills its batch with rows that say nothing
+    visits, _ = split_sentinel(visits)  # (B, num_pixels)
+    return ((1 - visits).square().sum(dim=1) * has_words).sum()
 
 
 def hard_attention_loss(output, word_nll, decoder, entropy_weight=0.002):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captioning.data.words import PAD_ID
-from captioning.model.grid import compute_dtype, on_encoder_grid
+from captioning.model.grid import compute_dtype, on_encoder_grid, split_sentinel
 
 
 class CaptioningNetwork(nn.Module):
@@ -41,7 +41,8 @@ class AttentionTeacher(nn.Module):
 
     A place's guess is the product of two distributions, made one again (Hinton 2002): of the words
     that its own feature shows, and of those that follow the word before, in any picture. So words
-    that follow from language alone draw attention nowhere. The guesses at the words before and
+    that follow from language alone draw attention nowhere, or to a visual sentinel, whose guess is
+    the second distribution alone. The guesses at the words before and
     after count half: "red" and "circle" are then read at one place, which is on the circle.
     """
 
@@ -53,9 +54,10 @@ class AttentionTeacher(nn.Module):
     def forward(self, encoder_out, alphas, captions, image_index):
         """
         :param encoder_out: float (num_images, n, encoder_dim)
-        :param alphas: float (B, max_decode_length, num_pixels)
+        :param alphas: float (B, max_decode_length, num_pixels), or one more with a sentinel
         :return: scalar, summed over the real words
         """
+        _, sentinel = split_sentinel(alphas)  # (B, steps), or None
         alphas = on_encoder_grid(alphas, encoder_out.shape[1]).float()  # (B, steps, n)
         steps, dtype = alphas.shape[1], compute_dtype(encoder_out.device)
         previous, targets = captions[:, :steps], captions[:, 1 : steps + 1]  # (B, steps)
@@ -66,6 +68,10 @@ class AttentionTeacher(nn.Module):
         total = usual.exp().to(dtype) @ seen.exp().to(dtype).index_select(0, image_index)
         true = _words_of_images(seen, image_index, targets) + usual.gather(2, targets.unsqueeze(2))
         guesses = true - total.float().log()  # (B, steps, n), log-probabilities
+        if sentinel is not None:
+            blind = usual.log_softmax(dim=2).gather(2, targets.unsqueeze(2))  # (B, steps, 1)
+            guesses = torch.cat([guesses, blind], dim=2)  # (B, steps, n + 1)
+            alphas = torch.cat([alphas, sentinel.unsqueeze(2)], dim=2)  # (B, steps, n + 1)
         guesses = guesses.masked_fill((targets == PAD_ID).unsqueeze(2), 0)  # (B, steps, n)
         around = F.pad(guesses, (0, 0, 1, 1))  # (B, steps + 2, n)
         guesses = guesses + 0.5 * (around[:, :-2] + around[:, 2:])  # (B, steps, n)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from captioning.data.words import END, START, special_tokens
+from captioning.model.grid import split_sentinel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Caption:
     log_prob: float  # of the words and of the caption's end, if it ended
     score: float  # what beam search ranked it by
     ended: bool  # False: cut off at max_decode_steps
-    # each word's weights, which sum to 1: float32 (num_words, rows, columns)
+    # each word's weights, float32 (num_words, rows, columns); they sum to 1, or with adaptive
+    # attention to how much the word looks
     attention: np.ndarray | None = dataclasses.field(repr=False, compare=False)
     # for each word the likeliest ones at its place, as pairs (word, probability), likeliest first
     alternatives: list = dataclasses.field(repr=False)
@@ -32,6 +34,7 @@ class Caption:
         """The caption of a ``Hypothesis`` about a picture, float (n, encoder_dim)."""
         words, alphas = captioner.text(hypothesis), hypothesis.alphas
         if alphas is not None:
+            alphas, _ = split_sentinel(alphas)  # (num_words, num_pixels)
             side = math.isqrt(alphas.shape[1])
             alphas = alphas.float().view(-1, side, side).numpy()  # (num_words, rows, columns)
         return cls(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from captioning.data.words import PAD_ID, START
-from captioning.model.grid import on_encoder_grid
+from captioning.model.grid import effective_places, on_encoder_grid, split_sentinel
 from captioning.run.distributed import all_gather
 
 # all other words count as content: nouns, verbs, adjectives, numerals; "front" and "next" are here
@@ -50,7 +50,9 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         "places" (effective number: exp of the entropy of alpha), "peak" (largest weight),
         "movement" (half the L1 distance to the previous content word's alpha, 0 to 1), "fall" and
         "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
-        nothing); the other words' "function places"; and "num_pixels". Empty if nothing was said
+        nothing); the other words' "function places"; and "num_pixels". Empty if nothing was said.
+        Of what a visual sentinel left: "looks" (percent), "function looks", and "looks least for",
+        a dict of ten words; places, peak and movement are then of the weights that places share
     """
     spoken = [i for i in range(len(features)) if hypotheses[i].words]
     generator, found = torch.Generator().manual_seed(0), collections.defaultdict(list)
@@ -61,13 +63,29 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         with torch.no_grad():
             for name, values in _gaze_of(captioner, images, captions, generator).items():
                 found[name].append(values.cpu())
-    means = {name: torch.cat(values).mean().item() for name, values in found.items()}
+    found = {name: torch.cat(values) for name, values in found.items()}
+    each = found.pop("each look", torch.empty(0, 2))  # of a word's id and how much it looked
+    means = {name: values.mean().item() for name, values in found.items()}
     means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
     if spoken:
         means["num_pixels"] = round(means["num_pixels"])
     if (means.get("random fall") or 0) > 0:
         means["deletion ratio"] = means["fall"] / means["random fall"]
+    if len(each):
+        means["looks least for"] = _least(captioner.words, each)
     return means
+
+
+def _least(words, looks, count=10, at_least=5):
+    """The words said often enough that look least, as a dict of word to percent.
+
+    :param looks: float (number said, 2), of a word's id and how much it looked
+    """
+    of_word = collections.defaultdict(list)
+    for word, look in looks.tolist():
+        of_word[words[int(word)]].append(look)
+    means = {word: sum(of) / len(of) for word, of in of_word.items() if len(of) >= at_least}
+    return {word: round(means[word], 1) for word in sorted(means, key=means.get)[:count]}
 
 
 def _gaze_of(captioner, images, captions, generator):
@@ -98,8 +116,9 @@ def _gaze_of(captioner, images, captions, generator):
             new_scores, _, _ = decoder.step(previous, before, changed)
             falls[name].append(log_prob - _log_prob(new_scores, word))
         state = new_state
-    alphas = torch.stack(alphas, dim=1).cpu()  # (B, T, num_pixels)
-    places = torch.special.entr(alphas).sum(dim=2).exp()  # (B, T)
+    alphas, sentinel = split_sentinel(torch.stack(alphas, dim=1).cpu())
+    alphas = F.normalize(alphas, p=1, dim=2)  # (B, T, num_pixels)
+    places = effective_places(alphas)  # (B, T)
     spoken = [alpha[is_content] for alpha, is_content in zip(alphas, content)]
     figures = {
         "num_pixels": torch.tensor([alphas.shape[2]], dtype=torch.float32),
@@ -108,6 +127,10 @@ def _gaze_of(captioner, images, captions, generator):
         "peak": alphas.amax(dim=2)[content],
         "movement": torch.cat([(a[1:] - a[:-1]).abs().sum(dim=1) / 2 for a in spoken]),
     }
+    if sentinel is not None:
+        looks, real = 100 * (1 - sentinel), said != PAD_ID  # (B, T)
+        figures |= {"looks": looks[content], "function looks": looks[functional]}
+        figures["each look"] = torch.stack([said[real].float(), looks[real]], dim=1)
     return figures | {name: torch.cat(values) for name, values in falls.items()}
 
 

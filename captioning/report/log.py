@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from captioning.model.grid import split_sentinel
 from captioning.report.metrics import too_short
 from captioning.run.files import atomic_path
 from captioning.run.messages import counted, note
@@ -96,8 +97,9 @@ def write_tensorboard(folder, captioner, data, record, options):
         for name, value in record.items():
             writer.add_scalar(name, value, step)
         for number, image, (best, *_) in zip(numbers, images, captioner.caption(images, **options)):
-            side = math.isqrt(best.alphas.shape[1])
-            alphas = best.alphas.view(-1, 1, side, side)  # (num_words, 1, rows, columns)
+            alphas, _ = split_sentinel(best.alphas)  # (num_words, num_pixels)
+            side = math.isqrt(alphas.shape[1])
+            alphas = alphas.view(-1, 1, side, side)  # (num_words, 1, rows, columns)
             light = torch.nn.functional.interpolate(alphas, image.shape[1:], mode="bilinear")
             light = 0.2 + 0.8 * light / light.amax(dim=(2, 3), keepdim=True)
             strip = torch.cat([image / 255, *(image / 255 * light)], dim=2)

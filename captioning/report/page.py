@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from captioning.model.grid import split_sentinel
 from captioning.run.files import atomic_path, output_path
 
 PAGE = Path(__file__).with_name("page.html")  # the template: style and script
@@ -90,7 +91,9 @@ def page_caption(words, hypothesis, scores, alternatives=None, **more):
     if hypothesis is None:
         return {"words": [(word, None) for word in words], "scores": list(scores.items())} | more
     probabilities = (round(math.exp(p), 4) for p in hypothesis.word_log_probs)
-    alphas = hypothesis.alphas  # (num_words, num_pixels)
+    alphas, sentinel = split_sentinel(hypothesis.alphas)  # (num_words, num_pixels), (num_words,)
+    if sentinel is not None:
+        more["looks"] = [round(1 - share, 3) for share in sentinel.tolist()]
     # even weights light the whole picture evenly and not fully: nothing was singled out
     light = alphas / alphas.amax(dim=1, keepdim=True).clamp(min=4 / alphas.shape[1])
     return {
@@ -158,7 +161,8 @@ def _said(caption):
     for i, (word, probability, *_) in enumerate(caption["words"]):
         kind = "word differs" if i in caption.get("differs", ()) else "word"
         percent = None if probability is None else f"{100 * probability:.0f}"
-        spans += [" ", _element("span", word, class_=kind, data_p=percent)]
+        looks = f"--looks: {caption['looks'][i]:.1%}" if "looks" in caption else None
+        spans += [" ", _element("span", word, class_=kind, data_p=percent, style=looks)]
     said = spans[1:] or [_element("small", "(no words)")]
     scores = " · ".join(" ".join(pair) for pair in caption["scores"])
     label = caption.get("label")

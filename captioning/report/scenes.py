@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from captioning.data.shapes import PHRASES, SHAPE_COLORS, SHAPES
+from captioning.model.grid import split_sentinel
 from captioning.report.metrics import percentage
 
 
@@ -85,7 +86,7 @@ def pointing(scene, words, alphas):
     side = math.isqrt(alphas.shape[1])
     y, x = (np.indices((side, side)).reshape(2, -1) + 0.5) / side  # centres of the cells
     scores = []
-    for word, alpha in zip(words, np.asarray(alphas)):
+    for word, alpha in zip(words, np.asarray(split_sentinel(alphas)[0])):
         boxes = [t["box"] for t in scene["objects"] if word in (t["color"], t["shape"])]
         if boxes:
             inside = np.any(

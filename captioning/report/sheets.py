@@ -9,9 +9,9 @@ import sys
 import textwrap
 
 import numpy as np
-import torch
 from PIL import Image
 
+from captioning.model.grid import effective_places, split_sentinel
 from captioning.report.plots import check_script, default_settings, font_families
 from captioning.run.files import atomic_path
 from captioning.run.messages import printable
@@ -96,19 +96,22 @@ def enlarge(weights, shape):
 def attention_sheet(picture, words, alphas, fonts=None):
     """One panel per word, the picture lit where the model looked as it said the word.
 
-    :param alphas: float tensor (num_words, num_pixels)
+    :param alphas: float tensor (num_words, num_pixels); with a sentinel's weight behind them, each
+        word's label says how much it looks
     :param fonts: see :func:`captioning.report.plots.font_families`
     :return: matplotlib figure, 100 dots per inch
     """
     scale = 230 / math.sqrt(picture.width * picture.height)  # panels have the area of 230 x 230
     small = _scaled(picture, scale, 90)
-    panels = [("the picture", np.asarray(small))]
-    panels += [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
+    panels = [("the picture", np.asarray(small)), *_lit(small, words, alphas)]
     # as many columns as bring the sheet near the shape of a screen
     columns = round(math.sqrt(1.7 * len(panels) * (small.height + 42) / (small.width + 12)))
     columns = min(max(columns, 2), len(panels))
-    places = torch.special.entr(alphas).sum(dim=1).exp().mean()  # exp of the entropy
-    note = f"attention spread over {places:.0f} of {alphas.shape[1]} places" if words else ""
+    weights, sentinel = split_sentinel(alphas)  # (num_words, num_pixels), (num_words,) or None
+    places = effective_places(weights).mean()
+    note = f"attention spread over {places:.0f} of {weights.shape[1]} places" if words else ""
+    if words and sentinel is not None:
+        note += f"; words look {1 - sentinel.mean():.0%} on average"
     return _page(panels, columns, " ".join(words) or "(no words)", note, fonts)
 
 
@@ -123,9 +126,17 @@ def attention_frames(picture, words, alphas, fonts=None):
     scale = min(1, scale, 480 / max(picture.size))
     small = _scaled(picture, scale, 160)
     whole = ("", np.asarray(small))
-    views = [(word, spotlight(small, alpha)) for word, alpha in zip(words, alphas)]
+    views = _lit(small, words, alphas)
     pages = (_page([view], 1, " ".join(words), "", fonts) for view in [whole, *views, whole])
     return [np.asarray(page.canvas.buffer_rgba())[..., :3] for page in pages]
+
+
+def _lit(picture, words, alphas):
+    """The picture lit for each word, as a list of (label, uint8 (height, width, 3))."""
+    weights, sentinel = split_sentinel(alphas)  # (num_words, num_pixels), (num_words,) or None
+    if sentinel is not None:
+        words = [f"{word}  (looks {1 - share:.0%})" for word, share in zip(words, sentinel)]
+    return [(word, spotlight(picture, alpha)) for word, alpha in zip(words, weights)]
 
 
 def _scaled(picture, scale, least_width):

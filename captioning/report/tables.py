@@ -18,6 +18,8 @@ LABELS = {name: f"{name}, %" for name in PERCENT} | {  # other names than the JS
     "by chance": "pointing by chance",
     "num_pixels": "places of the grid",
     "function places": "of function words",
+    "looks": "looks, %",
+    "function looks": "of function words, %",
     "peak": "largest weight, mean",
     "fall": "fall by deletion, nats",
     "random fall": "by random deletion, nats",
@@ -34,7 +36,9 @@ def make_table(heading, columns):
         label and the cells
     """
     groups = {}
-    for name in next(iter(columns.values())):
+    for name, value in next(iter(columns.values())).items():
+        if isinstance(value, dict):
+            continue  # of words, and printed by itself
         if name in GROUPS:
             rows = groups.setdefault(GROUPS[name], [])
         values = (column.get(name) for column in columns.values())

@@ -87,6 +87,36 @@ def test_the_first_pictures_are_measured_whatever_process_holds_their_features(m
     assert gaze_room.gaze_features([captioner], shares[0], 0) is None
 
 
+def test_with_a_sentinel_the_gaze_says_how_much_words_look_and_which_look_least():
+    looks = {1: 0.2, 7: 0.6, 4: 0.4, 6: 0.8}  # after <start>, "the", "dog", "in"
+
+    class Decoder:
+        def init_hidden_state(self, images):
+            return images, (torch.zeros(len(images), 1, 1),)
+
+        def step(self, words, state, images):
+            share = torch.tensor([[looks.get(word, 0.5)] for word in words[:, 0].tolist()])
+            places = torch.tensor([0.5, 0.5] + 14 * [0])
+            alpha = torch.cat([share * places, 1 - share], dim=1)
+            attention = types.SimpleNamespace(alpha=alpha[:, None])
+            return torch.zeros(len(words), 1, len(WORDS)), attention, state
+
+    device = torch.device("cpu")
+    word_map = {word: i for i, word in enumerate(WORDS)}
+    captioner = types.SimpleNamespace(
+        decoder=Decoder(), words=WORDS, word_map=word_map, device=device
+    )
+    hypotheses = [types.SimpleNamespace(words=words) for words in 2 * SAID]
+    found = gaze_room.measure_gaze(captioner, torch.randn(8, 16, 12), hypotheses)
+    assert found["num_pixels"] == 16 and found["places"] == pytest.approx(2)
+    assert found["peak"] == pytest.approx(0.5) and found["movement"] == pytest.approx(0, abs=1e-6)
+    # "dog" after "the" twice and after <start> once, "runs" after "dog" and after "the"
+    assert found["looks"] == pytest.approx(100 * (0.6 + 0.6 + 0.2 + 0.4 + 0.6) / 5)
+    assert found["function looks"] == pytest.approx(100 * (0.2 + 0.2 + 0.8 + 0.4) / 4)
+    # "runs" and "in" are said fewer than five times
+    assert found["looks least for"] == {"the": 40.0, "dog": 46.7}
+
+
 @torch.no_grad()
 def plain_falls(decoder, features, weights_of):
     """The fall of each content word when the places with the largest weights are deleted."""

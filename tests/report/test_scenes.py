@@ -106,3 +106,9 @@ def test_attention_that_looks_nowhere_points_at_nothing():
     scene = {"objects": [box], "names": {"circle": [0]}}
     even = scenes.score_scenes([scene], [["circle"]], [torch.full((1, 4), 0.25)])
     assert even["pointing"] is None and even["by chance"] == 25
+
+
+def test_pointing_does_not_take_a_sentinel_for_a_place():
+    scene = {"objects": [{"color": "red", "shape": "circle", "box": [0.5, 0.0, 1.0, 0.5]}]}
+    alphas = torch.tensor([[0.1, 0.3, 0, 0, 0.6]])  # of 2 x 2 places, above on the right
+    assert scenes.pointing(scene, ["circle"], alphas) == [(True, 0.25)]

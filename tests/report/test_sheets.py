@@ -69,6 +69,20 @@ def test_the_sheet_says_how_far_attention_is_spread():
         assert note in [text.get_text() for text in sheet.texts]
 
 
+def test_with_a_sentinel_each_word_says_how_much_it_looks():
+    picture = Image.fromarray(make_picture(1))
+    alphas = torch.tensor([[0.31, 0.31, 0, 0, 0.38], [0.01, 0.01, 0.01, 0.01, 0.96]])
+    sheet = sheets.attention_sheet(picture, ["dog", "of"], alphas)
+    texts = [text.get_text() for text in sheet.texts]
+    assert texts[-2:] == ["dog  (looks 62%)", "of  (looks 4%)"]
+    assert "attention spread over 3 of 4 places; words look 33% on average" in texts
+    # a word that hardly looks lights nothing
+    looks, hardly = (np.asarray(image.get_array()).mean() for image in sheet.images[1:])
+    assert hardly < looks
+    whole, *frames, _ = sheets.attention_frames(picture, ["dog", "of"], alphas)
+    assert len(frames) == 2 and all(frame.shape == whole.shape for frame in frames)
+
+
 def test_panels_are_lit_where_the_model_looked():
     picture = Image.fromarray(np.full((90, 90, 3), (200, 60, 60), np.uint8))
     alpha = torch.full((9,), 0.02)
