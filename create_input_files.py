@@ -6,7 +6,6 @@ python create_input_files.py --dataset shapes    # generated pictures
 python create_input_files.py --dataset own --captions own.csv --images own
 """
 
-import contextlib
 import difflib
 import sys
 import time
@@ -22,13 +21,9 @@ from captioning.run.lazy import lazy
 from utils import UserError
 
 datasets, models, downloads, formats, records, contact_sheet = lazy(
-    "datasets",
-    "models",
-    "captioning.data.downloads",
-    "captioning.data.formats",
-    "captioning.data.records",
-    "captioning.report.contact_sheet",
-)
+    "datasets", "models", "captioning.data.downloads", "captioning.data.formats",
+    "captioning.data.records", "captioning.report.contact_sheet",
+)  # fmt: skip
 
 
 def main(args):
@@ -42,7 +37,7 @@ def main(args):
         return
     start = time.monotonic()
     lost = records.Lost(paths.left_out_path(args.data_folder, name), args.skip_bad_pictures)
-    with no_empty_folder(args.data_folder):
+    with files.no_empty_folder(args.data_folder):
         pictures, notes, source = find_records(args, lost)
         files.check_disk(args.data_folder, len(pictures) * 3 * args.image_size**2)
         sizes = {"image_size": args.image_size, "captions_per_image": args.captions_per_image}
@@ -63,12 +58,22 @@ def main(args):
 
 def find_records(args, lost):
     """:return: list of ``datasets.Record``, notes for the user, and where they come from"""
-    if args.dataset == "shapes":
-        return *datasets.shapes_records(seed=args.seed, size=args.image_size), "generated"
-    if args.images:
-        captions = captions_of(args)
-        pictures, notes = datasets.custom_records(args.images, captions, args.seed, lost)
-        return pictures, notes, formats.fingerprint(captions)
+    return SOURCES.get(args.dataset, own)(args, lost)
+
+
+def own(args, lost):
+    """Pictures and captions of any name, in a format that ``formats`` knows."""
+    found = datasets.custom_records(args.images, captions_of(args), args.seed, lost)
+    return *found, formats.fingerprint(captions_of(args))
+
+
+def generated(args, lost):
+    """Pictures of coloured shapes, of which none is lost."""
+    return *datasets.shapes_records(seed=args.seed, size=args.image_size), "generated"
+
+
+def flickr8k(args, lost):
+    """Flickr8k, of which is downloaded what is not there."""
     folders = args.source or [args.data_folder]
     if not args.source:
         found = zip(downloads.ARCHIVES, datasets.flickr8k_files(folders))  # pictures, captions
@@ -77,7 +82,9 @@ def find_records(args, lost):
     return *datasets.flickr8k_records(folders, args.seed, lost), f"Flickr8k, {split}"
 
 
-KNOWN = ("flickr8k", "flickr30k", "coco", "shapes")
+# To add a source, add an entry: a name for --dataset, and a function that returns what
+# ``find_records`` does, with a digest of the captions in its last part (``formats.fingerprint``).
+SOURCES = {"flickr8k": flickr8k, "flickr30k": own, "coco": own, "shapes": generated}
 
 NUMBERS = {  # flags: lowest, highest and default value, help
     "captions_per_image": (1, 100, 5, "captions to train on; more are drawn from by --seed"),
@@ -93,8 +100,8 @@ def get_args_parser():
     description, _, examples = (__doc__ or "").strip().partition("\n\n")
     parser = command_line.ArgumentParser(description=description, examples=examples)
     group = parser.add_argument_group("where the pictures and captions come from")
-    known = lambda name: name.lower() if name.lower() in KNOWN else name
-    text = f"{', '.join(KNOWN)} (generated), or a name for your own data"
+    known = lambda name: name.lower() if name.lower() in SOURCES else name
+    text = f"{', '.join(SOURCES)} (shapes are generated), or a name for your own data"
     group.add_argument("--dataset", type=known, default="flickr8k", help=text)
     paths = {"action": "extend", "type": Path, "nargs": "+"}
     text = "Flickr8k: its archives, what they unpack to, or Kaggle's folder"
@@ -128,22 +135,23 @@ def get_args_parser():
 def check_flags(args):
     """:raises UserError: if two flags contradict each other, or one is missing"""
     name, listed = f"--dataset {args.dataset}", args.images or args.captions
+    is_own = SOURCES.get(args.dataset, own) is own
     paths.check_name(args.dataset, "--dataset", 64)
-    near = difflib.get_close_matches(args.dataset.lower(), KNOWN, 1)
+    near = difflib.get_close_matches(args.dataset.lower(), SOURCES, 1)
     hint = f"did you mean {near[0]}? Else" if near else "for your own data"
     for is_wrong, message in (
         (args.dataset == "shapes" and (listed or args.source), f"{name} takes no other data"),
-        (args.source and args.dataset != "flickr8k", f"--source is for Flickr8k, not for {name}"),
+        (args.source and is_own, f"--source is for Flickr8k, not for {name}"),
         (args.captions and not args.images, "--captions needs --images, the folder of pictures"),
-        (listed and args.dataset == "flickr8k", f"{name} is for --source; give another name"),
+        (listed and not is_own, f"{name} is for --source; give another name"),
         (not captions_of(args) and args.images, "--images needs --captions, or metadata in it"),
         (
             not listed and args.dataset in ("flickr30k", "coco"),
             f"{name} needs --captions and --images, such as dataset_{args.dataset}.json and FOLDER",
         ),
         (
-            not listed and args.dataset not in KNOWN,
-            f"{name} is none of {', '.join(KNOWN)}; {hint} give --images and --captions too",
+            not listed and args.dataset not in SOURCES,
+            f"{name} is none of {', '.join(SOURCES)}; {hint} give --images and --captions too",
         ),
     ):
         if is_wrong:
@@ -166,7 +174,10 @@ def is_prepared(args, name, known):
     except UserError as error:
         raise UserError(f"{error}; --force makes it again") from error
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
-    wanted |= {"source": formats.fingerprint(captions_of(args))} if args.images else {}
+    if args.images:
+        wanted["source"] = formats.fingerprint(captions_of(args))
+    elif args.dataset != "flickr8k":  # whose archives need not be there any more
+        wanted["source"] = find_records(args, records.Lost())[2]
     wanted["words_of"] = datasets.word_map_digest(known) if known else ""
     for path in splits:
         dataset = datasets.CaptionDataset(path)
@@ -177,18 +188,6 @@ def is_prepared(args, name, known):
                 what = f"{path} was made with {key} {made or 'none'}, not {value or 'none'}"
                 raise UserError(f"{what}; give --force to make it again, or another --data_folder")
     return True
-
-
-@contextlib.contextmanager
-def no_empty_folder(folder):
-    """Remove the folders that a failure left empty."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):  # it is not there, or not empty
-                path.rmdir()
 
 
 def describe_losses(summaries, args):

@@ -48,6 +48,18 @@ def atomic_path(path):
 
 
 @contextlib.contextmanager
+def no_empty_folder(folder):
+    """Remove the folders that a failure left empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def locked(path, what, wait=False):
     """Hold a lock file, which the system releases when the process ends, however it ends.
 
