@@ -2,15 +2,20 @@
 
 Each snippet is added to models.py as it stands here. A model with it trains, its checkpoint loads,
 captions pictures by beam search and draws its attention, and no other function needs an edit.
+
+Then five further changes, counted in lines and places: two of models.py, and a patch for each
+script that has no table for it.
 """
 
 import math
+import re
+import types
 
 import pytest
 import test_encoders
 import test_models
 import torch
-from conftest import make_decoder, make_picture, train_args
+from conftest import ROOT, make_decoder, make_picture, train_args
 from helpers import CAPTIONS, LENGTHS, PICTURES, features
 from PIL import Image
 
@@ -19,6 +24,10 @@ import datasets
 import models
 import train
 import utils
+from captioning.data import formats
+from captioning.model.decoders import DecoderOutput
+from captioning.report import curves, metrics
+from captioning.run import files, paths
 
 DOT_PRODUCT_ATTENTION = """
 class DotProductAttention(nn.Module):
@@ -108,6 +117,183 @@ FURTHER = {
     "two layers": ("DECODERS", "two_layers", TWO_LAYERS, ["--decoder", "two_layers"], 20),
 }  # fmt: skip
 
+COVERAGE_LOSS = """
+@@
+-        return models.caption_loss(
++        loss, nll = models.caption_loss(
+             output, batch.num_words, args.label_smoothing, args.alpha_c, grounding=args.grounding,
+             decoder=self.captioner.decoder,
+         )  # fmt: skip
++        covered = output.alphas.cumsum(dim=1) - output.alphas  # (B, steps, num_pixels), so far
++        again = torch.minimum(output.alphas, covered).sum()  # See et al. 2017, eq. 13
++        return loss + args.coverage * again / batch.num_words, nll
+@@
+     add("--alpha_c", type=weight, default=0.1, help=text)
++    text = "weight of the coverage loss (See et al. 2017): attention leaves where it has been"
++    add("--coverage", type=weight, default=0.0, help=text)
+"""
+
+OWN_METRIC = """
+@@
+     own = row.pop("each")
++    own["known words"] = [  # of a caption, that people say of the picture, in percent
++        100 * len(set(words) & set().union(*said)) / max(1, len(set(words)))
++        for words, said in zip(captions, data.references)
++    ]
++    row["known words"] = sum(own["known words"]) / len(captions)
+"""
+
+OWN_SOURCE = """
+@@
+ SOURCES = {"flickr8k": flickr8k, "flickr30k": own, "coco": own, "shapes": generated}
++
++
++def album(args, lost):
++    '''A folder whose album.txt has lines [PICTURE SPLIT], and below each its captions.'''
++    (folder,), pictures = args.source or [args.data_folder], []
++    for line in (folder / "album.txt").read_text(encoding="utf-8").splitlines():
++        if line.startswith("["):
++            name, split = line.strip("[]").split()
++            image = lambda size, path=folder / name: datasets.open_image(path, size)
++            pictures.append(datasets.Record(name, split, [], image))
++        elif line:
++            pictures[-1].captions.append(line)
++    return pictures, [], formats.fingerprint([folder / "album.txt"])
++
++
++SOURCES["album"] = album
+"""
+
+# patches of a script, and in how many places and lines they may change it
+PATCHES = {
+    "a coverage loss": ("train", COVERAGE_LOSS, 2, 16),
+    "a metric": ("eval", OWN_METRIC, 1, 6),
+    "a source of data": ("create_input_files", OWN_SOURCE, 1, 20),
+}
+
+
+def lines_of(change):
+    """How many lines a snippet or a patch takes, without empty ones."""
+    return len(re.findall(r"^[+-]." if "@@" in change else r"^.*\S", change, re.MULTILINE))
+
+
+@pytest.mark.parametrize("what", PATCHES)
+def test_a_patch_changes_few_lines_in_few_places(what):
+    _, patch, places, most = PATCHES[what]
+    assert patch.count("@@") == places and 1 <= lines_of(patch) <= most
+
+
+def test_the_guide_says_how_many_lines_the_further_changes_take():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (told,) = re.findall(r"^\*\*Other changes\*\*.*?\n\n", guide, re.MULTILINE | re.DOTALL)
+    changes = [of[2] for of in FURTHER.values()] + [of[1] for of in PATCHES.values()]
+    assert re.findall(r"\((\d+)", told) == [str(lines_of(change)) for change in changes]
+
+
+def patched(what):
+    """The module of a script as it is with a patch of ``PATCHES``."""
+    script, patch, *_ = PATCHES[what]
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    for place in patch.split("@@\n")[1:]:
+        before, after = (
+            "".join(f"{line[1:]}\n" for line in place.splitlines() if line[0] in kinds)
+            for kinds in (" -", " +")
+        )
+        assert text.count(before) == 1, f"{script}.py has no longer one place like this:\n{before}"
+        text = text.replace(before, after)
+    module = types.ModuleType(script)
+    exec(compile(text, f"{script}.py", "exec"), vars(module))
+    return module
+
+
+def test_a_coverage_loss_has_its_value():
+    """Two captions of three and two words, with two places to look at."""
+    alphas = torch.tensor([[[0.5, 0.5], [0.8, 0.2], [0.1, 0.9]], [[1, 0], [1, 0], [0, 0]]])
+    by_hand = (0.5 + 0.2) + (0.1 + 0.7) + 1
+    scores, targets = torch.zeros(5, 10), torch.arange(1, 6)
+    output = DecoderOutput(scores, targets, alphas, None, torch.tensor([0, 1, 0, 1, 0]))
+    batch, module = types.SimpleNamespace(num_words=torch.tensor(5.0)), patched("a coverage loss")
+    losses = {}
+    for weight in ("0", "2"):
+        args = module.get_args_parser().parse_args(["--coverage", weight])
+        trainer = types.SimpleNamespace(args=args, captioner=types.SimpleNamespace(decoder=None))
+        losses[weight], _ = module.Trainer.loss(trainer, output, batch)
+    assert losses["0"] == models.caption_loss(output, 5, args.label_smoothing, args.alpha_c)[0]
+    assert losses["2"] - losses["0"] == pytest.approx(2 * by_hand / 5)
+
+
+def test_a_coverage_loss_is_a_flag_of_the_training(training_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)
+    module, records = patched("a coverage loss"), {}
+    for weight in ("0", "5"):
+        args = train_args(training_data, tmp_path / weight, "--epochs", "1")
+        flags = module.get_args_parser().parse_args(["--coverage", weight])
+        module.main(types.SimpleNamespace(**vars(flags) | vars(args)))
+        checkpoint = models.load_checkpoint(models.run_checkpoint(tmp_path / weight))
+        assert checkpoint["config"]["coverage"] == float(weight)
+        records[weight] = checkpoint["history"][0]
+        assert ("--coverage 5.0" in capsys.readouterr().out) == (weight == "5")
+    assert records["5"]["loss"] > records["0"]["loss"] + 1
+    assert records["5"]["nll"] != records["0"]["nll"]  # its gradient reaches the weights
+    with pytest.raises(SystemExit):
+        module.get_args_parser().parse_args(["--coverage", "-1"])
+
+
+def test_a_metric_is_in_the_table_the_files_and_the_page(
+    talkative, training_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(metrics, "_meteor", lambda gts, res: None)
+    module, page = patched("a metric"), tmp_path / "page.html"
+    flags = ["--model", talkative, "--data_folder", training_data[0], "--output_folder", tmp_path]
+    flags += ["--beam_size", "2", "--html", page, "--device", "cpu", "--max_decode_steps", "8"]
+    module.main(module.get_args_parser().parse_args(list(map(str, flags))))
+
+    data = datasets.CaptionDataset(paths.split_path(training_data[0], "test", training_data[1]))
+    said = files.read_json(paths.captions_path(tmp_path, training_data[1], "test", 2))
+    expected = []
+    for row, references in zip(said, data.references):
+        words = set(row["caption"].split())
+        expected.append(100 * sum(any(w in r for r in references) for w in words) / len(words))
+    assert [row["known words"] for row in said] == pytest.approx(expected, abs=0.01)
+    found = files.read_json(paths.metrics_path(tmp_path, training_data[1], "test"))
+    assert found["beam_sizes"]["2"]["known words"] == pytest.approx(sum(expected) / len(expected))
+    mean = f"{sum(expected) / len(expected):.2f}"
+    assert re.search(rf"known words +{mean} +-\n", capsys.readouterr().out)  # "-": of people
+    shown = page.read_text(encoding="utf-8")
+    assert f"<th>known words</th><td>{mean}</td>" in shown
+    assert all(f"known words {score:.1f}" in shown for score in expected)
+    assert "known words" in paths.scores_path(tmp_path, training_data[1], "test").read_text()
+
+
+def test_a_source_of_data_is_prepared_and_its_digest_held(tmp_path, capsys, fails):
+    module, lines = patched("a source of data"), []
+    for i, split in enumerate(["train", "train", "val", "test"]):
+        Image.fromarray(make_picture(i)).save(tmp_path / f"{i}.png")
+        lines += [f"[{i}.png {split}]", f"a dog runs {i}", "a dog", ""]
+    album, out = tmp_path / "album.txt", tmp_path / "out"
+    album.write_text("\n".join(lines), encoding="utf-8")
+    flags = ["--dataset", "album", "--source", tmp_path, "--data_folder", out]
+    flags = [*map(str, flags), "--image_size", "32", "--min_word_freq", "1"]
+    prepare = lambda *more: module.main(module.get_args_parser().parse_args([*flags, *more]))
+    prepare()
+    data = datasets.CaptionDataset(
+        paths.split_path(out, "train", datasets.base_name("album", 5, 1))
+    )
+    assert data.image_names == ["0.png", "1.png"]
+    assert data.raw_references == [["a dog runs 0", "a dog"], ["a dog runs 1", "a dog"]]
+    expected = datasets.resize_image(make_picture(1), 32)
+    assert (data.images([1])[0] == expected).all()
+    assert data.attributes["source"] == formats.fingerprint([album])
+    capsys.readouterr()
+    prepare()
+    assert "already" in capsys.readouterr().out
+    album.write_text("\n".join(lines).replace("a dog runs 3", "a cat runs 3"), encoding="utf-8")
+    with fails(r"was made with source album.txt \(SHA-256 .*, not album.txt .*; give --force"):
+        prepare()
+    prepare("--force")
+    with fails("--dataset album is for --source"):
+        prepare("--images", str(tmp_path))
+
 
 @pytest.fixture
 def change(monkeypatch):
@@ -170,7 +356,7 @@ def test_a_further_change_trains_captions_and_draws(
     what, change, training_data, tmp_path, monkeypatch, capsys
 ):
     _, name, snippet, flags, most = FURTHER[what]
-    assert len([line for line in snippet.splitlines() if line.strip()]) <= most
+    assert lines_of(snippet) <= most
     change(what)
     checkpoint = train_caption_and_draw(training_data, tmp_path, monkeypatch, capsys, *flags)
     assert name in (checkpoint["config"]["attention"], checkpoint["config"]["decoder"])
