@@ -1,4 +1,4 @@
-"""The data of the trial with few pictures of one's own, for docs/results.md.
+"""The data of the trials with few pictures, for docs/results.md.
 
     python docs/adapting.py --source data --folder adapting --seed 0
 
@@ -8,7 +8,8 @@ pictures of dogs (at least three of the five captions name one), four fifths of 
 one fifth to validate on, the smaller sets within the larger; the test split is the same in all, the
 dogs of Flickr8k's test split. both200.csv: base.csv's training and validation pictures and those of
 own200.csv together. language200.csv, language1000.csv: own200.csv and own1000.csv in a made-up
-language, every word replaced by another. --seed draws the pictures; base.csv is always the same.
+language, every word replaced by another. quarter.csv: the official split with a quarter of its
+training pictures. --seed draws the pictures; base.csv is always the same.
 """
 
 import argparse
@@ -62,6 +63,13 @@ def own_pictures(records, size, seed):
     return sum(drawn, [])
 
 
+def a_quarter(records, seed):
+    """The records with a quarter of the training pictures."""
+    training = [record for record in records if record.split == "train"]
+    drawn = random.Random(seed).sample(training, len(training) // 4)
+    return drawn + [record for record in records if record.split != "train"]
+
+
 def in_made_up_language(record):
     """The record with every word replaced by another: read from its end, with an ending."""
     words = map(datasets.tokenize, record.captions)
@@ -79,6 +87,7 @@ def trials(records, seed, sizes=SIZES, together=200, languages=(200, 1000)):
         **{f"own{size}": own[size] for size in sizes},
         f"both{together}": learned + own[together],
         **{f"language{size}": list(map(in_made_up_language, own[size])) for size in languages},
+        "quarter": a_quarter(records, seed),
     }
 
 

@@ -309,17 +309,19 @@ def test_the_trial_deals_out_dogs(adapting):
         *(datasets.Record(f"m-{split}", split, man * 3) for split in datasets.SPLITS),
     ]
     found = adapting["trials"](records, seed=0, sizes=(5, 10), together=5, languages=(5,))
-    assert sorted(found) == ["base", "both5", "language5", "own10", "own5"]
+    assert sorted(found) == ["base", "both5", "language5", "own10", "own5", "quarter"]
     splits = lambda part: [sum(r.split == split for r in part) for split in datasets.SPLITS]
     names = {key: {r.name for r in part} for key, part in found.items()}
     assert names["base"] == {"m-train", "m-val", "m-test"}
     assert splits(found["own5"]) == [4, 1, 3] and splits(found["own10"]) == [8, 2, 3]
     assert names["own5"] < names["own10"]
     assert names["both5"] == names["own5"] | {"m-train", "m-val"}
+    assert splits(found["quarter"]) == [2, 5, 4]  # of 10 training pictures, and all others
     first = found["language5"][0]
     assert first.captions[:2] == ["aux nworbux godux", "owtux sgodux nurux"]
     again = adapting["trials"](records, seed=0, sizes=(5, 10), together=5, languages=(5,))
     other = adapting["trials"](records, seed=1, sizes=(5, 10), together=5, languages=(5,))
     assert again == found and other["base"] == found["base"] and other["own5"] != found["own5"]
+    assert other["quarter"] != found["quarter"]
     with pytest.raises(UserError, match="8 pictures of dogs in train, expected 16"):
         adapting["trials"](records, seed=0, sizes=(20,), together=5, languages=())
