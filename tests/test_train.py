@@ -390,6 +390,13 @@ def test_resuming_with_other_flags_is_refused_and_names_them(flags, training_dat
         run(training_data, trained, "--resume", *flags)
 
 
+def test_a_run_whose_validation_was_too_large_goes_on_with_a_narrower_beam(
+    training_data, trained, tmp_path
+):
+    resumed = run(training_data, tmp_path, "--resume", trained, "--epochs", 3, "--beam_size", 1)
+    assert len(resumed["history"]) == 3 and resumed["config"]["beam_size"] == 1
+
+
 @pytest.mark.parametrize("grounding", [0.5, 0])
 def test_a_new_run_goes_on_with_the_attention_teacher(grounding, training_data, tmp_path):
     """If there is one: a checkpoint may have been trained without."""

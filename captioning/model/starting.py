@@ -20,6 +20,7 @@ from captioning.run.paths import checkpoint_path
 MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
     "encoder_weights", "init_from", "word_map", "embeddings", "checkpoint_every", "tensorboard",
+    "beam_size",
 )  # fmt: skip
 
 
