@@ -173,7 +173,7 @@ ALLOWED = {
     "copy pinned memory": lambda x, i: i.copy_(torch.arange(5).pin_memory(), non_blocking=True),
 }
 VARIANTS = [
-    "--decoder gru --encoded_image_size 3 --device cuda:1 --grounding 0.2 --attend_word",
+    "--decoder gru --attention adaptive --encoded_image_size 3 --device cuda:1 --grounding 0.2",
     "--amp --attention hard --position_encoding",
     "--scheduled_sampling linear --ss_min 0.3 --attention hard --grounding 0.2",
     "--scheduled_sampling inverse_sigmoid --ss_argmax --encoded_image_size 1",
