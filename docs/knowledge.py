@@ -8,7 +8,7 @@ share that at least one of the picture's references names, too, and how often th
 features: a linear probe, ridge regression from the picture's mean feature to each of the twenty
 commonest nouns (named by at least two of its captions), fitted on the training split, its penalty
 chosen on validation; its average precision on the test split shows how plainly the frozen CNN's
-features tell what is there.
+features tell what is there. At last: which gender captions assume.
 """
 
 import argparse
@@ -42,6 +42,10 @@ NOUNS = """man dog boy woman girl people water shirt grass child snow beach ball
     mountain bike pool rock tree wall horse car"""
 
 
+WOMEN = {"woman", "women", "girl", "girls", "lady", "ladies", "female", "she", "her"}
+MEN = {"man", "men", "boy", "boys", "guy", "guys", "gentleman", "male", "he", "his"}
+
+
 def is_kind(kind, word):
     if kind == "actions":  # in these captions nearly all verbs are participles: "is running"
         return bool(re.fullmatch(r"\w{2,}ing", word)) and word not in NOT_ACTIONS.split()
@@ -57,6 +61,20 @@ def score_captions(references, captions):
             w in said for said, words in zip(known, captions) for w in words if is_kind(kind, w)
         ]
         found[kind] = 100 * sum(hits) / max(1, len(hits)), 100 * len(hits) / len(captions)
+    return found
+
+
+def genders(references, captions):
+    """What captions say of pictures of which at least three people wrote of one gender alone.
+
+    :return: dict of "women" and "men": (pictures, captions with a female word, with a male word)
+    """
+    found = {}
+    for name, own, other in (("women", WOMEN, MEN), ("men", MEN, WOMEN)):
+        only = lambda words, own=own, other=other: own & set(words) and not other & set(words)
+        rows = [i for i, said in enumerate(references) if sum(map(bool, map(only, said))) >= 3]
+        said = [sum(bool(words & set(captions[i])) for i in rows) for words in (WOMEN, MEN)]
+        found[name] = (len(rows), *said)
     return found
 
 
@@ -100,7 +118,7 @@ def main():
     parser.add_argument("--data_folder", type=Path, default=Path("data"))
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     args = parser.parse_args()
-    probes = {}
+    probes, assumed = {}, {}
     print("| run | probe | " + " | ".join((*KINDS, "actions")) + " |\n" + "|---" * 7 + "|")
     for run in args.runs:
         captioner = models.load_captioner(models.run_checkpoint(run))
@@ -124,6 +142,10 @@ def main():
         found = score_captions(test.references, captions)
         cells = [f"{right:.1f} ({often:.0f})" for right, often in found.values()]
         print(f"| {run.name} | {probes[captioner.config['encoder']]:.1f} | {' | '.join(cells)} |")
+        assumed[run.name] = genders(test.references, captions)
+    for run, found in assumed.items():
+        for name, (count, female, male) in found.items():
+            print(f"{run}: of {count} pictures of {name} {female} get a female word, {male} a male")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,24 @@ GROUNDED = {
     "ResNet-50 … and three with `--grounding 0.6`": "late50-0.6",
     "ResNet-50, `--preset focus`": "focus50",
 }
+LOOKING = {  # the whole recipe, taught to look until the self-critical epochs
+    "LSTM, stage 1": "look",
+    "LSTM, 2": "look-fine",
+    "LSTM, 3": "look-scst",
+    "LSTM, 4": "look-mean",
+    "LSTM, 3e": "look-scst8",
+    "LSTM, 4e": "look-mean8",
+    "Transformer, stage 1": "tlook",
+    "Transformer, 2": "tlook-fine",
+    "Transformer, 3": "tlook-scst",
+    "Transformer, 4": "tlook-mean",
+}
+SENTINEL = {
+    "soft, three epochs": "lstm",
+    "adaptive, three epochs": "adaptive",
+    "soft, `--preset focus`": "focus",
+    "adaptive, `--preset focus`": "adaptive-focus",
+}
 DECODERS = {"LSTM": "lstm8", "GRU": "gru8"}
 DECODERS_OF_ALL_KINDS = DECODERS | {"Transformer": "transformer8"}
 SAMPLED = {  # eight epochs, the schedules falling to 0.25
@@ -150,8 +168,8 @@ ADAPTED = {
     for old in ("", "-old")
 }
 ALL = (
-    FOCUS, GROUNDED, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS, FROM_SCRATCH,
-    STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT, ADAPTED,
+    FOCUS, GROUNDED, LOOKING, SENTINEL, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS,
+    FROM_SCRATCH, STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT, ADAPTED,
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ TITLES = {
     "words used": "different words", "distinct captions": "distinct, %",
     "repeats itself": "repeats itself, %", "colours agreed": "colours, %",
     "numbers agreed": "numerals, %", "function places": "places, function words",
+    "looks": "looks, %", "function looks": "function words look, %",
 }  # fmt: skip
 
 
@@ -175,6 +176,12 @@ TABLES = {
     ),
     "sampling": lambda runs: scores_table(runs, of("LSTM"), SAMPLING, beams=("1", "5")),
     "gaze": lambda runs: scores_table(runs, shown.FOCUS, ("BLEU-4", "CIDEr", *GLANCE)),
+    "looking": lambda runs: scores_table(
+        runs, shown.LOOKING, (*SHORT, "repeats itself", *GLANCE[:3])
+    ),
+    "sentinel": lambda runs: scores_table(
+        runs, shown.SENTINEL, ("BLEU-4", "CIDEr", *GLANCE[:3], "looks", "function looks")
+    ),
     "attention": lambda runs: scores_table(runs, shown.ATTENTIONS, SCENES[:4]),
     "recipe": lambda runs: scores_table(
         runs, {k: v for k, v in shown.BEST.items() if k[:2] != "3c"}, SHORT, beams=("5", "20")
@@ -198,6 +205,9 @@ TABLES = {
     "beams": lambda runs: scores_table(
         runs, shown.BEAMS, (*SHORT, "words per caption", "ms per picture"), ("val",),
         ("1", "2", "3", "5", "8"), first="length penalty",
+    ),
+    "looking in full": lambda runs: scores_table(
+        runs, shown.LOOKING, (*METRICS, *VARIETY, *GLANCE[:3]), BOTH
     ),
     "grounded": lambda runs: scores_table(runs, shown.GROUNDED, (*SHORT, *GAZE), ("val",)),
     "no repeat": lambda runs: scores_table(runs, shown.NO_REPEAT, (*SHORT, "repeats itself"), BOTH),

@@ -273,6 +273,13 @@ def test_words_of_a_kind_are_right_where_a_reference_has_them():
     assert found["actions"] == (0, 50)
 
 
+def test_genders_are_counted_where_people_agree():
+    woman, man, both = ["a", "woman"], ["two", "men"], ["a", "man", "and", "a", "girl"]
+    references = [[woman] * 3 + [man], [man] * 4 + [both], [woman, woman, both, both], [both] * 5]
+    captions = [["a", "boy"], ["men"], ["a", "woman"], ["a", "lady"]]
+    assert knowledge.genders(references, captions) == {"women": (1, 0, 1), "men": (1, 0, 1)}
+
+
 def test_a_linear_probe_finds_what_features_show():
     rng = np.random.default_rng(0)
     features = [rng.normal(size=(200, 5)).astype(np.float32) for _ in range(3)]
