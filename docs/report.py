@@ -60,6 +60,7 @@ def read_run(folder):
             for key, default in defaults.items()
             if key not in ELSEWHERE and config.get(key, default) != default
         }
+        options |= options.pop("decoder_options", {})  # each is a flag of its own
         if (
             "encoder_weights" in options
         ):  # imagenet, none, or a file, of which the name tells enough

@@ -176,9 +176,6 @@ TABLES = {
     ),
     "sampling": lambda runs: scores_table(runs, of("LSTM"), SAMPLING, beams=("1", "5")),
     "gaze": lambda runs: scores_table(runs, shown.FOCUS, ("BLEU-4", "CIDEr", *GLANCE)),
-    "looking": lambda runs: scores_table(
-        runs, shown.LOOKING, (*SHORT, "repeats itself", *GLANCE[:3])
-    ),
     "sentinel": lambda runs: scores_table(
         runs, shown.SENTINEL, ("BLEU-4", "CIDEr", *GLANCE[:3], "looks", "function looks")
     ),
@@ -206,8 +203,11 @@ TABLES = {
         runs, shown.BEAMS, (*SHORT, "words per caption", "ms per picture"), ("val",),
         ("1", "2", "3", "5", "8"), first="length penalty",
     ),
-    "looking in full": lambda runs: scores_table(
-        runs, shown.LOOKING, (*METRICS, *VARIETY, *GLANCE[:3]), BOTH
+    "looking": lambda runs: scores_table(
+        runs, shown.LOOKING, (*SHORT, *VARIETY, *GLANCE[:3]), BOTH
+    ),
+    "sentinel in full": lambda runs: scores_table(
+        runs, shown.SENTINEL, (*SHORT, *GLANCE[:3], "looks", "function looks"), BOTH
     ),
     "grounded": lambda runs: scores_table(runs, shown.GROUNDED, (*SHORT, *GAZE), ("val",)),
     "no repeat": lambda runs: scores_table(runs, shown.NO_REPEAT, (*SHORT, "repeats itself"), BOTH),

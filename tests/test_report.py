@@ -78,9 +78,9 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
     for name in ("mine-seed0", "gru-seed2"):
         shutil.copytree(trained, tmp_path / name)
     (log,) = (tmp_path / "gru-seed2").glob("log_*.jsonl")
-    log.write_text(
-        log.read_text().replace('"encoder_weights": "none"', '"encoder_weights": "/a/b"')
-    )
+    text = log.read_text().replace('"encoder_weights": "none"', '"encoder_weights": "/a/b"')
+    text = text.replace('"decoder": "lstm"', '"decoder": "transformer"')
+    log.write_text(text.replace('"decoder_options": {}', '"decoder_options": {"layers": 3}'))
     folder = tmp_path / "mine-seed0"
     flags = f"--model {folder / best_checkpoint.name} --data_folder {training_data[0]}"
     flags += " --beam_size 1 5 --device cpu --max_decode_steps 8"
@@ -93,6 +93,7 @@ def test_a_run_is_taken_in_with_its_options_and_scores(
     assert (
         run["options"]["encoder_weights"] == "none" and other["options"]["encoder_weights"] == "b"
     )
+    assert other["options"]["layers"] == 3 and "decoder_options" not in other["options"]
     assert run["options"]["encoder"] == "resnet18" and "data_folder" not in run["options"]
     assert [epoch["epoch"] for epoch in run["epochs"]] == [1, 2] and "torch" in run["machine"]
     assert run["parameters"] == sum(
