@@ -161,6 +161,25 @@ def test_what_else_it_could_have_said_stands_below_with_its_own_word_marked(open
     assert page.locator(".panel li.own span").first.text_content() == "dog"
     below = "word => getComputedStyle(word, '::after').content"
     assert page.locator(".word").first.evaluate(below).startswith('"4"')
+    one_line = "word => getComputedStyle(word, '::after').whiteSpace"  # 100 below "a", too
+    assert page.locator(".word").first.evaluate(one_line) == "nowrap"
+
+
+def test_with_a_sentinel_each_word_says_how_much_it_looks(open_page):
+    alphas = torch.zeros(2, 10)  # of nine places and the sentinel
+    alphas[0, 3], alphas[0, 9], alphas[1, 9] = 0.62, 0.38, 1.0
+    found = types.SimpleNamespace(alphas=alphas, word_log_probs=[np.log(0.5)] * 2)
+    page = open_page(captions_page(picture("dog.jpg", page_room.page_caption("ab", found, {}))))
+    for i, (share, width) in enumerate([("62 %", "62%"), ("<0.1 %", "0%")]):
+        word = page.locator(".word").nth(i)
+        word.hover()
+        assert page.locator(".panel").inner_text() == f"{'ab'[i]} 50 %, looks {share}"
+        size = word.evaluate("word => getComputedStyle(word).backgroundSize")
+        assert size.startswith(width)
+    assert "the line under a word tells how much" in page.locator("#lead").inner_text()
+    page.locator(".word").first.hover()
+    _, opacity = lit(page)
+    assert np.argmax(opacity) == 3 and opacity[3] > 200
 
 
 def test_the_keyboard_goes_from_word_to_word_and_from_caption_to_caption(open_page):
