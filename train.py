@@ -21,7 +21,7 @@ if sys.flags.safe_path:
 import utils
 from captioning.run import command_line, distributed, files, machine, messages, paths, signals
 from captioning.run.lazy import lazy
-from captioning.run.presets import ATTENTION_DEFAULTS, DECODER_DEFAULTS, PRESETS
+from captioning.run.presets import DECODER_DEFAULTS, PRESETS
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
@@ -430,7 +430,7 @@ def get_args_parser():
     text = "of each attention of the transformer (default: 4)"
     add("--heads", **own, type=number(int, 1, 64), help=text)
     text = "soft weighs all places, adaptive a place for not looking as well, hard samples one"
-    text += " (REINFORCE), mean does not look anywhere; adaptive has --alpha_c 0"
+    text += " (REINFORCE), mean does not look anywhere"
     add("--attention", default="soft", metavar="NAME", help=text)
     add("--attention_dim", type=width, default=512, help="width of the attention network")
     add("--embed_dim", type=width, default=512, help="width of the word embedding")
@@ -537,5 +537,5 @@ def check_args(args):
 
 
 if __name__ == "__main__":
-    defaults = {"preset": PRESETS, "decoder": DECODER_DEFAULTS, "attention": ATTENTION_DEFAULTS}
+    defaults = {"preset": PRESETS, "decoder": DECODER_DEFAULTS}
     utils.run(main, command_line.with_defaults(get_args_parser(), defaults))

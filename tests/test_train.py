@@ -212,14 +212,6 @@ def test_a_preset_changes_defaults_and_a_flag_beside_it_wins(monkeypatch):
     assert args.grounding == 0.1
 
 
-def test_adaptive_attention_is_not_asked_to_visit_every_place(monkeypatch):
-    defaults = {"preset": train.PRESETS, "attention": train.ATTENTION_DEFAULTS}
-    for more, alpha_c in (([], 0.0), (["--alpha_c", "0.2"], 0.2)):
-        monkeypatch.setattr("sys.argv", ["train.py", "--attention", "adaptive", *more])
-        args = command_line.with_defaults(train.get_args_parser(), defaults).parse_args()
-        assert args.alpha_c == alpha_c
-
-
 # --------------------------------------------------------------------------------------- continuing
 
 

@@ -1,4 +1,4 @@
-"""Defaults that belong together: of a kind of data, of a purpose, of a decoder, of attention."""
+"""Defaults that belong together: of a kind of data, of a purpose, of a decoder."""
 
 FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
@@ -20,7 +20,3 @@ DECODER_DEFAULTS = {  # defaults that suit a decoder; any flag given beside --de
     "transformer": {"learning_rate": 4e-4, "dropout": 0.3, "embed_dropout": 0.3,
                     "deep_output": False, "attend_word": False},
 }  # fmt: skip
-
-ATTENTION_DEFAULTS = {  # the penalty asks that places are visited: a sentinel would have no weight
-    "adaptive": {"alpha_c": 0.0},
-}
