@@ -56,6 +56,7 @@ LOOKING = {  # the whole recipe, taught to look until the self-critical epochs
 SENTINEL = {
     "soft, three epochs": "lstm",
     "adaptive, three epochs": "adaptive",
+    "adaptive, `--alpha_c 0`, three epochs": "adaptive-free",
     "soft, `--preset focus`": "focus",
     "adaptive, `--preset focus`": "adaptive-focus",
 }

@@ -176,9 +176,6 @@ TABLES = {
     ),
     "sampling": lambda runs: scores_table(runs, of("LSTM"), SAMPLING, beams=("1", "5")),
     "gaze": lambda runs: scores_table(runs, shown.FOCUS, ("BLEU-4", "CIDEr", *GLANCE)),
-    "sentinel": lambda runs: scores_table(
-        runs, shown.SENTINEL, ("BLEU-4", "CIDEr", *GLANCE[:3], "looks", "function looks")
-    ),
     "attention": lambda runs: scores_table(runs, shown.ATTENTIONS, SCENES[:4]),
     "recipe": lambda runs: scores_table(
         runs, {k: v for k, v in shown.BEST.items() if k[:2] != "3c"}, SHORT, beams=("5", "20")
@@ -206,7 +203,7 @@ TABLES = {
     "looking": lambda runs: scores_table(
         runs, shown.LOOKING, (*SHORT, *VARIETY, *GLANCE[:3]), BOTH
     ),
-    "sentinel in full": lambda runs: scores_table(
+    "sentinel": lambda runs: scores_table(
         runs, shown.SENTINEL, (*SHORT, *GLANCE[:3], "looks", "function looks"), BOTH
     ),
     "grounded": lambda runs: scores_table(runs, shown.GROUNDED, (*SHORT, *GAZE), ("val",)),

@@ -95,7 +95,8 @@ def test_with_a_sentinel_the_gaze_says_how_much_words_look_and_which_look_least(
             return images, (torch.zeros(len(images), 1, 1),)
 
         def step(self, words, state, images):
-            share = torch.tensor([[looks.get(word, 0.5)] for word in words[:, 0].tolist()])
+            share = torch.tensor([looks.get(word, 0.5) for word in words[:, 0].tolist()])
+            share = share.view(-1, 1)  # there may be no words
             places = torch.tensor([0.5, 0.5] + 14 * [0])
             alpha = torch.cat([share * places, 1 - share], dim=1)
             attention = types.SimpleNamespace(alpha=alpha[:, None])
