@@ -141,9 +141,10 @@ def soft(energies, decoder):
     return AttentionOutput(alpha, alpha)
 
 
-# To add an attention, add an entry: the network that scores the places, and what its energies do.
+# To add an attention, add an entry: the network that scores the places, what its energies do, and
+# perhaps a sentinel, which stands behind the places.
 ATTENTIONS = {"soft": (Attention, soft), "hard": (Attention, hard), "mean": (NoAttention, soft)}
-ATTENTIONS |= {"adaptive": (Attention, soft)}  # with a ``VisualSentinel`` behind the places
+ATTENTIONS |= {"adaptive": (Attention, soft, VisualSentinel)}
 
 
 class DecoderWithAttention(nn.Module):
@@ -174,7 +175,7 @@ class DecoderWithAttention(nn.Module):
         cell=nn.LSTMCell,
     ):  # fmt: skip
         super().__init__()
-        score, self.attend = look_up(ATTENTIONS, attention, "attention")
+        score, self.attend, *sentinel = look_up(ATTENTIONS, attention, "attention")
         self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
         self.deep_output, self.position_encoding = deep_output, position_encoding
         self.attend_word = attend_word
@@ -188,7 +189,7 @@ class DecoderWithAttention(nn.Module):
         inits = [nn.Linear(encoder_dim, decoder_dim) for _ in range(states - 1)]
         self.init_c, self.init_more = (inits or [None])[0], nn.ModuleList(inits[1:])
         widths = encoder_dim, attention_dim, embed_dim, decoder_dim
-        self.sentinel = VisualSentinel(*widths) if attention == "adaptive" else None
+        self.sentinel = sentinel[0](*widths) if sentinel else None
         self.f_beta = None if self.sentinel else nn.Linear(decoder_dim, encoder_dim)
         if deep_output:
             self.deep_h = nn.Linear(decoder_dim, embed_dim)
