@@ -34,30 +34,33 @@ def main(args):
         print(machine.describe_machine(device))
         mine, rows, said, failed = distributed.share(len(data)), {}, {}, []
         features = functools.cache(lambda c: c.features(data, args.data_folder, mine, args.workers))
-        for label, (captioners, beam_size, consensus) in searches.items():
-            outs = [features(captioner) for captioner in captioners]
-            gazed = gaze.gaze_features(captioners, outs[0], mine.start)
-            machine.set_seed(0)  # of sampled locations
-            began = time.time()
-            options = command_line.search_options(args)
-            options |= {"beam_size": beam_size, "consensus": consensus}
-            options["with_alphas"] = data.scenes is not None or args.html is not None
-            found = models.caption_split(captioners, outs, **options)
-            best = [hypotheses[0] for hypotheses in sum(distributed.all_gather(found), [])]
-            seconds = time.time() - began
-            if distributed.is_main():
-                captions = [captioners[0].text(hypothesis) for hypothesis in best]
-                rows[label], own = score(data, captions, [h.alphas for h in best])
-                said[label] = captions, best, own
-                evaluation.write_captions(data, said[label], outputs["captions"][label])
-                with messages.naming("the gaze could not be measured", failed):
-                    if gazed is not None:
-                        rows[label] |= gaze.measure_gaze(captioners[0], gazed, best)
-                rows[label]["ms per picture"] = 1000 * seconds / len(captions)
-        if distributed.is_main():
-            figures = {label: score(data, captions) for label, captions in theirs.items()}
-            said |= {label: (theirs[label], None, own) for label, (_, own) in figures.items()}
-            report(args, data, outputs, rows, {k: row for k, (row, _) in figures.items()}, said)
+        try:
+            for label, (captioners, beam_size, consensus) in searches.items():
+                outs = [features(captioner) for captioner in captioners]
+                gazed = gaze.gaze_features(captioners, outs[0], mine.start)
+                machine.set_seed(0)  # of sampled locations
+                began = time.time()
+                options = command_line.search_options(args)
+                options |= {"beam_size": beam_size, "consensus": consensus}
+                options["with_alphas"] = data.scenes is not None or args.html is not None
+                found = models.caption_split(captioners, outs, **options)
+                best = [hypotheses[0] for hypotheses in sum(distributed.all_gather(found), [])]
+                seconds = time.time() - began
+                if distributed.is_main():
+                    captions = [captioners[0].text(hypothesis) for hypothesis in best]
+                    row, own = score(data, captions, [h.alphas for h in best])
+                    told = captions, best, own
+                    evaluation.write_captions(data, told, outputs["captions"][label])
+                    with messages.naming("the gaze could not be measured", failed):
+                        if gazed is not None:
+                            row |= gaze.measure_gaze(captioners[0], gazed, best)
+                    row["ms per picture"] = 1000 * seconds / len(captions)
+                    rows[label], said[label] = row, told
+        finally:  # should a later search fail, the earlier ones' figures are not lost
+            if rows:
+                figures = {label: score(data, captions) for label, captions in theirs.items()}
+                said |= {label: (theirs[label], None, own) for label, (_, own) in figures.items()}
+                report(args, data, outputs, rows, {k: row for k, (row, _) in figures.items()}, said)
     if failed:  # all else was scored and written
         sys.exit(1)
 
@@ -219,7 +222,7 @@ def report(args, data, outputs, rows, theirs, said):
             print(f"{label if label in theirs else f'{kind} {label}'}: {short}")
     if None in data.image_ids:
         print("image_id in the captions is the row number: the data's source gave no ids")
-    written = outputs["metrics"], outputs["scores"], *outputs["captions"].values()
+    written = [outputs["metrics"], outputs["scores"], *(outputs["captions"][k] for k in rows)]
     print(f"written: {written[0]}", *written[1:], sep="\n  ")
     if args.html:
         if not args.compare:

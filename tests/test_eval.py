@@ -532,3 +532,23 @@ def test_a_gaze_that_fails_loses_no_metrics(
     row = files_room.read_json(path)["beam_sizes"]["2"]
     whole = evaluate(training_data, tmp_path / "whole", *flags)["beam_sizes"]["2"]
     assert row["CIDEr"] == whole["CIDEr"] and "places" in whole and "places" not in row
+
+
+def test_a_search_that_fails_loses_no_figures_of_the_earlier_ones(
+    talkative, training_data, tmp_path, no_java, monkeypatch, capsys
+):
+    search = models.caption_split
+
+    def fails_at_three(*args, **options):
+        if options["beam_size"] == 3:
+            raise MemoryError
+        return search(*args, **options)
+
+    monkeypatch.setattr(models, "caption_split", fails_at_three)
+    with pytest.raises(MemoryError):
+        evaluate(training_data, tmp_path / "out", "--model", talkative, "--beam_size", 1, 2, 3)
+    (path,) = (tmp_path / "out").glob("metrics_*.json")
+    metrics = files_room.read_json(path)
+    assert list(metrics["beam_sizes"]) == ["1", "2"] and "CIDEr" in metrics["beam_sizes"]["2"]
+    written = capsys.readouterr().out.partition("written: ")[2].split()
+    assert len(written) == 4 and all(Path(path).exists() for path in written)
