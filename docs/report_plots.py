@@ -163,9 +163,10 @@ def adapting_plot(runs):
             one.plot(list(found), means, "-", color=color)
             for size, figures in found.items():
                 one.plot([size] * len(figures), figures, "o", color=color, markersize=4)
-            ends.append((max(found), means[-1], label.partition(" of ")[0], color))
+            ends.append((SIZES[-1], means[-1], label.partition(" of ")[0], color))
     one.set_xscale("log")
-    one.set_xticks(SIZES, SIZES)
+    one.margins(y=0.15)  # names pushed up stay below the title
+    one.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
     one.minorticks_off()
     label_ends(one, ends)
     one.set_xlabel("pictures of dogs", fontsize=12)

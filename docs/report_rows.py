@@ -61,7 +61,13 @@ SENTINEL = {
     "adaptive, `--preset focus`": "adaptive-focus",
 }
 DECODERS = {"LSTM": "lstm8", "GRU": "gru8"}
-DECODERS_OF_ALL_KINDS = DECODERS | {"Transformer": "transformer8"}
+DECODERS_OF_ALL_KINDS = DECODERS | {
+    "Transformer": "transformer8",
+    "ResNet-50, LSTM": "resnet50",
+    "ResNet-50, Transformer": "transformer50",
+    "a quarter of the pictures, LSTM": "quarter-lstm",
+    "a quarter of the pictures, Transformer": "quarter-transformer",
+}
 SAMPLED = {  # eight epochs, the schedules falling to 0.25
     "LSTM": "lstm8",
     "LSTM, linear": "lstm8-linear",
@@ -161,7 +167,7 @@ ADAPTING = {  # to dogs, of which the base has seen none; "-old" is scored on wh
     "mean of base and adapted": "adapt-mean{}",
     "trained on both together": "adapt-both{}",
 }
-SIZES = (20, 60, 200)  # pictures of dogs
+SIZES = (20, 60, 200, 1000)  # pictures of dogs
 ADAPTED = {
     f"{label}, {size}{old}": name.format(size) + old
     for label, name in ADAPTING.items()

@@ -98,7 +98,7 @@ def adapting_table(runs):
             names = name.format(size), f"{name.format(size)}-old"
             figures = [[row["CIDEr"] for row in scored(runs, n, "test", "5")] for n in names]
             if figures[0] and (size == shown.SIZES[0] or "{}" in name):
-                body.append([size if "{}" in name else "", label, *map(cell, figures)])
+                body.append([f"{size:,}" if "{}" in name else "", label, *map(cell, figures)])
     header = ["pictures", "", "CIDEr on dogs", "CIDEr on pictures without dogs"]
     return table(header, body)
 
