@@ -142,7 +142,7 @@ def soft(energies, decoder):
 
 
 # To add an attention, add an entry: the network that scores the places, what its energies do, and
-# perhaps a sentinel, which stands behind the places.
+# perhaps a sentinel behind the places, which is scored by the layers of an Attention.
 ATTENTIONS = {"soft": (Attention, soft), "hard": (Attention, hard), "mean": (NoAttention, soft)}
 ATTENTIONS |= {"adaptive": (Attention, soft, VisualSentinel)}
 

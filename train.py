@@ -25,8 +25,8 @@ from captioning.run.presets import DECODER_DEFAULTS, PRESETS
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
-batches, cider, cuda_graphs, decoders, schedules, starting, tally, vocabulary = lazy(
-    *("batches", "cider", "cuda_graphs", "decoders", "schedules", "starting", "tally"),
+batches, cider, cuda_graphs, decoders, dry_run, schedules, starting, tally, vocabulary = lazy(
+    *("batches", "cider", "cuda_graphs", "decoders", "dry_run", "schedules", "starting", "tally"),
     "vocabulary",
     within="captioning.model",
 )
@@ -339,8 +339,9 @@ def prepare(args, stack):
     sizes = vars(args) | {"encoder_dim": encoder.encoder_dim}
     build, encoder_dim = functools.partial(models.build_decoder, sizes), encoder.encoder_dim
     decoder = build(len(word_map))
+    dry_run.check_loadable(decoder, functools.partial(build, len(word_map)))
     if args.embeddings and not resuming:
-        starting.fill_embedding(decoder.embedding, args.embeddings, word_map)
+        starting.fill_embedding(decoder, args.embeddings, word_map)
     if checkpoint:  # of other words, perhaps: what is new to it keeps what it was given above
         words = checkpoint["word_map"], word_map
         encoder.load_state_dict(checkpoint["encoder"])
@@ -367,7 +368,7 @@ def prepare(args, stack):
         trainer.features, trainer.val_features = starting.frozen_features(
             captioner, (train_data, val_data), args.data_folder, args.amp, args.workers
         )
-    decoders.check_decoder(captioner, train_data, trainer.features)
+    dry_run.check_decoder(captioner, train_data, trainer.features)
     decoder.sample_location = args.sample_location
     if resuming:
         starting.resume(trainer, checkpoint, path)

@@ -29,7 +29,9 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
 
     :return: lists of (length, vocab_size) scores and (length, num_pixels) alphas, one per caption
     """
-    if type(decoder) is not models.DecoderWithAttention:
+    cells = torch.nn.RNNCell, torch.nn.GRUCell, torch.nn.LSTMCell
+    is_paper = type(decoder) is models.DecoderWithAttention and type(decoder.decode_step) in cells
+    if not is_paper:
         return by_its_own_step(decoder, encoder_out, captions, lengths, pictures)
     scores, alphas = [], []
     size = math.isqrt(encoder_out.shape[1])
@@ -209,7 +211,7 @@ def test_gradients_are_the_same_every_time():
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
 
-@pytest.mark.parametrize("decoder", RECURRENT)
+@pytest.mark.parametrize("decoder", ["lstm", "gru"])
 def test_parameter_names_are_the_tutorials(decoder):
     layers = [
         "attention.encoder_att",

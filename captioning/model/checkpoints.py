@@ -99,8 +99,8 @@ def check_checkpoint(checkpoint, path, build):
         check_config(config, word_map)
         with torch.device("meta"):  # which has shapes, and no memory
             encoder, decoder = build(config, len(word_map))
-        check_weights("encoder", encoder.state_dict(), checkpoint["encoder"])
-        check_weights("decoder", decoder.state_dict(), checkpoint["decoder"])
+        check_weights("encoder", encoder, checkpoint["encoder"])
+        check_weights("decoder", decoder, checkpoint["decoder"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         missing = isinstance(error, KeyError)
         reason = f"{error} is missing" if missing else str(error).partition("\n")[0][:160]
@@ -130,15 +130,16 @@ def check_config(config, word_map):
             raise ValueError(f"its configuration says {key}={config[key]!r}")
 
 
-def check_weights(name, expected, given):
-    """:raises ValueError: if weights have other shapes than expected, or are not all there"""
+def check_weights(name, module, given):
+    """:raises ValueError: if weights have other shapes than a module's, or are not all there"""
     kinds = lambda state: {key: (t.shape, t.is_floating_point()) for key, t in state.items()}
     tensors, fault = given.values(), None
-    if kinds(expected) != kinds(given):
+    learned = {key for key, _ in module.named_parameters()}  # a buffer may mask by -inf
+    if kinds(module.state_dict()) != kinds(given):
         fault = "do not fit its own configuration"
     elif any(t.layout != torch.strided or t.untyped_storage().nbytes() < t.nbytes for t in tensors):
         fault = "claim more than the file holds"
-    elif not all(t.isfinite().all() for t in tensors):
+    elif not all((t.isfinite() if k in learned else ~t.isnan()).all() for k, t in given.items()):
         fault = "are not all finite, as after a training that diverged"
     if fault:
         raise ValueError(f"the weights of its {name} {fault}")

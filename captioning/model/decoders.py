@@ -78,18 +78,24 @@ def count_states(cell, input_size):
 
     :raises UserError: if the cell cannot begin without a state, as torch's own cells can
     """
+    name = type(cell).__name__
     try:
         # autocast would keep bfloat16 copies of these random weights, and use them once a
         # checkpoint's weights have been loaded in their place
         with torch.autocast("cpu", enabled=False):
             state = cell(torch.zeros(1, input_size))
-    except TypeError as error:
-        name = type(cell).__name__
+    except (TypeError, AttributeError) as error:
         raise UserError(
             f"the cell {name} breaks its contract: called without a state it should begin with "
             f"zeros, as torch's own cells do ({error})"
         ) from error
-    return len(state) if isinstance(state, tuple) else 1
+    states = state if isinstance(state, tuple) else (state,)
+    if not all(map(torch.is_tensor, states)):
+        raise UserError(
+            f"the cell {name} breaks its contract: it should return its state, a tensor or a tuple "
+            "of tensors, as torch's own cells do"
+        )
+    return len(states)
 
 
 COMMON = {"encoder_dim", *ARCHITECTURE, *DROPOUTS} - {"encoder", "decoder", "decoder_options"}
@@ -122,67 +128,3 @@ def fitting(factory, config):
             value = "" if given[name] is True else f" {given[name]}"
             raise UserError(f"--{name}{value} is not for --decoder {config['decoder']}")
     return {name: value for name, value in given.items() if name in known}
-
-
-@torch.no_grad()
-def check_decoder(captioner, dataset, features=None):
-    """Hold a decoder to its three methods, by a dry run over two rows before the first epoch.
-
-    :param dataset, features: ``CaptionDataset``; its images' features, float (N, n, encoder_dim),
-        if there are any yet
-    :raises UserError: if a method does not keep to the contract; the message names it
-    """
-
-    def expect(holds, method, what):
-        if not holds:
-            name = type(decoder).__name__
-            raise UserError(f"{name}.{method} breaks a decoder's contract: expected {what}")
-
-    def check_state(state, method, rows):
-        tensors = isinstance(state, tuple) and len(state) and all(map(torch.is_tensor, state))
-        expect(tensors, method, "the state to be a tuple of tensors")
-        shapes = " and ".join(str(tuple(s.shape)) for s in state)
-        what = f"states of shape (2, {rows}, ...), found {shapes}"
-        expect(all(s.shape[:2] == (2, rows) for s in state), method, what)
-
-    decoder, device, two = captioner.decoder, captioner.device, [0, len(dataset) - 1]
-    if features is None:
-        features = captioner.encode(torch.from_numpy(dataset.images(two)))
-    else:
-        features = features[two].to(device)
-    if not features.isfinite().all():
-        return  # the training will say that its loss is not finite
-    vocab_size = decoder.vocab_size
-    index = torch.arange(2, device=device)  # (B,)
-    captions = (torch.arange(1, 9, device=device) % vocab_size).view(2, 4)
-    was_training = decoder.training
-    decoder.eval()
-    start = decoder.init_hidden_state(features, index)
-    expect(isinstance(start, tuple) and len(start) == 2, "init_hidden_state", "(context, state)")
-    context, first = start
-    check_state(first, "init_hidden_state", 1)
-    for rows in (3, 1):  # as in beam search, and as in training
-        state = tuple(s.expand(-1, rows, *s.shape[2:]) for s in first)
-        shape, said = (2, rows, vocab_size), []
-        for t in range(3):
-            found = decoder.step(captions[:, t : t + 1].expand(-1, rows), state, context)
-            is_triple = isinstance(found, tuple) and len(found) == 3
-            expect(is_triple, "step", "(scores, attention, state)")
-            scores, attention, state = found
-            expect(scores.shape == shape, "step", f"scores {shape}, found {tuple(scores.shape)}")
-            check_state(state, "step", rows)
-            what = f"{len(first)} states as from init_hidden_state, found {len(state)}"
-            expect(len(state) == len(first), "step", what)
-            alpha = attention.alpha.float()
-            what = f"alpha (2, {rows}, num_pixels), found {tuple(alpha.shape)}"
-            expect(alpha.dim() == 3 and alpha.shape[:2] == (2, rows), "step", what)
-            total = alpha.sum(dim=2)
-            what = f"alpha that sums to 1, found {total.flatten()[0]:.3f}"
-            expect((total - 1).abs().max() < 1e-2, "step", what)
-            said.append(scores[:, 0])
-    output, said = decoder(features, captions, [3, 3], index), torch.cat(said)  # (6, vocab_size)
-    what = f"packed scores {tuple(said.shape)}, found {tuple(output.scores.shape)}"
-    expect(output.scores.shape == said.shape, "forward", what)
-    gap = (output.scores - said).abs().max() / said.abs().max().clamp_min(1)
-    expect(gap < 1e-2, "forward", f"the scores of step, found others by {gap:.2g}")
-    decoder.train(was_training)

@@ -80,9 +80,16 @@ def as_built(args, parser, config, path, resuming=False):
     flags, defaults = vars(args), vars(parser.parse_args([]))
     for key in ARCHITECTURE:  # a flag may agree or be left out
         given, built = flags[key], config[key]
-        given = built | given if isinstance(given, dict) else given
-        if given not in (built, defaults[key]):
-            raise UserError(f"--{key} {given}: {path} was built with {built}; leave the flag out")
+        if isinstance(given, dict):  # options of a decoder, each a flag of its own
+            asked = [
+                f"--{name} {value}" for name, value in given.items() if built.get(name) != value
+            ]
+            wrong, built = ", ".join(asked), ", ".join(f"--{k} {v}" for k, v in built.items())
+        else:
+            wrong = "" if given in (built, defaults[key]) else f"--{key} {given}"
+        if wrong:
+            built = built or "no such flag"
+            raise UserError(f"{wrong}: {path} was built with {built}; leave the flag out")
     flags = flags | {key: config[key] for key in ARCHITECTURE}
     if flags["scst"] and flags["attention"] == "hard":
         raise UserError("--scst does not train hard attention: start from soft attention")
@@ -165,8 +172,15 @@ def restore_optimizer(optimizer, state):
         group.update(kept)
 
 
-def fill_embedding(embedding, path, word_map):
-    """Put a file's word vectors into an ``nn.Embedding``; words that it lacks keep theirs."""
+def fill_embedding(decoder, path, word_map):
+    """Put a file's word vectors into a decoder's ``embedding``; words that it lacks keep theirs.
+
+    :raises UserError: if it has none
+    """
+    embedding = getattr(decoder, "embedding", None)
+    if not isinstance(embedding, torch.nn.Embedding):
+        name = type(decoder).__name__
+        raise UserError(f"--embeddings {path}: {name} has no nn.Embedding of the name embedding")
     vectors, found = load_embeddings(path, word_map, embedding.embedding_dim)
     with torch.no_grad():
         embedding.weight[torch.from_numpy(found)] = torch.from_numpy(vectors[found])

@@ -9,10 +9,18 @@ def word_rows(build):
     """Names of a module's tensors that have a row for each word.
 
     :param build: function of the number of words that builds the module
+    :raises UserError: if a tensor has words in another dimension than the first
     """
     with torch.device("meta"):  # which has shapes, and no memory
         few, more = (build(count).state_dict() for count in (8, 9))
-    return [key for key in few if few[key].shape != more[key].shape]
+    keys = [key for key in few if few[key].shape != more[key].shape]
+    for key in keys:
+        if few[key].shape[1:] != more[key].shape[1:]:
+            raise UserError(
+                f"other words cannot be taken over: {key} should have them in its first dimension, "
+                "as the weight of an nn.Embedding or an nn.Linear has"
+            )
+    return keys
 
 
 def with_words(state, known, fresh, word_map, build):
@@ -26,6 +34,8 @@ def with_words(state, known, fresh, word_map, build):
     :return: state dict for ``word_map``: the rows of the words that both know, and all tensors that
         belong to no word, are those of ``state``
     """
+    if known == word_map:
+        return state
     shared = [word for word in word_map if word in known]
     to, source = ([ids[word] for word in shared] for ids in (word_map, known))
     taken = dict(state)

@@ -17,7 +17,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, examples="", **options):
-        super().__init__(*args, formatter_class=_HelpFormatter, **options)
+        options |= {"formatter_class": _HelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **options)
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
         self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
 
@@ -29,7 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
         name, equals, value = arg.partition("=")
         if re.match("--.", name):
             name, known = "--" + name[2:].replace("-", "_"), self._option_string_actions
-            if not any(flag.startswith(name) for flag in known):
+            if name not in known:
                 hint = did_you_mean(name, known) or "; --help lists all flags"
                 self.error(f"unknown flag {name}{hint}")
         elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):

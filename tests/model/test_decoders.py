@@ -1,74 +1,14 @@
-"""Tests of ``captioning/model/decoders.py``: what decoders keep to, and how others are named."""
+"""Tests of ``captioning/model/decoders.py``: cells and options of decoders."""
 
 import argparse
 
 import pytest
 import torch
-from conftest import make_decoder
-from helpers import PAIRS, features, search
+from helpers import check_contract, features, search
 from torch import nn
 
 import models
-from captioning.model.decoders import check_decoder, fitting, own_options
-
-
-def check(decoder):
-    captioner = argparse.Namespace(decoder=decoder, device=torch.device("cpu"))
-    check_decoder(captioner, range(5), features(5))
-
-
-@pytest.mark.parametrize("decoder, attention", PAIRS)
-@pytest.mark.parametrize("training", [True, False])
-def test_every_decoder_keeps_the_contract(decoder, attention, training):
-    decoder = make_decoder(decoder=decoder, attention=attention).train(training)
-    before = torch.get_rng_state()
-    check(decoder)
-    assert decoder.training == training
-    assert torch.equal(torch.get_rng_state(), before)  # a training draws what it would have drawn
-
-
-def broken(method, change):
-    """A decoder of which one method's result is changed."""
-    decoder = make_decoder()
-    original = getattr(decoder, method)
-    setattr(decoder, method, lambda *args, **options: change(*original(*args, **options)))
-    return decoder
-
-
-FAULTS = {
-    "not a pair": ("init_hidden_state", lambda context, state: context, "(context, state)"),
-    "a list": ("init_hidden_state", lambda context, state: (context, [*state]), "tuple of tensors"),
-    "no state": ("init_hidden_state", lambda context, state: (context, ()), "tuple of tensors"),
-    "flat": (
-        "init_hidden_state", lambda c, state: (c, tuple(s[:, 0] for s in state)), "found (2, 7)",
-    ),
-    "not a triple": ("step", lambda scores, attention, state: (scores, state), "attention, state)"),
-    "less": ("step", lambda s, a, state: (s, a, state[:1]), "2 states .*, found 1"),
-    "rows lost": (
-        "step", lambda s, a, state: (s, a, tuple(x[:, :1] for x in state)), "(2, 3, ...)",
-    ),
-    "other scores": ("step", lambda s, a, state: (s[..., 1:], a, state), "(2, 3, 10), found"),
-    "does not sum to 1": (
-        "step", lambda s, a, state: (s, a._replace(alpha=a.alpha / 2), state), "found 0.500",
-    ),
-    "forgets": (
-        "step", lambda s, a, state: (s, a, tuple(x * 0 for x in state)), "the scores of step",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_breaks_the_contract_is_named(fault, fails):
-    method, change, expected = FAULTS[fault]
-    named = "forward" if fault == "forgets" else method
-    expected = expected.replace("(", r"\(").replace(")", r"\)")
-    with fails(
-        rf"DecoderWithAttention\.{named} breaks a decoder's contract: expected .*{expected}"
-    ):
-        decoder = broken(method, change)
-        if fault == "forgets":  # in forward it does not, which calls the class's own step
-            decoder.forward = lambda *args: make_decoder()(*args)
-        check(decoder)
+from captioning.model.decoders import fitting, own_options
 
 
 class ThreeStates(nn.Module):
@@ -93,7 +33,7 @@ def test_a_cell_is_known_by_what_it_returns(cell, states, word_map):
     decoder = models.recurrent(cell)(10, 6, 5, 4, 7, encoded_image_size=0).eval()
     context, state = decoder.init_hidden_state(features())
     assert [s.shape for s in state] == [(len(features()), 1, 7)] * states
-    check(decoder)
+    check_contract(decoder)
     assert search(decoder, features(), word_map, max_decode_steps=4)
 
 
@@ -103,7 +43,7 @@ def test_a_subclass_of_lstm_cell_is_one():
     class Mine(nn.LSTMCell):
         pass
 
-    check(models.recurrent(Mine)(10, 6, 5, 4, 7))
+    check_contract(models.recurrent(Mine)(10, 6, 5, 4, 7))
 
 
 def test_a_cell_that_cannot_begin_is_refused(fails):

@@ -4,20 +4,18 @@ What a step computes is held to the paper's equations in ``tests/test_models.py`
 """
 
 import re
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_decoder, make_talkative, train_args
-from helpers import CAPTIONS, LENGTHS, PICTURES, features
+from helpers import CAPTIONS, LENGTHS, PICTURES, check_contract, features
 from PIL import Image
 
 import caption
 import eval as evaluate
 import models
 import train
-from captioning.model import decoders as decoders_room
 from captioning.model.grid import effective_places, on_encoder_grid, split_sentinel
 from captioning.run import files
 
@@ -65,8 +63,7 @@ def test_a_word_can_be_said_without_a_look():
 
 def test_the_sentinel_is_a_place_like_others_to_all_who_read_a_decoder(word_map):
     decoder, encoder_out = make_decoder(attention="adaptive"), features()
-    captioner = types.SimpleNamespace(decoder=decoder, device=torch.device("cpu"))
-    decoders_room.check_decoder(captioner, encoder_out, encoder_out)
+    check_contract(decoder)
     output = decoder(encoder_out, CAPTIONS, LENGTHS, PICTURES)
     sums = output.alphas.sum(2)  # (B, max_decode_length)
     real = torch.tensor([[t < length for t in range(sums.shape[1])] for length in LENGTHS])

@@ -20,10 +20,12 @@ def gaze():
     """Function of a change to a decoder, of features and options: the figures of its gaze."""
 
     def measure(
-        change=lambda decoder: None, features=None, said=SAID, grid=0, wrap=lambda d: d, **options
-    ):
+        change=lambda decoder: None, features=None, said=SAID, grid=0, wrap=lambda d: d,
+        attention="soft", **options,
+    ):  # fmt: skip
         torch.manual_seed(0)
-        decoder = models.DecoderWithAttention(len(WORDS), 12, 8, 8, 8, encoded_image_size=grid)
+        sizes = len(WORDS), 12, 8, 8, 8, attention, grid
+        decoder = models.DecoderWithAttention(*sizes)
         with torch.no_grad():
             change(decoder.eval())
         word_map = {word: i for i, word in enumerate(WORDS)}
@@ -68,6 +70,21 @@ def test_only_what_attention_sees_at_the_word_is_deleted(gaze):
     assert found["fall"] == pytest.approx(0, abs=1e-5)
     assert found["random fall"] == pytest.approx(0, abs=1e-5)
     assert found["movement"] > 0
+
+
+def test_a_sentinel_that_never_looks_feels_no_deletion(gaze):
+    """Its cell reads the picture's mean feature, which is not what attention sees."""
+
+    @torch.no_grad()
+    def never_looks(decoder):
+        network = decoder.attention
+        network.encoder_att.bias.fill_(-1e4)  # the ReLU makes 0 of every place
+        network.decoder_att.weight.zero_(), decoder.sentinel.sentinel_att.weight.zero_()
+        network.decoder_att.bias.fill_(1), network.full_att.weight.fill_(100)
+
+    found = gaze(never_looks, attention="adaptive")
+    assert found["looks"] < 0.1
+    assert found["fall"] == pytest.approx(0, abs=1e-4)
 
 
 def test_the_size_of_a_batch_does_not_change_the_gaze(gaze):

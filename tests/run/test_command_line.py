@@ -44,6 +44,7 @@ def parser():
     [
         ("--no_plto", "unknown flag --no_plto; did you mean --no_plot?"),
         ("--no-plto", "unknown flag --no_plto; did you mean --no_plot?"),
+        ("--spli test", "unknown flag --spli; did you mean --split?"),
         ("--xyzzy 3", "unknown flag --xyzzy; --help lists all flags"),
         ("--dropout 7", "--dropout 7: expected a value from -1 to 1"),
         ("--dropout=-1.5e0", "--dropout -1.5e0: expected a value from -1 to 1"),
