@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from captioning.data.words import PAD_ID, START
+from captioning.model.decoders import ImageContext
 from captioning.model.grid import effective_places, on_encoder_grid, split_sentinel
 from captioning.run.distributed import all_gather
 
@@ -113,6 +114,8 @@ def _gaze_of(captioner, images, captions, generator):
         for name, weights in (("fall", shares), ("random fall", chance[:, t].to(shares))):
             deleted = _without_heaviest(images[rows], weights[rows])
             changed, _ = decoder.init_hidden_state(deleted)
+            if isinstance(changed, ImageContext):  # the mean that a sentinel's cell reads stays
+                changed = changed._replace(mean=context.mean[rows])
             new_scores, _, _ = decoder.step(previous, before, changed)
             falls[name].append(log_prob - _log_prob(new_scores, word))
         state = new_state
