@@ -48,6 +48,8 @@ LOOKING = {  # the whole recipe, taught to look until the self-critical epochs
     "LSTM, 4": "look-mean",
     "LSTM, 3e": "look-scst8",
     "LSTM, 4e": "look-mean8",
+    "LSTM, 4e and eight self-critical epochs more": "look-scst16",
+    "LSTM, mean of 2 and those": "look-mean16",
     "Transformer, stage 1": "tlook",
     "Transformer, 2": "tlook-fine",
     "Transformer, 3": "tlook-scst",
