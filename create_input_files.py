@@ -195,11 +195,11 @@ def describe_losses(summaries, args):
     lines, train = [], summaries["train"]
     for split, summary in summaries.items():
         for key, what in (
-            ("empty", "captions without a word were left out"),
-            ("too_long", "captions longer than --max_len are references, but not trained on"),
-            ("without_captions", "pictures without a usable caption were left out"),
+            ("empty", "left out, captions without a word"),
+            ("too_long", "references only, and not trained on, captions longer than --max_len"),
+            ("without_captions", "left out, pictures without a usable caption"),
         ):
-            lines += [f"{split}: {summary[key]:,} {what}"] * (summary[key] > 0)
+            lines += [f"{split}: {what}: {summary[key]:,}"] * (summary[key] > 0)
         unreadable, most = [*summary["unreadable"].values()], records.MOST_NOTES
         lines += [f"{split}: left out, {message}" for message in unreadable[:most]]
         if len(unreadable) > most:
@@ -222,7 +222,7 @@ def describe(summaries, word_map, known, args):
     words = f"{len(word_map) - 4:,} words and 4 special tokens. Words"
     if known:
         new = len(word_map) - len(known)
-        words = f"the {len(known) - 4:,} words of {args.words_of}, {new:,} new ones and 4 special "
+        words = f"the {len(known) - 4:,} words of {args.words_of}, {new:,} new and 4 special "
         words += "tokens. Other words"
     return "\n".join(lines) + (
         f"\nVocabulary: {words} that occur fewer than {args.min_word_freq:,} times in the training "

@@ -91,7 +91,12 @@ def load(args, device):
     if not name:
         raise UserError(f"{checkpoints[0]} does not say on what it was trained: add --data_name")
     paths.check_name(name)
-    data = datasets.CaptionDataset(paths.split_path(args.data_folder, args.split, name))
+    path = paths.split_path(args.data_folder, args.split, name)
+    names = {captioner.config["data_name"] for captioner in captioners} - {name, ""}
+    if names and not (args.data_name or path.exists()):
+        names = " or ".join(sorted(names))
+        raise UserError(f"there is no {path}, of the first model: add --data_name, perhaps {names}")
+    data = datasets.CaptionDataset(path)
     check_fit(captioners, data)
     theirs = {str(path): others.read_captions(path, data) for path in args.captions}
     outputs = name_files(args, name, checkpoints)
@@ -132,7 +137,8 @@ def name_files(args, name, checkpoints):
     if len(made_by["models"]) > 1:
         name += f"_{'comparison' if args.compare else 'ensemble'}_of_{len(checkpoints)}"
     beside = args.export or args.average or checkpoints[0]
-    folder = args.output_folder or (beside.parent if args.model else Path("captions"))
+    own = Path("captions") if beside == models.DEFAULT_CAPTIONER else beside.parent
+    folder = args.output_folder or own
     files.check_disk(folder, 0)
     metrics = paths.metrics_path(folder, name, args.split)
     known = distributed.broadcast(not metrics.exists() or files.read_json(metrics).get("models"))

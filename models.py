@@ -36,6 +36,7 @@ from captioning.model.beams import (
 )
 from captioning.model.checkpoints import (
     ARCHITECTURE,
+    DEFAULT_CAPTIONER,
     DROPOUTS,
     average_weights,
     export_captioner,

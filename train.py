@@ -519,7 +519,8 @@ def check_args(args):
     faults = [
         (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a "
          "package that is not there: pip install tensorboard"),
-        (args.resume and args.init_from, "--resume goes on, --init_from starts: give one of them"),
+        (args.resume not in (None, "auto") and args.init_from, "--resume CHECKPOINT goes on, "
+         "--init_from starts: give one of them"),
         (args.word_map and not args.init_from, "--word_map is that of --init_from: give that too"),
         (args.scst and not (args.init_from or args.resume), "--scst needs a model: --init_from"),
         (args.preset == "adapt" and not (args.init_from or args.resume), "--preset adapt needs a "

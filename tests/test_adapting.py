@@ -13,6 +13,7 @@ from test_pages import run as run_script
 from test_train import run
 
 import datasets
+import eval as evaluation
 import models
 from captioning.model import checkpoints
 from captioning.report import curves, metrics
@@ -81,7 +82,7 @@ def test_preparing_with_the_words_of_a_model(
     assert {word: own[word] for word in known} == known
     assert sorted(own[word] for word in new) == list(range(len(known), len(own)))
     printed = capsys.readouterr().out
-    assert f"the {len(known) - 4:,} words of {model}, {len(new)} new ones" in printed
+    assert f"the {len(known) - 4:,} words of {model}, {len(new)} new and 4 special" in printed
     train_data = datasets.CaptionDataset(paths.split_path(data[0], "train", data[1]))
     words = sorted(own, key=own.get)
     assert datasets.decode_caption(train_data.captions[1], words) == ["the", "dog", "it", "runs"]
@@ -99,6 +100,8 @@ def test_the_captioner_of_the_suite_is_named_without_its_path(tmp_path, monkeypa
     Path("captioner").mkdir()  # a folder of the user's goes first
     with pytest.raises(UserError, match="holds no BEST_checkpoint"):
         models.run_checkpoint("captioner")
+    with pytest.raises(UserError, match="no file captoner; did you mean captioner"):
+        models.run_checkpoint("captoner")
 
 
 def test_a_model_learns_other_words(training_data, trained, described, tmp_path, capsys):
@@ -111,7 +114,9 @@ def test_a_model_learns_other_words(training_data, trained, described, tmp_path,
     assert own == word_map_of(new)
     shared = own.keys() & known.keys()
     assert shared == {"a", "red", "on", *SPECIAL}
-    assert f"{len(shared)} of {len(own)} words known; 2 begin anew" in capsys.readouterr().out
+    assert (
+        f"{len(shared) - 4} of {len(own) - 4} words known; 2 begin anew" in capsys.readouterr().out
+    )
     for key, tensor in checkpoint["decoder"].items():
         if key in ("embedding.weight", "fc.weight", "fc.bias"):
             for word in shared:
@@ -206,6 +211,22 @@ def test_a_run_goes_on_with_more_pictures(training_data, trained, tmp_path, caps
     assert "5 updates an epoch now and 3 before: epoch 3 begins anew" in capsys.readouterr().err
 
 
+def test_with_more_pictures_the_best_epoch_is_one_of_those_that_saw_them(
+    training_data, trained, tmp_path, capsys
+):
+    """Scores of other validation pictures do not compare: the best model stayed the old one."""
+    data = resized(training_data, tmp_path / "data", 40)
+    before = models.load_checkpoint(paths.checkpoint_path(trained, training_data[1]))
+    for record in before["history"]:
+        record["BLEU-4"] = 99.0
+    models.save_checkpoint(tmp_path / "high.pth.tar", before)
+    flags = ["--resume", tmp_path / "high.pth.tar", "--epochs", 4, "--patience", 1]
+    found = run(data, tmp_path / "out", *flags)
+    best = models.load_checkpoint(paths.checkpoint_path(tmp_path / "out", data[1], best=True))
+    assert len(best["history"]) > 2 and len(found["history"]) > 2
+    assert "in epoch 1 of" not in capsys.readouterr().out
+
+
 def test_a_run_does_not_go_on_with_other_words(training_data, trained, described, tmp_path, fails):
     data = described(tmp_path / "data", ["a red hexagon"], name="shapes")
     with fails("1 are new, [0-9]+ are gone.*start a new run .*--init_from"):
@@ -228,6 +249,31 @@ def test_each_model_speaks_its_own_words(training_data, trained, described, tmp_
         captioner = models.load_captioner(models.run_checkpoint(model))
         said = read_json(paths.captions_path(tmp_path / f"alone-{model.name}", new[1], "test", 2))
         assert {w for row in said for w in row["caption"].split()} <= captioner.word_map.keys()
+
+
+def test_the_model_before_may_be_named_first(
+    training_data, trained, described, tmp_path, capsys, fails
+):
+    """Then it says which data is meant, and which words a mean does not know."""
+    new = described(tmp_path / "data", ["a red hexagon", "red hexagon on grass"])
+    flags = ["--init_from", trained, "--epochs", 1]
+    run(new, tmp_path / "mine", *flags)
+    both = ["--model", trained, tmp_path / "mine", "--beam_size", 1]
+    with fails(f"there is no .*, of the first model: add --data_name, perhaps {new[1]}"):
+        evaluate(new, tmp_path / "both", *both, "--compare")
+    both += ["--data_name", new[1]]
+    evaluate(new, tmp_path / "both", *both, "--compare")
+    assert "too few to tell how far pictures differ" in capsys.readouterr().err
+    evaluate(new, tmp_path / "mean", *both, "--average", tmp_path / "mean.pth.tar")
+    said = capsys.readouterr().err
+    assert "the mean speaks the words of the first model, without the words grass, hexagon" in said
+
+
+def test_scores_of_the_suites_captioner_are_not_written_beside_it():
+    flags = ["--model", "captioner", "--beam_size", "2"]
+    args = evaluation.get_args_parser().parse_args(flags)
+    outputs = evaluation.name_files(args, "mine", [models.run_checkpoint("captioner")])
+    assert outputs["metrics"].parent == Path("captions")
 
 
 def test_those_who_vote_need_one_word_map(trained, described, tmp_path, fails):

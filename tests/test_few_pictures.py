@@ -59,6 +59,7 @@ def test_few_updates_an_epoch_are_a_note_that_says_what_to_do(training_data, tmp
     note = capsys.readouterr().err
     assert "24 training images are 3 updates an epoch at --batch_size 8" in note
     assert "--preset adapt --init_from captioner" in note
+    run(training_data, tmp_path / "on", "--epochs", 1, "--init_from", tmp_path / "few")
     run(training_data, tmp_path / "more", "--epochs", 1, "--batch_size", 2)
     assert "updates an epoch" not in capsys.readouterr().err
 

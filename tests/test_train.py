@@ -538,9 +538,17 @@ def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, 
         run(training_data, tmp_path / "other", "--init_from", start, "--decoder", "gru")
 
 
+def test_a_command_with_init_from_goes_on_by_resume_added(training_data, trained, tmp_path, capsys):
+    flags = ["--init_from", trained, "--resume"]
+    assert len(run(training_data, tmp_path, *flags, "--epochs", 1)["history"]) == 1
+    assert "nothing to resume" in capsys.readouterr().out
+    assert len(run(training_data, tmp_path, *flags, "--epochs", 2)["history"]) == 2
+    assert "resuming after epoch 1" in capsys.readouterr().out
+
+
 def test_resume_or_init_from(training_data, tmp_path, fails):
     with fails("give one of them"):
-        run(training_data, tmp_path, "--resume", "--init_from", "x")
+        run(training_data, tmp_path, "--resume", "y", "--init_from", "x")
     with fails("--word_map is that of --init_from"):
         run(training_data, tmp_path, "--word_map", "words.json")
     with fails("--preset adapt needs a model to go on from"):

@@ -9,7 +9,7 @@ from captioning.data.words import is_word_map
 from captioning.model.tensor_files import load_tensors, save_checkpoint
 from captioning.model.tutorial import tutorial_checkpoint
 from captioning.model.vocabulary import with_words
-from captioning.run.messages import UserError, note
+from captioning.run.messages import UserError, did_you_mean, note
 from captioning.run.paths import checkpoint_path
 
 # What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
@@ -37,6 +37,8 @@ def run_checkpoint(path, name=None):
     path = Path(path)
     if path == Path("captioner") and not path.exists():
         return DEFAULT_CAPTIONER
+    if not path.exists():
+        raise UserError(f"there is no file {path}{did_you_mean(str(path), ['captioner'])}")
     if not path.is_dir():
         return path
     if name and checkpoint_path(path, name, best=True).exists():
@@ -161,6 +163,10 @@ def average_weights(captioners, build):
     if any(kind != kinds[0] for kind in kinds):
         raise UserError("the models are not of one architecture: their weights have no mean")
     first = captioners[0]
+    lost = set().union(*(captioner.word_map for captioner in captioners)) - set(first.word_map)
+    if lost:
+        words = f"{len(lost):,} words" if len(lost) > 3 else f"the words {', '.join(sorted(lost))}"
+        note(f"the mean speaks the words of the first model, without {words} of the others")
     for part in ("encoder", "decoder"):
         states = [getattr(captioner, part).state_dict() for captioner in captioners]
         if part == "decoder":

@@ -96,7 +96,9 @@ class DryRun:
             given = getattr(output, name)
             what = f"{name} {tuple(value.shape)}, found {shape_of(given)}"
             self.expect(shape_of(given) == value.shape, "forward", what)
-            self.same(given.float(), value.float(), "forward", f"the {name} of step")
+            self.same(
+                given.float(), value.float(), "forward", f"the {name} that step and captions give"
+            )
 
     def same(self, found, expected, method, what):
         gap = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-3)

@@ -58,14 +58,19 @@ SCHEDULES = {
 }
 
 
+def of_this_data(history):
+    """The epochs since a run's data last got more pictures or fewer: scores of others say less."""
+    return [record for record in history if not record.get("of_other_data")]
+
+
 def best_score(history, metric):
     """The best score of the epochs so far."""
-    return max((record[metric] for record in history), default=-1.0)
+    return max((record[metric] for record in of_this_data(history)), default=-1.0)
 
 
 def epochs_without_gain(history, metric):
     """How many epochs ago the best score was."""
-    scores = [record[metric] for record in history]
+    scores = [record[metric] for record in of_this_data(history)]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 

@@ -14,7 +14,7 @@ from captioning.model.schedules import best_score
 from captioning.run.distributed import is_main
 from captioning.run.files import check_disk
 from captioning.run.machine import autocast
-from captioning.run.messages import UserError, note
+from captioning.run.messages import UserError, counted, note
 from captioning.run.paths import checkpoint_path
 
 MAY_CHANGE_ON_RESUME = (
@@ -40,15 +40,14 @@ def find_start(folder, name, resume, init_from, read):
     if found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         resume = resume or "auto"
     if resume == "auto":
-        if not found:
-            print(f"nothing to resume at {own[0].absolute()}: starting anew")
-            return None, None, False
-        return *first_readable(found, read), True
-    if resume:
+        if found:
+            return *first_readable(found, read), True
+        print(f"nothing to resume at {own[0].absolute()}: starting anew")
+    elif resume:
         path = Path(resume)
         path = checkpoint_path(path, name) if path.is_dir() else path  # of a run: its latest
         return path, read(path), True
-    if found:
+    elif found:
         raise UserError(
             f"{found[0]} holds an earlier run: add --resume to go on with it, or choose another "
             "--output_folder"
@@ -141,25 +140,28 @@ def resume(trainer, checkpoint, path):
     try:
         restore_optimizer(trainer.optimizer, checkpoint["optimizer"])
         history, trainer.update = checkpoint["history"], int(checkpoint["update"])
-        trainer.history, best = history, best_score(history, metric)
+        trainer.history = history
         trainer.started -= float(checkpoint["seconds"])  # what the run took before counts, too
         before = checkpoint["config"]["total_updates"] // checkpoint["config"]["epochs"]
         if before == per_epoch:
             trainer.tally.load_state_dict(checkpoint["epoch_so_far"])
         else:
             trainer.update = len(history) * per_epoch
+            for record in history:
+                record["of_other_data"] = True
             note(
-                f"{per_epoch} updates an epoch now and {before} before: epoch {len(history) + 1} "
-                "begins anew, and the best score so far is of the data before"
+                f"{counted(per_epoch, 'update')} an epoch now and {before} before: epoch "
+                f"{len(history) + 1} begins anew, and so does the search for the best one"
             )
         if not 0 <= trainer.update - len(history) * per_epoch <= per_epoch:
             raise ValueError(f"{trainer.update} updates in {len(history)} epochs")
+        best = best_score(history, metric)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be "
             "resumed; start a new run from its weights with --init_from"
         ) from error
-    so_far = f"; best {metric} so far {best:.2f}" if history else ""
+    so_far = f"; best {metric} so far {best:.2f}" if best >= 0 else ""
     print(f"resuming after epoch {len(history)}, update {trainer.update}{so_far}")
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from captioning.run.messages import UserError
+from captioning.data.words import END, PAD, START, UNK
+from captioning.run.messages import UserError, counted
 
 
 def word_rows(build):
@@ -52,10 +53,12 @@ def take_over(module, state, known, word_map, build):
 
 def describe(path, known, word_map):
     """Say how many of the words a model knew already; nothing if it knew just these."""
-    new = sum(word not in known for word in word_map)
+    words = word_map.keys() - {PAD, UNK, START, END}
+    new = len(words - known.keys())
     if known.keys() != word_map.keys():
         print(
-            f"{path}: {len(word_map) - new:,} of {len(word_map):,} words known; {new:,} begin anew"
+            f"{path}: {len(words) - new:,} of {counted(len(words), 'word')} known; {new:,} "
+            f"begin{'s' * (new == 1)} anew"
         )
 
 

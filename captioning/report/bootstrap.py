@@ -3,6 +3,7 @@
 import numpy as np
 
 from captioning.report.metrics import bleu, bleu_counts
+from captioning.run.messages import counted, note
 
 FACTS = {"interval": 0.95, "resamples": 1000, "seed": 0}
 
@@ -21,6 +22,11 @@ def differences(references, captions, own):
     :return: dict: for each system but the first one, metric to [difference, low, high]
     """
     labels, count = list(captions), len(references)
+    if count < 30:
+        note(
+            f"{counted(count, 'picture')}: too few to tell how far pictures differ, so the "
+            "differences' 95 % intervals are too narrow"
+        )
     means = [m for m in ("METEOR", "ROUGE-L", "CIDEr") if all(m in own[label] for label in labels)]
     names = [f"BLEU-{n}" for n in range(1, 5)] + means
     parts = []

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from captioning.model.grid import split_sentinel
+from captioning.model.schedules import of_this_data
 from captioning.report.metrics import too_short
 from captioning.run.files import atomic_path
 from captioning.run.messages import counted, note
@@ -27,11 +28,12 @@ def print_header(captioner, train_data, val_data, options):
         f"{len(captioner.word_map) - 4:,} words and 4 special tokens"
     )
     updates = config["total_updates"] // config["epochs"]
-    if updates < 10:
+    if updates < 10 and not config["init_from"]:
         note(
-            f"{len(train_data):,} training images are {updates} updates an epoch at --batch_size "
-            f"{config['batch_size']}: too few to learn much from; go on from a trained model "
-            "(--preset adapt --init_from captioner), or take --batch_size 4 and more --epochs"
+            f"{len(train_data):,} training images are {counted(updates, 'update')} an epoch at "
+            f"--batch_size {config['batch_size']}: too few to learn much from; go on from a "
+            "trained model (--preset adapt --init_from captioner), or take --batch_size 4 and more "
+            "--epochs"
         )
     short = too_short(sum(val_data.references, []))
     if short and config["metric"] == "BLEU-4":
@@ -69,7 +71,7 @@ def print_end(config, history, memory, path):
     if len(history) < epochs:
         why = f"no better {metric} for {config['patience']} epochs (--patience)"
         print(f"stopped after {len(history)} of {epochs} epochs: {why}")
-    best = max(history, key=lambda record: record[metric])
+    best = max(of_this_data(history) or history, key=lambda record: record[metric])
     print(
         f"best {metric} {best[metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
         f"{best['seconds']:.0f} s after the start; peak memory {memory} GB: {path}"

@@ -132,12 +132,16 @@ def _meteor(gts, res):
     try:
         score, own = scorer.compute_score(gts, res)
         return 100 * score, own
-    except (OSError, ValueError) as error:  # Java is there but does not run the program
+    except BaseException as error:  # a signal to stop is one, too
         java = scorer.meteor_p
-        scorer.lock.release()  # else its destructor waits for ever, or complains
+        with contextlib.suppress(RuntimeError):  # it was not held
+            scorer.lock.release()  # else its destructor waits for ever, or complains
         with contextlib.suppress(OSError):
             java.stdin.close()
         java.kill()  # it may have something to say all the same
+        if not isinstance(error, OSError | ValueError):
+            raise
+        # Java is there but does not run the program
         said = (line.decode(errors="replace").strip() for line in (*java.stderr, *java.stdout))
         why = next((line for line in said if not line.startswith("Picked up")), error)
         advice = "see whether java -version works, and let it have half a GB (-Xmx512m)"

@@ -46,7 +46,8 @@ FAULTS = {
         "step", lambda s, a, state: (s, a._replace(alpha=a.alpha / 2), state), "found 0.500",
     ),
     "forgets": (
-        "step", lambda s, a, state: (s, a, tuple(x * 0 for x in state)), "the scores of step",
+        "step", lambda s, a, state: (s, a, tuple(x * 0 for x in state)),
+        "the scores that step and captions give",
     ),
 }  # fmt: skip
 
@@ -139,10 +140,10 @@ class NoStep(nn.Module):
     [
         (MixesBeams, "step .* a row's scores to be those of the row alone, found others by"),
         (LosesPictures, "init_hidden_state .* the image of each row to be that of image_index"),
-        (NamesTheWordBefore, "forward .* the targets of step, found others"),
-        (LooksElsewhere, "forward .* the alphas of step, found others"),
+        (NamesTheWordBefore, "forward .* the targets that step and captions give, found others"),
+        (LooksElsewhere, "forward .* the alphas that step and captions give, found others"),
         (ForgetsAlphas, r"forward .* alphas \(3, 3, 9\), found NoneType"),
-        (MixesRows, "forward .* the rows of step, found others"),
+        (MixesRows, "forward .* the rows that step and captions give, found others"),
         (TellsWeightsAlone, "step .* its attention to be an AttentionOutput"),
         (SevenPlaces, "step .* alpha of a square grid, found 7 places"),
         (TellsScoresAlone, "forward .* a DecoderOutput"),

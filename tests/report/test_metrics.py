@@ -4,6 +4,7 @@ import math
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -117,6 +118,22 @@ def test_java_that_fails_costs_meteor_alone(fake_java, capsys):
     fake_java("echo Picked up options >&2; echo no memory >&2; exit 1")
     assert metrics.score_captions(REFERENCES, HYPOTHESES, meteor=True)["METEOR"] is None
     assert "failed in Java (no memory): " in capsys.readouterr().err
+
+
+def test_a_signal_during_meteor_ends_it(fake_java):
+    """Java's lock stayed held, and the object's destructor waited for it for ever."""
+    fake_java("exec sleep 30")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            metrics.score_captions([[["a", "dog"]]], [["a", "dog"]], meteor=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_java_reads_numbers_as_the_program_writes_them(fake_java, monkeypatch, tmp_path):
