@@ -38,23 +38,12 @@ def main(args):
             for label, (captioners, beam_size, consensus) in searches.items():
                 outs = [features(captioner) for captioner in captioners]
                 gazed = gaze.gaze_features(captioners, outs[0], mine.start)
-                machine.set_seed(0)  # of sampled locations
-                began = time.time()
-                options = command_line.search_options(args)
-                options |= {"beam_size": beam_size, "consensus": consensus}
-                options["with_alphas"] = data.scenes is not None or args.html is not None
-                found = models.caption_split(captioners, outs, **options)
-                best = [hypotheses[0] for hypotheses in sum(distributed.all_gather(found), [])]
-                seconds = time.time() - began
+                best, seconds = search(args, data, captioners, outs, beam_size, consensus)
                 if distributed.is_main():
-                    captions = [captioners[0].text(hypothesis) for hypothesis in best]
-                    row, own = score(data, captions, [h.alphas for h in best])
-                    told = captions, best, own
-                    evaluation.write_captions(data, told, outputs["captions"][label])
+                    told, row = assess(data, captioners[0], best, outputs["captions"][label])
                     with messages.naming("the gaze could not be measured", failed):
-                        if gazed is not None:
-                            row |= gaze.measure_gaze(captioners[0], gazed, best)
-                    row["ms per picture"] = 1000 * seconds / len(captions)
+                        row |= gaze.measure_gaze(captioners[0], gazed, best)
+                    row["ms per picture"] = 1000 * seconds / len(best)
                     rows[label], said[label] = row, told
         finally:  # should a later search fail, the earlier ones' figures are not lost
             if rows:
@@ -63,6 +52,34 @@ def main(args):
                 report(args, data, outputs, rows, {k: row for k, (row, _) in figures.items()}, said)
     if failed:  # all else was scored and written
         sys.exit(1)
+
+
+def search(args, data, captioners, outs, beam_size, consensus):
+    """Caption this process's pictures, and gather those of all.
+
+    :param outs: list of float tensors (N, n, encoder_dim), each captioner's features of them
+    :return: list of the split's best ``Hypothesis``, and the seconds that it took
+    """
+    machine.set_seed(0)  # of sampled locations
+    began = time.time()
+    options = command_line.search_options(args)
+    options |= {"beam_size": beam_size, "consensus": consensus}
+    options["with_alphas"] = data.scenes is not None or args.html is not None
+    found = models.caption_split(captioners, outs, **options)
+    best = [hypotheses[0] for hypotheses in sum(distributed.all_gather(found), [])]
+    return best, time.time() - began
+
+
+def assess(data, captioner, best, path):
+    """Score a search's hypotheses, and write the captions to a file.
+
+    :return: (captions, best, the pictures' own scores), as ``report`` takes it; dict of figures
+    """
+    captions = [captioner.text(hypothesis) for hypothesis in best]
+    row, own = score(data, captions, [hypothesis.alphas for hypothesis in best])
+    told = captions, best, own
+    evaluation.write_captions(data, told, path)
+    return told, row
 
 
 def load(args, device):

@@ -955,7 +955,7 @@ def test_a_validation_that_fails_loses_nothing(training_data, tmp_path, monkeypa
     assert histories[0] == histories[1]
 
 
-def test_the_transformer_trains_samples_and_goes_on(training_data, tmp_path, fails):
+def test_the_transformer_trains_samples_and_goes_on(training_data, tmp_path, fails, monkeypatch):
     """With scheduled sampling, then self-critical, with its own options in the checkpoint."""
     own = ("--decoder", "transformer", "--layers", "1", "--heads", "2")
     sampling = ("--scheduled_sampling", "linear", "--ss_min", "0.5", "--amp")
@@ -968,6 +968,9 @@ def test_the_transformer_trains_samples_and_goes_on(training_data, tmp_path, fai
     assert math.isfinite(scst["history"][0]["val_nll"])
     with fails("--layers 2: .* was built with --layers 1, --heads 2; leave the flag out"):
         run(training_data, tmp_path / "other", *start, "--layers", "2")
+    monkeypatch.setattr("sys.argv", ["train.py", "--decoder=lstm"])  # asked for, if the default
+    with fails("--decoder lstm: .* was built with transformer; leave the flag out"):
+        run(training_data, tmp_path / "other", *start)
     with fails("--layers 2 is not for --decoder lstm"):
         run(training_data, tmp_path / "lstm", "--layers", "2")
 

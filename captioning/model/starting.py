@@ -11,6 +11,7 @@ from captioning.data.words import load_embeddings
 from captioning.model.checkpoints import ARCHITECTURE, run_checkpoint
 from captioning.model.encoders import calibrate
 from captioning.model.schedules import best_score
+from captioning.run.command_line import given_flags
 from captioning.run.distributed import is_main
 from captioning.run.files import check_disk
 from captioning.run.machine import autocast
@@ -76,7 +77,7 @@ def as_built(args, parser, config, path, resuming=False):
     :param resuming: its run is to go on, and only ``MAY_CHANGE_ON_RESUME`` may differ from it
     :raises UserError: if a flag contradicts the checkpoint, or if others have changed
     """
-    flags, defaults = vars(args), vars(parser.parse_args([]))
+    flags, defaults, named = vars(args), vars(parser.parse_args([])), given_flags(parser)
     for key in ARCHITECTURE:  # a flag may agree or be left out
         given, built = flags[key], config[key]
         if isinstance(given, dict):  # options of a decoder, each a flag of its own
@@ -85,7 +86,8 @@ def as_built(args, parser, config, path, resuming=False):
             ]
             wrong, built = ", ".join(asked), ", ".join(f"--{k} {v}" for k, v in built.items())
         else:
-            wrong = "" if given in (built, defaults[key]) else f"--{key} {given}"
+            left_out = given == defaults[key] and key not in named
+            wrong = "" if given == built or left_out else f"--{key} {given}"
         if wrong:
             built = built or "no such flag"
             raise UserError(f"{wrong}: {path} was built with {built}; leave the flag out")

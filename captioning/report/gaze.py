@@ -28,12 +28,12 @@ FUNCTION_WORDS = frozenset(
 
 
 def gaze_features(captioners, features, start, pictures=400):
-    """Features of the first pictures, from all processes; None where there is no gaze to measure.
+    """Features of the first pictures, from all processes; of none if there is no gaze to measure.
 
     :param features: float (N, n, encoder_dim), of this process's share, which begins at ``start``
     """
     if len(captioners) > 1 or captioners[0].config["attention"] == "mean":
-        return None
+        pictures = 0
     return torch.cat(all_gather(features[: max(0, pictures - start)].float()))
 
 
@@ -51,9 +51,10 @@ def measure_gaze(captioner, features, hypotheses, batch_size=16):
         "places" (effective number: exp of the entropy of alpha), "peak" (largest weight),
         "movement" (half the L1 distance to the previous content word's alpha, 0 to 1), "fall" and
         "random fall" (nats), "deletion ratio" (of the two, not where a random tenth costs
-        nothing); the other words' "function places"; and "num_pixels". Empty if nothing was said.
-        Of what a visual sentinel left: "looks" (percent), "function looks", and "looks least for",
-        a dict of ten words; places, peak and movement are then of the weights that places share
+        nothing); the other words' "function places"; and "num_pixels". Empty for N = 0, or if
+        nothing was said. Of what a visual sentinel left: "looks" (percent), "function looks", and
+        "looks least for", a dict of ten words; places, peak and movement are then of the weights
+        that places share
     """
     spoken = [i for i in range(len(features)) if hypotheses[i].words]
     generator, found = torch.Generator().manual_seed(0), collections.defaultdict(list)

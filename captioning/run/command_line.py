@@ -174,6 +174,13 @@ def _device_name(name):
     return name
 
 
+def given_flags(parser):
+    """The names of the flags that stand on the command line itself, a set."""
+    plain = lambda words: {word.partition("=")[0].replace("-", "_") for word in words}
+    words = plain(sys.argv[1:])
+    return {action.dest for action in parser._actions if words & plain(action.option_strings)}
+
+
 def changed_flags(parser, args):
     """The flags that are not as when left out: dict of their groups' titles to dicts."""
     groups = {}

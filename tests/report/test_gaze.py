@@ -101,7 +101,8 @@ def test_the_first_pictures_are_measured_whatever_process_holds_their_features(m
         gaze_room.gaze_features([captioner], share, start, pictures=7)
     assert torch.cat(gathered).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
     captioner.config["attention"] = "mean"
-    assert gaze_room.gaze_features([captioner], shares[0], 0) is None
+    none = gaze_room.gaze_features([captioner], shares[0], 0)
+    assert len(none) == 0 and gaze_room.measure_gaze(captioner, none, []) == {}
 
 
 def test_with_a_sentinel_the_gaze_says_how_much_words_look_and_which_look_least():
