@@ -185,8 +185,13 @@ def is_prepared(args, name, known):
         for key, value in wanted.items():
             made = dataset.attributes.get(key, "")  # an earlier revision knew no words_of
             if made != value:
-                what = f"{path} was made with {key} {made or 'none'}, not {value or 'none'}"
-                raise UserError(f"{what}; give --force to make it again, or another --data_folder")
+                what = f"{key} {made or 'none'}, not {value or 'none'}"
+                if key == "words_of":  # digests, which tell nobody anything
+                    what = (
+                        "another --words_of" if made and value else f"{'no ' * (not made)}--{key}"
+                    )
+                advice = "give --force to make it again with these flags, or another --data_folder"
+                raise UserError(f"{path} was made with {what}; {advice}")
     return True
 
 

@@ -339,6 +339,8 @@ def prepare(args, stack):
     sizes = vars(args) | {"encoder_dim": encoder.encoder_dim}
     build, encoder_dim = functools.partial(models.build_decoder, sizes), encoder.encoder_dim
     decoder = build(len(word_map))
+    if args.scst and getattr(decoder, "attend", None) is models.hard:
+        raise UserError("--scst does not train hard attention: start from soft attention")
     dry_run.check_loadable(decoder, functools.partial(build, len(word_map)))
     if args.embeddings and not resuming:
         starting.fill_embedding(decoder, args.embeddings, word_map)
@@ -353,6 +355,7 @@ def prepare(args, stack):
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     config["total_updates"] = args.epochs * math.ceil(len(train_data) / args.batch_size)
     config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size}
+    config["images_digests"] = [train_data.images_digest, val_data.images_digest]
     config["machine"] = machine.describe_machine(device)
     captioner = models.Captioner(encoder, decoder.to(device), word_map, config)
     latest_path = paths.checkpoint_path(args.output_folder, args.data_name)

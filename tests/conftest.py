@@ -159,10 +159,8 @@ def build_decoder(vocab_size=10, **options):
     :param options: what differs from train.py's flags and from the sizes here
     """
     config = vars(train.get_args_parser().parse_args([])) | dict.fromkeys(models.DROPOUTS, 0.0)
-    config |= {"encoder_dim": 6, "attention_dim": 5, "embed_dim": 4, "decoder_dim": 7}
+    config |= {"encoder_dim": 6, "attention_dim": 8, "embed_dim": 4, "decoder_dim": 7}
     config |= {"encoded_image_size": 0}
-    if options.get("decoder") == "transformer":  # 5 cannot be shared by more heads
-        config["decoder_options"] = {"heads": 1}
     assert options.keys() <= config.keys()
     return models.build_decoder(config | options, vocab_size)
 

@@ -88,7 +88,7 @@ def test_preparing_with_the_words_of_a_model(
     assert datasets.decode_caption(train_data.captions[1], words) == ["the", "dog", "it", "runs"]
     prepare(*flags, "--words_of", model)
     assert "already" in capsys.readouterr().out
-    with fails("made with words_of"):
+    with fails("TRAIN_.*hdf5 was made with a --words_of; give --force"):
         prepare(*flags)
 
 
@@ -160,7 +160,7 @@ def test_another_architecture_is_one_clear_error(
     training_data, trained, described, tmp_path, fails
 ):
     new = described(tmp_path / "data", ["a red hexagon"])
-    with fails("--decoder gru: .* was built with lstm; leave the flag out"):
+    with fails("--decoder gru: .* was built with --decoder lstm; take that, or leave it out"):
         run(new, tmp_path / "out", "--init_from", trained, "--decoder", "gru")
 
 
@@ -177,11 +177,16 @@ def test_vectors_are_for_the_words_that_begin_anew(trained, described, tmp_path)
 # ------------------------------------------------------------------------------------------- resume
 
 
-def resized(training_data, tmp_path, count, reverse=False):
-    """The training data prepared anew with another number of pictures, or its words reversed."""
+def resized(training_data, tmp_path, count, reverse=False, less=0):
+    """The training data prepared anew with another number of pictures, or its words reversed.
+
+    :param less: number of validation pictures that are left out
+    """
     words = list(word_map_of(training_data))
     known = {w: i for i, w in enumerate([words[0], *reversed(words[1:])])} if reverse else None
     records, _ = datasets.shapes_records(24, 6, 6, seed=1, size=64)
+    records = sorted(records, key=lambda record: record.split == "val")
+    records = records[: len(records) - less]
     train_split = [record for record in records if record.split == "train"]
     more = [record._replace(name=f"again_{record.name}") for record in train_split[: count - 24]]
     settings = {"min_word_freq": 1, "max_len": 20, "image_size": 64, "seed": 1}
@@ -208,7 +213,17 @@ def test_a_run_goes_on_with_more_pictures(training_data, trained, tmp_path, caps
     latest = paths.checkpoint_path(trained, training_data[1])  # two epochs of three updates
     found = run(data, tmp_path / "out", "--resume", latest, "--epochs", 4)
     assert [record["update"] for record in found["history"]] == [3, 6, 15, 20]
-    assert "5 updates an epoch now and 3 before: epoch 3 begins anew" in capsys.readouterr().err
+    assert "other pictures than before: epoch 3 begins anew" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_other_pictures_though_they_are_as_many_updates(
+    training_data, trained, tmp_path, capsys
+):
+    data = resized(training_data, tmp_path / "data", 24, less=1)  # of another validation split
+    latest = paths.checkpoint_path(trained, training_data[1])
+    found = run(data, tmp_path / "out", "--resume", latest, "--epochs", 3)
+    assert [record.get("of_other_data") for record in found["history"]] == [True, True, None]
+    assert "other pictures than before: epoch 3 begins anew" in capsys.readouterr().err
 
 
 def test_with_more_pictures_the_best_epoch_is_one_of_those_that_saw_them(

@@ -421,6 +421,13 @@ def test_too_many_such_updates_end_the_run_and_keep_the_last_checkpoint(
     assert [path.read_bytes() for path in both_checkpoints(tmp_path, training_data)] == kept
 
 
+def test_an_epoch_without_a_finite_update_is_no_epoch(training_data, tmp_path, monkeypatch, fails):
+    poisoned(monkeypatch, slice(None))
+    with fails("not finite in any update of this epoch: lower --learning_rate"):
+        run(training_data, tmp_path, "--batch_size", 12, "--epochs", 20)
+    assert not any(path.exists() for path in both_checkpoints(tmp_path, training_data))
+
+
 @pytest.mark.parametrize(
     "raising",
     [

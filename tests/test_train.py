@@ -534,7 +534,7 @@ def test_a_checkpoint_brings_its_architecture(training_data, trained, tmp_path, 
     for key in models.ARCHITECTURE:  # the same command line with --resume in place of --init_from
         setattr(args, key, train.get_args_parser().get_default(key))
     train.main(args)
-    with fails("--decoder gru.*was built with lstm"):
+    with fails("--decoder gru.*was built with --decoder lstm"):
         run(training_data, tmp_path / "other", "--init_from", start, "--decoder", "gru")
 
 
@@ -750,10 +750,12 @@ def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained
         )
 
 
+@pytest.mark.parametrize("name", ["hard", "of my own"])
 def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(
-    training_data, tmp_path, fails
+    name, training_data, tmp_path, fails, monkeypatch
 ):
-    run(training_data, tmp_path / "hard", "--attention", "hard", "--epochs", 1)
+    monkeypatch.setitem(models.ATTENTIONS, name, models.ATTENTIONS["hard"])
+    run(training_data, tmp_path / "hard", "--attention", name, "--epochs", 1)
     with fails("--scst does not train hard attention"):
         run(
             training_data,
@@ -966,10 +968,10 @@ def test_the_transformer_trains_samples_and_goes_on(training_data, tmp_path, fai
     scst = run(training_data, tmp_path / "scst", *start, "--scst", "--heads", "2")
     assert scst["config"]["decoder_options"] == {"layers": 1, "heads": 2}
     assert math.isfinite(scst["history"][0]["val_nll"])
-    with fails("--layers 2: .* was built with --layers 1, --heads 2; leave the flag out"):
+    with fails("--layers 2: .* was built with --layers 1, --heads 2; take that, or leave it out"):
         run(training_data, tmp_path / "other", *start, "--layers", "2")
     monkeypatch.setattr("sys.argv", ["train.py", "--decoder=lstm"])  # asked for, if the default
-    with fails("--decoder lstm: .* was built with transformer; leave the flag out"):
+    with fails("--decoder lstm: .* was built with --decoder transformer; take that"):
         run(training_data, tmp_path / "other", *start)
     with fails("--layers 2 is not for --decoder lstm"):
         run(training_data, tmp_path / "lstm", "--layers", "2")

@@ -96,6 +96,10 @@ def opened(path):
     """Open an HDF5 file for reading; h5py raises nearly every type of exception on damaged ones."""
     if not path.is_file():
         advice = "name its folder with --data_folder, or make it with create_input_files.py"
+        split, _, _ = path.name.partition("_")
+        if others := sorted(path.parent.glob(f"{split}_*{path.suffix}")):
+            names = " or ".join(other.stem.removeprefix(f"{split}_") for other in others[:3])
+            advice = f"its folder has {names} (--data_name)"
         raise UserError(f"there is no {path.absolute()}; {advice}")
     try:
         with h5py.File(path, "r", locking=False) as file:

@@ -125,7 +125,6 @@ def _records(rows, pictures, where, seed, notes, lost):
     described = {name: row for name, row in gathered.items() if row.captions}
     if not described:
         raise UserError(f"{where} holds no caption; expected a row for each")
-    splits, dealt = _deal_splits({name: row.split for name, row in gathered.items()}, seed)
     records, missing, used = [], [], {}
     for name, row in described.items():
         path = pictures.find(name)
@@ -135,7 +134,11 @@ def _records(rows, pictures, where, seed, notes, lost):
             raise UserError(f"{where} calls {path} both {used[path]!r} and {name!r}; use one name")
         else:
             image = functools.partial(open_image, path)
-            records.append(row._replace(split=splits[name], image=image))
+            records.append(row._replace(image=image))
+    # what is left out later, having no word, takes no place in a split
+    told = [record for record in records if any(map(str.strip, record.captions))] or records
+    splits, dealt = _deal_splits({record.name: record.split for record in told}, seed)
+    records = [r._replace(split=splits.get(r.name, r.split or "train")) for r in records]
     places, examples = pictures.places, pictures.examples
     notes = [*notes, *dealt, *_check_missing(missing, len(described), places, lost, examples)]
     if mute := len(gathered) - len(described):

@@ -61,7 +61,8 @@ def export_captioner(captioner, path):
     checkpoint["config"] = {k: v for k, v in captioner.config.items() if k not in own}
     for part in ("encoder", "decoder"):
         state = checkpoint[part].state_dict()
-        checkpoint[part] = {key: t.half() if t.dim() > 1 else t for key, t in state.items()}
+        halve = lambda t: t.half() if t.dim() > 1 and t.is_floating_point() else t
+        checkpoint[part] = {key: halve(tensor) for key, tensor in state.items()}
     save_checkpoint(path, checkpoint)
 
 

@@ -126,5 +126,6 @@ def fitting(factory, config):
         asked = given[name] is True or (name == "attention" and given[name] != "soft")
         if name in own or asked:
             value = "" if given[name] is True else f" {given[name]}"
-            raise UserError(f"--{name}{value} is not for --decoder {config['decoder']}")
+            without = f"; --no_{name} where a preset has it" if given[name] is True else ""
+            raise UserError(f"--{name}{value} is not for --decoder {config['decoder']}{without}")
     return {name: value for name, value in given.items() if name in known}

@@ -3,6 +3,7 @@
 import torch
 
 from captioning.model.grid import split_sentinel
+from captioning.run.messages import UserError
 
 
 def doubly_stochastic_penalty(alphas):
@@ -19,7 +20,15 @@ def doubly_stochastic_penalty(alphas):
 
 
 def hard_attention_loss(output, word_nll, decoder, entropy_weight=0.002):
-    """REINFORCE on the sampled locations (section 4.1), summed; updates the decoder's baseline."""
+    """REINFORCE on the sampled locations (section 4.1), summed; updates the decoder's baseline.
+
+    :raises UserError: if the decoder keeps none
+    """
+    if not hasattr(decoder, "baseline"):
+        raise UserError(
+            f"its attention gives a log_prob, but {type(decoder).__name__} keeps no baseline: add "
+            'self.register_buffer("baseline", torch.zeros(())) to its constructor'
+        )
     reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll)  # (B,)
     # rows without words fill up a CUDA graph's batch
     mean = reward.sum() / (output.alphas.sum(dim=(1, 2)) > 0).sum()

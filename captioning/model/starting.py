@@ -15,7 +15,7 @@ from captioning.run.command_line import given_flags
 from captioning.run.distributed import is_main
 from captioning.run.files import check_disk
 from captioning.run.machine import autocast
-from captioning.run.messages import UserError, counted, note
+from captioning.run.messages import UserError, note
 from captioning.run.paths import checkpoint_path
 
 MAY_CHANGE_ON_RESUME = (
@@ -80,20 +80,16 @@ def as_built(args, parser, config, path, resuming=False):
     flags, defaults, named = vars(args), vars(parser.parse_args([])), given_flags(parser)
     for key in ARCHITECTURE:  # a flag may agree or be left out
         given, built = flags[key], config[key]
-        if isinstance(given, dict):  # options of a decoder, each a flag of its own
-            asked = [
-                f"--{name} {value}" for name, value in given.items() if built.get(name) != value
-            ]
-            wrong, built = ", ".join(asked), ", ".join(f"--{k} {v}" for k, v in built.items())
+        if key == "decoder_options":  # each a flag of its own
+            wrong = {name: value for name, value in given.items() if built.get(name) != value}
         else:
             left_out = given == defaults[key] and key not in named
-            wrong = "" if given == built or left_out else f"--{key} {given}"
+            wrong = {} if given == built or left_out else {key: given}
+            built = {key: built}
         if wrong:
-            built = built or "no such flag"
-            raise UserError(f"{wrong}: {path} was built with {built}; leave the flag out")
+            wrong, built = as_flags(wrong), as_flags(built) or "none of these"
+            raise UserError(f"{wrong}: {path} was built with {built}; take that, or leave it out")
     flags = flags | {key: config[key] for key in ARCHITECTURE}
-    if flags["scst"] and flags["attention"] == "hard":
-        raise UserError("--scst does not train hard attention: start from soft attention")
     fixed = [key for key in defaults if resuming and key not in MAY_CHANGE_ON_RESUME]
     changed = [
         f"--{key} {flags[key]} (was {config.get(key)})"
@@ -106,6 +102,13 @@ def as_built(args, parser, config, path, resuming=False):
             "give the same flags, or start a new run from its weights with --init_from"
         )
     return argparse.Namespace(**flags)
+
+
+def as_flags(values):
+    """Names and values as they are typed: ``--layers 2, --no_deep_output``."""
+    switch = lambda name, value: f"--{name}" if value else f"--no_{name}"
+    typed = lambda n, value: switch(n, value) if isinstance(value, bool) else f"--{n} {value}"
+    return ", ".join(typed(name, value) for name, value in values.items())
 
 
 def check_sizes(train_data, val_data, checkpoint):
@@ -133,7 +136,7 @@ def check_space(folder, encoder, decoder):
 def resume(trainer, checkpoint, path):
     """Put a ``Trainer`` back to where a checkpoint was saved.
 
-    Where its data has got more pictures since, or fewer, the epoch begins anew.
+    Where its data has other pictures now, more or fewer, the epoch begins anew.
 
     :raises UserError: if the checkpoint is damaged
     """
@@ -144,16 +147,17 @@ def resume(trainer, checkpoint, path):
         history, trainer.update = checkpoint["history"], int(checkpoint["update"])
         trainer.history = history
         trainer.started -= float(checkpoint["seconds"])  # what the run took before counts, too
-        before = checkpoint["config"]["total_updates"] // checkpoint["config"]["epochs"]
-        if before == per_epoch:
+        before, key = checkpoint["config"], "images_digests"
+        is_longer = before["total_updates"] // before["epochs"] != per_epoch
+        if not is_longer and before.get(key, trainer.config[key]) == trainer.config[key]:
             trainer.tally.load_state_dict(checkpoint["epoch_so_far"])
         else:
             trainer.update = len(history) * per_epoch
             for record in history:
                 record["of_other_data"] = True
             note(
-                f"{counted(per_epoch, 'update')} an epoch now and {before} before: epoch "
-                f"{len(history) + 1} begins anew, and so does the search for the best one"
+                f"the data has other pictures than before: epoch {len(history) + 1} begins anew, "
+                "and so does the search for the best one"
             )
         if not 0 <= trainer.update - len(history) * per_epoch <= per_epoch:
             raise ValueError(f"{trainer.update} updates in {len(history)} epochs")

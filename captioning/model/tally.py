@@ -6,6 +6,7 @@ from captioning.run.distributed import all_reduce_sum, is_main, world_size
 from captioning.run.messages import UserError, note
 
 MAX_SKIPPED = 10  # updates in a row without a finite gradient, after which training gives up
+ADVICE = "lower --learning_rate or --grad_clip, or leave out --amp; the last checkpoint is kept"
 
 
 class Tally:
@@ -19,7 +20,7 @@ class Tally:
     def reset(self):
         """Begin an epoch."""
         self.total.zero_()
-        self.skipped.zero_()
+        self.skipped[0].zero_()  # in a row there may be more than an epoch has
         self.words, self.seconds, self.warned = 0, 0.0, 0
 
     def add(self, loss, nll, bad):
@@ -35,10 +36,7 @@ class Tally:
         """
         count, in_a_row = self.skipped.tolist()
         if in_a_row >= MAX_SKIPPED:
-            raise UserError(
-                f"the loss was not finite in the last {in_a_row:.0f} updates: lower "
-                "--learning_rate or --grad_clip, or leave out --amp; the last checkpoint is kept"
-            )
+            raise UserError(f"the loss was not finite in the last {in_a_row:.0f} updates: {ADVICE}")
         if count > self.warned:
             text = f"{count:.0f} updates of this epoch were left out"
             note(f"update {update}: the loss was not finite; {text}")
@@ -54,11 +52,16 @@ class Tally:
         return f"loss {loss / max(count, 1e-9):.3f}, {self.words_per_second():,.0f} words/s"
 
     def means(self):
-        """What the log says of the epoch, as a dict; all processes must ask at the same time."""
+        """What the log says of the epoch, as a dict; all processes must ask at the same time.
+
+        :raises UserError: if all of its updates were left out
+        """
         loss, nll, count = all_reduce_sum(self.total.clone()).tolist()
+        if count < 0.5:
+            raise UserError(f"the loss was not finite in any update of this epoch: {ADVICE}")
         return {
-            "loss": loss / max(count, 1),
-            "nll": nll / max(count, 1),
+            "loss": loss / count,
+            "nll": nll / count,
             "skipped_updates": int(self.skipped[0]),
             "train_seconds": round(self.seconds, 1),
             "words_per_second": round(self.words_per_second()),

@@ -2,6 +2,7 @@
 
 import math
 
+from captioning.model.schedules import of_this_data
 from captioning.report.plots import default_settings
 from captioning.run.files import atomic_path
 
@@ -13,7 +14,7 @@ def draw_curves(path, history, metric):
     from matplotlib.ticker import MaxNLocator
 
     epochs = [record["epoch"] for record in history]
-    best = max(history, key=lambda record: record[metric])["epoch"]
+    best = max(of_this_data(history) or history, key=lambda record: record[metric])["epoch"]
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = {
         "loss (nll per word)": ["nll", "val_nll"],

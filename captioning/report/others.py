@@ -2,6 +2,7 @@
 
 from pathlib import PurePosixPath
 
+from captioning.data.rows import unescaped
 from captioning.data.words import tokenize
 from captioning.run.files import read_json
 from captioning.run.messages import UserError, note, printable
@@ -13,7 +14,8 @@ def read_captions(path, data):
     """Captions of another system, one for each picture of a split.
 
     A picture is known by ``file_name``, with or without folders, or by ``image_id``: the id of the
-    data's source, else the row number that eval.py writes, or the name of the file without suffix.
+    data's source; where it gave none, the name of the file, with or without suffix, else the row
+    number that eval.py writes.
 
     :param path: a JSON list of dicts with "caption" and one or both of these
     :param data: ``CaptionDataset``
@@ -36,7 +38,7 @@ def read_captions(path, data):
     if not found:
         raise UserError(
             f"{path}: none of its {len(entries):,} captions is of a picture of {where}, such as "
-            f"image_id {data.image_ids[0]}, file_name {data.image_names[0]}"
+            f"image_id {_ids(data)[0]}, file_name {data.image_names[0]}"
         )
     twice = [row for row, captions in found.items() if len(captions) > 1]
     missing = [row for row in range(len(data)) if row not in found]
@@ -48,7 +50,12 @@ def read_captions(path, data):
             raise UserError(f"{path}: {of} ({names}); expected one for each")
     if strange:
         note(f"{path}: {strange:,} captions of pictures that are not in {where} are left out")
-    return [tokenize(found[row][0]) for row in range(len(data))]
+    return [tokenize(unescaped(found[row][0])) for row in range(len(data))]
+
+
+def _ids(data):
+    """The source's ids of a split's pictures, or, where some have none, the numbers of the rows."""
+    return range(len(data)) if None in data.image_ids else data.image_ids
 
 
 def _finder(data):
@@ -59,16 +66,15 @@ def _finder(data):
         for key in {name, path.name, path.stem}:  # what two pictures share tells nothing
             by_name[key] = None if key in by_name else row
     numbered = None in data.image_ids
-    ids = range(len(data)) if numbered else data.image_ids
-    by_id = {str(number): row for row, number in enumerate(ids)}
+    by_id = {str(number): row for row, number in enumerate(_ids(data))}
 
     def find(entry):
         name, number = entry.get("file_name"), entry.get("image_id")
         if isinstance(name, str):
-            row = by_name.get(name, by_name.get(PurePosixPath(name).name))
+            row = by_name.get(name, by_name.get(PurePosixPath(name.replace("\\", "/")).name))
             if row is not None or numbered:
                 return row
-        row = by_name.get(number) if isinstance(number, str) else None
+        row = by_name.get(str(number)) if numbered or isinstance(number, str) else None
         return by_id.get(str(number)) if row is None else row
 
     return find

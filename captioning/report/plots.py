@@ -24,7 +24,7 @@ def default_settings():
 
 @functools.cache
 def font_families(letters):
-    """Fonts that have these letters: DejaVu Sans, and the system's best for those that it lacks."""
+    """Fonts that have these letters: DejaVu Sans, and the system's for those that it lacks."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
@@ -40,16 +40,19 @@ def font_families(letters):
                 font_manager.fontManager.addfont(path)
     fonts = [font for font in font_manager.fontManager.ttflist if os.path.exists(font.fname)]
     fonts = [font for font in fonts if "Last Resort" not in font.name]  # boxes for every letter
-    lacks = {font.name: missing - FT2Font(font.fname).get_charmap().keys() for font in fonts}
-    best = min(lacks, key=lambda name: len(lacks[name]))
-    if lacks[best]:
-        letters = "".join(map(chr, sorted(lacks[best])[:8]))
+    has = {font.name: missing & FT2Font(font.fname).get_charmap().keys() for font in fonts}
+    families = [own]
+    while has[best := max(has, key=lambda name: len(has[name] & missing))] & missing:
+        families.append(best)
+        missing = missing - has[best]
+    if missing:
+        letters = "".join(map(chr, sorted(missing)[:8]))
         note(
             f"no font here has {letters}, drawn as boxes; install one that has, such as Noto "
             "(Debian, Ubuntu: apt install fonts-noto-cjk for Chinese, Japanese and Korean, else "
             "fonts-noto-core)"
         )
-    return [own] if lacks[best] == missing else [own, best]
+    return families
 
 
 def check_script(text):

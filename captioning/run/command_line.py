@@ -200,7 +200,7 @@ def with_defaults(parser, tables):
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in tables:
-        first.add_argument(f"--{name}")
+        first.add_argument(f"--{name}", nargs="?")  # the parser itself says that a value is missing
     given, _ = first.parse_known_args()
     for name, table in tables.items():
         parser.set_defaults(**table.get(getattr(given, name), {}))

@@ -76,6 +76,9 @@ def test_what_is_no_file_of_ours_is_refused(shapes_data, tmp_path, fails):
     path = tmp_path / "VAL.hdf5"
     with fails(f"there is no {tmp_path}.*--data_folder, or make it with create_input_files.py"):
         CaptionDataset(path)
+    (tmp_path / "VAL_mine_5_cap.hdf5").touch()
+    with fails(r"there is no .*VAL_mine.hdf5; its folder has mine_5_cap \(--data_name\)"):
+        CaptionDataset(tmp_path / "VAL_mine.hdf5")
     for data in (b"", b"text" * 999, whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(data)
         with fails("VAL.hdf5 cannot be used"):

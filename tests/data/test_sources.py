@@ -69,6 +69,18 @@ def test_pictures_and_captions_without_each_other_are_said(own_data):
     assert len(notes) == 3 and all(words in note for words, note in zip(expected, notes))
 
 
+def test_what_is_missing_or_mute_is_not_dealt_to_a_split(own_data, tmp_path):
+    """Each of ten pictures in turn: a split of one picture would be empty."""
+    folder, path = own_data
+    for i in range(10):
+        for gone in (f"{i:02d}.jpg,", f"ghost{i}.jpg,a dog"):
+            rows = [f"{j:02d}.jpg,a dog" for j in range(10) if j != i]
+            (tmp_path / "ten.csv").write_text("\n".join(["image,caption", *rows, gone]))
+            records, notes = datasets.custom_records(folder, tmp_path / "ten.csv", 0)
+            kept = Counter(record.split for record in records if record.captions[0])
+            assert kept == {"train": 7, "val": 1, "test": 1} and "dealt" in notes[0]
+
+
 def test_a_split_that_the_source_lacks_is_dealt_out():
     names = [f"{i}" for i in range(40)]
     for source, expected in (

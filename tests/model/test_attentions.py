@@ -32,6 +32,14 @@ def test_reinforce_rewards_looks_that_made_the_caption_likelier():
     torch.testing.assert_close(fresh.baseline, reward.mean())
 
 
+def test_a_decoder_without_a_baseline_is_told_to_keep_one(fails):
+    output = decoders_room.DecoderOutput(
+        torch.zeros(1, 3), torch.tensor([1]), torch.ones(1, 1, 1), torch.zeros(1, 1), torch.zeros(1)
+    )
+    with fails('SimpleNamespace keeps no baseline: add self.register_buffer."baseline"'):
+        models.caption_loss(output, alpha_c=0, decoder=SimpleNamespace())
+
+
 def test_entropy_term_spreads_hard_attention():
     alphas = torch.tensor([[[0.7, 0.2, 0.1]]], requires_grad=True)
     output = decoders_room.DecoderOutput(

@@ -38,6 +38,16 @@ def test_another_word_map_is_refused(best_checkpoint, word_map, fails):
         models.load_captioner(best_checkpoint, word_map=word_map)
 
 
+def test_only_numbers_with_a_fraction_are_rounded(talkative, tmp_path):
+    """A decoder's mask or indices would come back as another type, and be refused."""
+    captioner = models.load_captioner(talkative)
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    captioner.decoder.register_buffer("mask", mask)
+    models.export_captioner(captioner, tmp_path / "masked.pth.tar")
+    saved = torch.load(tmp_path / "masked.pth.tar", weights_only=True)["decoder"]
+    assert torch.equal(saved["mask"], mask) and saved["embedding.weight"].dtype == torch.float16
+
+
 def test_an_exported_captioner_is_half_as_large_and_its_weights_rounded(talkative, tmp_path):
     captioner = models.load_captioner(talkative)
     path = tmp_path / "new" / "captioner.pth.tar"

@@ -135,10 +135,26 @@ class NoStep(nn.Module):
         return None, (encoder_out,)
 
 
+class KeepsThePastToItself(Own):
+    """What was said stands in the context, whose rows no search reorders."""
+
+    def init_hidden_state(self, encoder_out, image_index=None):
+        context, state = super().init_hidden_state(encoder_out, image_index)
+        return (context, []), state
+
+    def step(self, words, state, context):
+        context, past = context
+        past.append(words)
+        scores, attention, state = super().step(words, state, context)
+        counts = nn.functional.one_hot(torch.stack(past), self.vocab_size).sum(dim=0)  # (B, R, V)
+        return scores + counts, attention, state
+
+
 @pytest.mark.parametrize(
     "decoder, expected",
     [
-        (MixesBeams, "step .* a row's scores to be those of the row alone, found others by"),
+        (KeepsThePastToItself, "step .* to be those of the row alone, wherever the state's rows"),
+        (MixesBeams, "step .* a row's scores to be those of the row alone, .* found others by"),
         (LosesPictures, "init_hidden_state .* the image of each row to be that of image_index"),
         (NamesTheWordBefore, "forward .* the targets that step and captions give, found others"),
         (LooksElsewhere, "forward .* the alphas that step and captions give, found others"),

@@ -51,6 +51,7 @@ def entries(key, values):
         ("file_name", NAMES, [None] * 3),
         ("file_name", [name[2:] for name in NAMES], IDS),
         ("file_name", [f"elsewhere/{name}" for name in NAMES], [None] * 3),
+        ("file_name", [f"C:\\pictures\\{name[2:]}" for name in NAMES], IDS),
     ],
 )
 def test_a_picture_is_known_by_its_id_or_its_name(key, values, ids, results):
@@ -64,6 +65,21 @@ def test_a_name_goes_before_a_row_number(results):
         row["image_id"] = number  # of another order
     found = others.read_captions(results(rows), split_of([None] * 3))
     assert [words[-1] for words in found] == ["0", "1", "2"]
+
+
+def test_a_number_that_is_a_files_name_goes_before_a_row_number(results):
+    data = split_of([None] * 3)
+    data.image_names = ["2.jpg", "0.jpg", "1.jpg"]
+    for number in (int, str):
+        rows = [{"image_id": number(i), "caption": f"number {i}"} for i in range(3)]
+        found = others.read_captions(results(rows), data)
+        assert [words[-1] for words in found] == ["2", "0", "1"]
+
+
+def test_a_caption_is_split_into_words_as_the_references_are(results):
+    rows = entries("image_id", IDS)
+    rows[0]["caption"] = "dogs run &amp;amp; jump"
+    assert ["dogs", "run", "jump"] in others.read_captions(results(rows), split_of(IDS))
 
 
 def test_captions_of_other_pictures_are_left_out_and_counted(results, capsys):

@@ -26,6 +26,7 @@ HISTORY = [
     {"epoch": i, "nll": 3 / i, "val_nll": 3 / i + 0.1, **dict.fromkeys(train.METRICS, 30 + i)}
     for i in (1, 2, 3)
 ]
+HISTORY[0] |= {"of_other_data": True, "CIDEr": 99}
 
 
 def draw_curves(folder, data):
@@ -87,6 +88,8 @@ def test_no_legend_of_the_curves_covers_a_curve(tmp_path, monkeypatch):
     keep = lambda self, *args, **options: figures.append(self) or savefig(self, *args, **options)
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     draw_curves(tmp_path, None)
+    (line,) = (line for line in figures[0].axes[0].lines if line.get_linestyle() == ":")
+    assert set(line.get_xdata()) == {3}  # of the epochs of this data, the best
     for axes in figures[0].axes:
         legend, panel = axes.get_legend().get_window_extent(), axes.get_window_extent()
         assert legend.y1 < panel.y0 and legend.y0 >= 0 and len(axes.get_legend().get_texts()) >= 2
@@ -132,9 +135,9 @@ def test_a_font_of_the_system_even_a_new_one_is_taken_for_letters_that_dejavu_la
         def get_charmap(self):
             letters = {
                 "DejaVu": "abc",
-                "Serif": "abc狗",
+                "Serif": "abc狗ꚠ",
                 "Han": "狗草地",
-                "Last Resort": "abc狗草地",
+                "Last Resort": "abc狗草地ꚠ",
             }
             return {
                 ord(letter): 1 for key in letters if key in self.name for letter in letters[key]
@@ -156,4 +159,4 @@ def test_a_font_of_the_system_even_a_new_one_is_taken_for_letters_that_dejavu_la
     monkeypatch.setattr(font_manager, "fontManager", System)
     monkeypatch.setattr(font_manager, "findfont", lambda name: name)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["/", "/damaged.ttf", "/han.ttf"])
-    assert plots.font_families("a狗草") == ["DejaVu Sans", "Han"]
+    assert plots.font_families("a狗草地ꚠ") == ["DejaVu Sans", "Han", "Serif"]
