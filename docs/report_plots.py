@@ -9,6 +9,7 @@ from report_rows import (
     DECODERS,
     RECIPE,
     RECIPE_50,
+    RECIPE_TRANSFORMER,
     SAMPLED,
     SIZES,
     scored,
@@ -137,8 +138,9 @@ def recipe_plot(runs):
     figure, (one,) = panels("test: CIDEr, a dot for each seed", height=3.4)
     names = ["cross-entropy", "CNN fine-tuned", "self-critical", "mean of weights", "consensus"]
     encoders = {
-        "EfficientNet-Lite0": (*RECIPE.values(), "mean-consensus"),
-        "ResNet-50": (*map(RECIPE_50.get, RECIPE), "mean50-consensus"),
+        "EfficientNet-Lite0, LSTM": (*RECIPE.values(), "mean-consensus"),
+        "EfficientNet-Lite0, Transformer": RECIPE_TRANSFORMER.values(),
+        "ResNet-50, LSTM": (*map(RECIPE_50.get, RECIPE), "mean50-consensus"),
     }
     for (label, stages), color in zip(encoders.items(), FIVE):
         for y, name in enumerate(stages):

@@ -66,6 +66,7 @@ DECODERS = {"LSTM": "lstm8", "GRU": "gru8"}
 DECODERS_OF_ALL_KINDS = DECODERS | {
     "Transformer": "transformer8",
     "ResNet-50, LSTM": "resnet50",
+    "ResNet-50, GRU": "gru50",
     "ResNet-50, Transformer": "transformer50",
     "a quarter of the pictures, LSTM": "quarter-lstm",
     "a quarter of the pictures, Transformer": "quarter-transformer",
@@ -113,6 +114,12 @@ CONSENSUS = {
     "three models, ensemble, beam 20, consensus": "ensemble-three-consensus",
 }
 STAGE_1, STAGE_2, STAGE_3, STAGE_4 = RECIPE
+RECIPE_TRANSFORMER = {
+    "Transformer: 1": "transformer8",
+    "Transformer: 2": "transformer-fine",
+    "Transformer: 3": "transformer-scst",
+    "Transformer: 4": "transformer-mean",
+}
 RECIPE_50 = {
     STAGE_1: "xe50",
     STAGE_2: "fine50",
@@ -127,12 +134,16 @@ BEST = RECIPE_50 | {
     "4, captioned with consensus": "mean50-consensus",
     "4e, captioned with consensus": "mean50-scst8-consensus",
 }
-STAGES = RECIPE | {
-    "3m. instead of 3: CIDEr-D + 5 METEOR": "scst-meteor",
-    "4m. mean of 2 and 3m": "mean-meteor",
-    "3n. as 3m with --mirror, six epochs": "scst-mirror",
-    "4n. mean of 2 and 3n": "mean-mirror",
-}
+STAGES = (
+    RECIPE
+    | RECIPE_TRANSFORMER
+    | {
+        "3m. instead of 3: CIDEr-D + 5 METEOR": "scst-meteor",
+        "4m. mean of 2 and 3m": "mean-meteor",
+        "3n. as 3m with --mirror, six epochs": "scst-mirror",
+        "4n. mean of 2 and 3n": "mean-mirror",
+    }
+)
 LENGTHS = {
     "4": "mean",
     "4, penalty 1": "mean-lp1",
