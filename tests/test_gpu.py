@@ -1,6 +1,5 @@
 """What must be the same on a GPU as on a CPU; skipped where there is none."""
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -78,14 +77,17 @@ def test_scores_and_gradients_are_those_of_a_cpu(options, dtype, tolerance):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0], ids=["plain", "consensus"])
 def test_beam_search_says_the_same(weight, training_data, trained):
-    data = datasets.CaptionDataset(datasets.split_path(training_data[0], "test", training_data[1]))
+    folder, name = training_data
+    data, known = (
+        datasets.CaptionDataset(datasets.split_path(folder, split, name))
+        for split in ("test", "train")
+    )
     images = torch.from_numpy(data.images(slice(None)))
     found = []
     for device in ("cpu", "cuda"):
         captioner = models.load_captioner(both_checkpoints(trained, training_data)[1], device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            of = functools.partial(models.Consensus.of, [captioner], *training_data, weight)
-            consensus = of() if weight else None
+            consensus = models.Consensus.of([captioner], known, weight) if weight else None
             found.append(
                 captioner.caption(images, beam_size=5, max_decode_steps=12, consensus=consensus)
             )
