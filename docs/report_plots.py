@@ -138,18 +138,19 @@ def recipe_plot(runs):
     figure, (one,) = panels("test: CIDEr, a dot for each seed", height=3.4)
     names = ["cross-entropy", "CNN fine-tuned", "self-critical", "mean of weights", "consensus"]
     encoders = {
-        "EfficientNet-Lite0, LSTM": (*RECIPE.values(), "mean-consensus"),
-        "EfficientNet-Lite0, Transformer": RECIPE_TRANSFORMER.values(),
+        "Lite0, LSTM": (*RECIPE.values(), "mean-consensus"),
+        "Lite0, Transformer": RECIPE_TRANSFORMER.values(),
         "ResNet-50, LSTM": (*map(RECIPE_50.get, RECIPE), "mean50-consensus"),
     }
-    for (label, stages), color in zip(encoders.items(), FIVE):
+    for i, ((label, stages), color) in enumerate(zip(encoders.items(), FIVE)):
         for y, name in enumerate(stages):
             beam = "20" if name.endswith("consensus") else "5"
             points = [row["CIDEr"] for row in scored(runs, name, "test", beam)]
-            one.plot(points, [y] * len(points), "o", color=color, label="" if y else label)
+            lane = [y + 0.17 * (i - 1)] * len(points)  # so that no dot hides another
+            one.plot(points, lane, "o", color=color, label="" if y else label)
     one.set_yticks(range(len(names)), names, fontsize=12)
     one.invert_yaxis()
-    one.legend(fontsize=11, loc="upper right")
+    one.legend(fontsize=10, loc="upper right", handletextpad=0.1, borderaxespad=0.2)
     return figure
 
 
