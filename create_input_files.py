@@ -187,9 +187,7 @@ def is_prepared(args, name, known):
             if made != value:
                 what = f"{key} {made or 'none'}, not {value or 'none'}"
                 if key == "words_of":  # digests, which tell nobody anything
-                    what = (
-                        "another --words_of" if made and value else f"{'no ' * (not made)}--{key}"
-                    )
+                    what = f"{('another' if value else 'a') if made else 'no'} --words_of"
                 advice = "give --force to make it again with these flags, or another --data_folder"
                 raise UserError(f"{path} was made with {what}; {advice}")
     return True

@@ -95,11 +95,12 @@ unpack = lambda data: json.loads(data[:].tobytes())
 def opened(path):
     """Open an HDF5 file for reading; h5py raises nearly every type of exception on damaged ones."""
     if not path.is_file():
-        advice = "name its folder with --data_folder, or make it with create_input_files.py"
+        advice = "name its folder with --data_folder"
         split, _, _ = path.name.partition("_")
         if others := sorted(path.parent.glob(f"{split}_*{path.suffix}")):
             names = " or ".join(other.stem.removeprefix(f"{split}_") for other in others[:3])
             advice = f"its folder has {names} (--data_name)"
+        advice += ", or make it with create_input_files.py"
         raise UserError(f"there is no {path.absolute()}; {advice}")
     try:
         with h5py.File(path, "r", locking=False) as file:

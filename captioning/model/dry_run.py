@@ -123,9 +123,9 @@ class DryRun:
         state = tuple(s.expand(-1, rows[1], *s.shape[2:]) for s in first)
         for t, previous in enumerate(words):
             # as beam search reorders the rows: at every other step they stand in reverse
-            turned = lambda x, odd=t % 2: x.flip(1) if odd else x
+            turned = [1] if t % 2 else []
             state = tuple(s.flip(1) for s in state) if t else state
-            found = self.call("step", turned(previous), state, context)
+            found = self.call("step", previous.flip(turned), state, context)
             is_triple = isinstance(found, tuple) and len(found) == 3
             self.expect(is_triple, "step", "(scores, attention, state)")
             scores, attention, state = found
@@ -135,7 +135,7 @@ class DryRun:
             self.check_state(state, "step", rows)
             what = f"{len(first)} states as from init_hidden_state, found {len(state)}"
             self.expect(len(state) == len(first), "step", what)
-            steps.append((turned(scores.float()), turned(attention.alpha.float())))
+            steps.append((scores.float().flip(turned), attention.alpha.float().flip(turned)))
         return map(torch.stack, zip(*steps))
 
     def check_alpha(self, attention, rows):

@@ -148,8 +148,8 @@ def resume(trainer, checkpoint, path):
         trainer.history = history
         trainer.started -= float(checkpoint["seconds"])  # what the run took before counts, too
         before, key = checkpoint["config"], "images_digests"
-        is_longer = before["total_updates"] // before["epochs"] != per_epoch
-        if not is_longer and before.get(key, trainer.config[key]) == trainer.config[key]:
+        as_many = before["total_updates"] // before["epochs"] == per_epoch
+        if as_many and before.get(key, trainer.config[key]) == trainer.config[key]:
             trainer.tally.load_state_dict(checkpoint["epoch_so_far"])
         else:
             trainer.update = len(history) * per_epoch
