@@ -203,6 +203,23 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
     assert [record["epoch"] for record in checkpoint["history"]] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("flag", ["--preset", "--decoder"])
+def test_a_flag_without_its_value_is_one_line(flag, monkeypatch, capsys):
+    """Though these are read before the others, for the defaults that belong to them."""
+    monkeypatch.setattr("sys.argv", ["train.py", flag])
+    defaults = {"preset": train.PRESETS, "decoder": train.DECODER_DEFAULTS}
+    with pytest.raises(SystemExit):
+        command_line.with_defaults(train.get_args_parser(), defaults).parse_args()
+    assert capsys.readouterr().err == f"train.py: error: {flag} expected one argument\n"
+
+
+def test_a_preset_whose_architecture_is_another_says_how_to_take_the_runs_own(
+    training_data, trained, tmp_path, fails
+):
+    with fails("--deep_output: .* was built with --no_deep_output; take that, or leave it out"):
+        run(training_data, tmp_path / "out", "--init_from", trained, "--deep_output")
+
+
 def test_a_preset_changes_defaults_and_a_flag_beside_it_wins(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--preset", "focus", "--grounding", "0.1"])
     args = command_line.with_defaults(
