@@ -71,6 +71,14 @@ DECODERS_OF_ALL_KINDS = DECODERS | {
     "a quarter of the pictures, LSTM": "quarter-lstm",
     "a quarter of the pictures, Transformer": "quarter-transformer",
 }
+TRANSFORMERS = {
+    "Transformer, as it is": "transformer8",
+    "… 256 wide (`--embed_dim 256 --decoder_dim 256`)": "transformer-narrow",
+    "… one layer (`--layers 1`)": "transformer-one-layer",
+    "… twelve epochs, dropout 0.4": "transformer12",
+    "LSTM, as it is": "lstm8",
+    "… with the Transformer's rate and dropout": "lstm-as-transformer",
+}
 SAMPLED = {  # eight epochs, the schedules falling to 0.25
     "LSTM": "lstm8",
     "LSTM, linear": "lstm8-linear",
@@ -188,8 +196,9 @@ ADAPTED = {
     for old in ("", "-old")
 }
 ALL = (
-    FOCUS, GROUNDED, LOOKING, SENTINEL, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS, ON_SHAPES, ATTENTIONS,
-    FROM_SCRATCH, STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT, ADAPTED,
+    FOCUS, GROUNDED, LOOKING, SENTINEL, TRANSFORMERS, SAMPLED, THREE_EPOCHS, EIGHT_EPOCHS,
+    ON_SHAPES, ATTENTIONS, FROM_SCRATCH, STAGES, BEST, CONSENSUS, LENGTHS, BEAMS, NO_REPEAT,
+    ADAPTED,
 )  # fmt: skip
 
 

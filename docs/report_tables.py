@@ -206,6 +206,9 @@ TABLES = {
     "sentinel": lambda runs: scores_table(
         runs, shown.SENTINEL, (*SHORT, *GLANCE[:3], "looks", "function looks"), BOTH
     ),
+    "recipes of Transformers": lambda runs: scores_table(
+        runs, shown.TRANSFORMERS, (*SHORT, VARIETY[0], VARIETY[2], "places", "fall"), ("val",)
+    ),
     "grounded": lambda runs: scores_table(runs, shown.GROUNDED, (*SHORT, *GAZE), ("val",)),
     "no repeat": lambda runs: scores_table(runs, shown.NO_REPEAT, (*SHORT, "repeats itself"), BOTH),
     "stages": lambda runs: scores_table(runs, shown.STAGES, METRICS, BOTH),
