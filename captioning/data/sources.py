@@ -135,10 +135,11 @@ def _records(rows, pictures, where, seed, notes, lost):
         else:
             image = functools.partial(open_image, path)
             records.append(row._replace(image=image))
-    # what is left out later, having no word, takes no place in a split
-    told = [record for record in records if any(map(str.strip, record.captions))] or records
-    splits, dealt = _deal_splits({record.name: record.split for record in told}, seed)
-    records = [r._replace(split=splits.get(r.name, r.split or "train")) for r in records]
+    # what is missing or has no word takes no place in a split that is dealt out
+    told = {record.name for record in records if any(map(str.strip, record.captions))} or gathered
+    named = {name: row.split for name, row in gathered.items() if row.split or name in told}
+    splits, dealt = _deal_splits(named, seed)
+    records = [record._replace(split=splits.get(record.name, "train")) for record in records]
     places, examples = pictures.places, pictures.examples
     notes = [*notes, *dealt, *_check_missing(missing, len(described), places, lost, examples)]
     if mute := len(gathered) - len(described):

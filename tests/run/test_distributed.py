@@ -160,9 +160,9 @@ def test_several_processes_train_and_evaluate_as_one(processes, flags, training_
         else:
             for row, other in zip(*(side["beam_sizes"].values() for side in (first, second))):
                 del row["ms per picture"], other["ms per picture"]
-                # a quotient of small differences, each rounded to float32
-                ratios = [side.pop("deletion ratio") for side in (row, other)]
-                assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+                ratios = [side.pop("deletion ratio", None) for side in (row, other)]
+                if row["random fall"] > 1e-3:  # below that rounding decides about the quotient
+                    assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
                 assert row == pytest.approx(other, abs=1e-6)
 
 
