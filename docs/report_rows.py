@@ -69,6 +69,7 @@ DECODERS_OF_ALL_KINDS = DECODERS | {
     "ResNet-50, GRU": "gru50",
     "ResNet-50, Transformer": "transformer50",
     "a quarter of the pictures, LSTM": "quarter-lstm",
+    "a quarter of the pictures, GRU": "quarter-gru",
     "a quarter of the pictures, Transformer": "quarter-transformer",
 }
 TRANSFORMERS = {
