@@ -97,7 +97,7 @@ def write_dataset(
 
 
 def write_split(path, records, word_map, settings, about, workers=None):
-    """Write one HDF5 file, in place: give it a path from :func:`utils.atomic_path`.
+    """Write one HDF5 file, in place: give it a path from :func:`captioning.run.files.atomic_path`.
 
     The same input gives the same bytes. Left out and counted: captions without a word; pictures
     without a caption (for training, without one of at most ``max_len`` words); pictures that cannot

@@ -272,7 +272,10 @@ def get_args_parser():
     flag("--data_name", help="the data's name (default: what the checkpoint was trained on)")
     text = "which pictures; choose models on val, report on test"
     flag("--split", choices=("train", "val", "test"), default="test", help=text)
-    text = "for captions and metrics, as JSON (default: the first model's, or --average's)"
+    text = (
+        "for captions and metrics, as JSON (default: beside the first model, or the one that is "
+        "made; captions for the suite's own)"
+    )
     flag("--output_folder", type=Path, help=text)
     return parser
 

@@ -469,7 +469,7 @@ def get_args_parser():
         "(not in the paper); take --preset focus"
     )
     add("--grounding", type=weight, default=0.0, metavar="WEIGHT", help=text)
-    text = "train the CNN too, all but its first block; features are then not kept"
+    text = "train the CNN too, all but its first layers (timm/NAME: all); no features are kept"
     add("--fine_tune_encoder", action="store_true", help=text)
     add("--encoder_learning_rate", type=rate, default=1e-4, help="of the CNN, at its peak")
     text = "with --fine_tune_encoder: mirror half of the images whose captions say no left or right"

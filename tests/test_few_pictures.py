@@ -8,6 +8,7 @@ from test_train import run
 import datasets
 from captioning.model import schedules
 from captioning.report import curves, metrics
+from captioning.run.messages import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,12 @@ def test_captions_too_short_for_bleu_4_are_said(tmp_path, capsys, monkeypatch):
     flags = ["--max_decode_steps", 3, "--model", tmp_path / "out", "--beam_size", 1]
     evaluate(data, tmp_path / "scores", *flags)
     assert "beam size 1: 3 of 3 captions have fewer than four words" in capsys.readouterr().out
+
+
+def test_cider_of_one_validation_picture_is_refused(tmp_path):
+    records, _ = datasets.shapes_records(6, 1, 2, seed=1, size=64)
+    settings = {"min_word_freq": 1, "max_len": 50, "image_size": 64}
+    datasets.write_dataset(tmp_path, records, dataset="own", source="own", **settings)
+    data = tmp_path, datasets.base_name("own", 5, 1)
+    with pytest.raises(UserError, match="--metric CIDEr is always 0 for a single image"):
+        run(data, tmp_path / "out", "--metric", "CIDEr")

@@ -410,3 +410,19 @@ def test_every_command_of_readme_and_guide_runs(few_shapes, tmp_path, monkeypatc
         remove_what_an_earlier_command_wrote(script, args)
         run(script, [*argv, *sizes[script]], monkeypatch)
     assert {script for script, _ in done} == {"create_input_files", "train", "eval", "caption"}
+
+
+def test_every_test_that_the_page_of_faults_names_exists():
+    """A cell names them as ``file: test, test; file: test``; "…" stands for what is left out."""
+    rows = re.findall(r"^\| .*\| (.*) \|$", text_of("docs/reliability.md"), re.M)
+    cells = [re.sub(r"\([^)]*\)", "", row) for row in rows if re.match(r"[\w, ]+: \w", row)]
+    assert len(cells) > 50
+    tests = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        found = re.findall(r"^def test_(\w+)", path.read_text(encoding="utf-8"), re.M)
+        tests[path.stem.removeprefix("test_")] = found
+    for part in "; ".join(cells).split("; "):
+        files, _, names = part.partition(": ")
+        for file, name in itertools.product(files.split(", "), names.split(", ")):
+            pattern = re.escape(name.strip()).replace("…", r"\w+")
+            assert any(re.fullmatch(pattern, test) for test in tests[file]), f"{file}: {name}"
