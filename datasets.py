@@ -193,7 +193,7 @@ class CaptionDataset:
         wanted = indices if isinstance(indices, slice) else np.asarray(indices, np.int64)
         indices = np.arange(len(self))[wanted]  # (B,)
         batch = np.empty((len(indices), 3, self.image_size, self.image_size), np.uint8)
-        with hdf5.opened(self.path) as file:
+        with hdf5.opened(self.path, self.images_digest) as file:
             images = file["images"]  # (num_images, 3, image_size, image_size)
             for row, i in enumerate(indices):
                 batch[row] = images[i]  # (3, image_size, image_size)
@@ -279,11 +279,10 @@ def image_index(dataset):
     return np.repeat(np.arange(len(dataset)), np.diff(dataset.caption_offsets))
 
 
-def mirrorable(dataset, word_map):
+def mirrorable(dataset):
     """Which pictures may be mirrored: no caption says left or right; bool (num_images,)."""
-    sides = [word_map[word] for word in ("left", "right") if word in word_map]
-    fixed = image_index(dataset)[np.isin(dataset.captions, sides).any(axis=1)]
-    return ~np.isin(np.arange(len(dataset)), fixed)
+    sides = {"left", "right"}
+    return np.array([all(map(sides.isdisjoint, texts)) for texts in dataset.references])
 
 
 def count_words(dataset, indices):

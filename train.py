@@ -123,6 +123,8 @@ def teacher_forced_nll(decoder, data, features, share, batch_size=64):
     numbers = np.arange(len(data))[share]
     for i in range(0, len(numbers), batch_size):
         captions, lengths, image_index = datasets.collate(data, numbers[i : i + batch_size])
+        if not lengths:  # their captions are all longer than --max_len
+            continue
         captions, image_index = torch.from_numpy(captions), torch.from_numpy(image_index)
         with torch.no_grad():
             encoder_out = features[i : i + batch_size].to(device)  # (num_images, n, encoder_dim)
@@ -156,7 +158,11 @@ class Trainer:
         encoder = captioner.encoder if args.fine_tune_encoder else None
         self.model = models.CaptioningNetwork(encoder, captioner.decoder, self.teacher)
         if distributed.world_size() > 1:
-            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
+            # some networks of timm have layers that a grid of features does not come from
+            some_idle = args.fine_tune_encoder and args.encoder.startswith("timm/")
+            self.model = torch.nn.parallel.DistributedDataParallel(
+                self.model, find_unused_parameters=some_idle
+            )
         self.use_graphs = self.device.type == "cuda" and distributed.world_size() == 1
         self.history, self.update, self.started = [], 0, time.time()
         self.tally = tally.Tally(self.device)
@@ -195,7 +201,7 @@ class Trainer:
         order = datasets.training_batches(self.train_data, args.batch_size, args.seed, epoch)
         if args.mirror:  # half of the images whose captions stay true
             coins = np.random.default_rng([args.seed, epoch, 1]).random(len(self.train_data)) < 0.5
-            mirrored = coins & datasets.mirrorable(self.train_data, self.captioner.word_map)
+            mirrored = coins & datasets.mirrorable(self.train_data)
         done = self.update - epoch * len(order)
         self.epoch_began = time.time() - self.tally.seconds
         bar = utils.progress(
@@ -241,7 +247,8 @@ class Trainer:
 
     def count(self, loss, nll, batch):
         """Add an update to the epoch's sums. With ``--scst`` the loss is minus the reward."""
-        loss = -batch.reward if self.args.scst else loss
+        if self.args.scst:  # each process knows the mean of all; the tally adds the processes up
+            loss = -batch.reward / distributed.world_size()
         self.tally.add(loss, nll, self.optimizer.found_inf)
 
     def advance(self, batch):
@@ -323,6 +330,11 @@ def prepare(args, stack):
     train_data.check_word_map(word_map), val_data.check_word_map(word_map)
     if len(val_data) == 1 and args.metric == "CIDEr":
         raise UserError("--metric CIDEr is always 0 for a single image; take BLEU-4, for example")
+    if not len(val_data.captions):
+        raise UserError(
+            "no validation caption is of at most --max_len words: prepare the data with a larger "
+            "--max_len"
+        )
     own, given = (args.output_folder, args.data_name), (args.resume, args.init_from)
     known = datasets.load_word_map(args.word_map) if args.word_map else None
     read = lambda path: models.load_checkpoint(path, known)

@@ -321,6 +321,19 @@ def test_exposure_is_measured_by_position():
     assert own[0] == pytest.approx(true[0]) and (own[1:] != true[1:]).all()
 
 
+def test_pictures_without_a_caption_to_score_add_nothing_to_the_loss():
+    class Longer(ThreeCaptions):
+        """And 64 pictures before them whose captions are all too long."""
+
+        caption_offsets = np.array([0] * 64 + [0, 2, 3])
+        __len__ = lambda self: 66
+
+    decoder, features = tiny_decoder(), torch.randn(66, 4, 6)
+    expected = train.teacher_forced_nll(decoder, ThreeCaptions(), features[64:], slice(None))
+    found = train.teacher_forced_nll(decoder, Longer(), features, slice(None))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.fixture
 def restored(monkeypatch):
     """After the test, what the variants of docs/ablations.py change is as it was."""

@@ -353,6 +353,35 @@ def test_resume_and_init_from_take_a_runs_folder(training_data, trained, tmp_pat
     assert len(started["history"]) == 1 and same(started["decoder"], best["decoder"])
 
 
+def test_resume_elsewhere_takes_the_best_checkpoint_along(training_data, trained, tmp_path, capsys):
+    """And says where it has gone if it was not there."""
+    flags = ["--resume", trained, "--epochs", 3, "--learning_rate", "0.02"]
+    run(training_data, tmp_path / "folder", *flags)
+    names = [path.name for path in both_checkpoints(tmp_path / "folder", training_data)]
+    assert all((tmp_path / "folder" / name).exists() for name in names)
+    latest = both_checkpoints(trained, training_data)[0]
+    (tmp_path / "alone").mkdir()
+    shutil.copy(latest, tmp_path / "alone")
+    capsys.readouterr()
+    train.main(train_args(training_data, tmp_path / "out", "--resume", tmp_path / "alone"))
+    assert "its checkpoint was not beside the one that was resumed" in capsys.readouterr().out
+
+
+def test_resume_of_another_run_does_not_write_over_this_one(
+    training_data, trained, tmp_path, fails, monkeypatch
+):
+    run(training_data, tmp_path, "--epochs", 1, "--seed", 3)
+    before = both_checkpoints(tmp_path, training_data)[0].read_bytes()
+    with fails("--resume .* holds another run; choose another --output_folder"):
+        run(training_data, tmp_path, "--resume", trained, "--epochs", 3)
+    assert both_checkpoints(tmp_path, training_data)[0].read_bytes() == before
+    # a process of torchrun's that is started again goes on with what its run has written since
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    name = training_data[1]
+    path, _, resuming = starting.find_start(tmp_path, name, str(trained), None, lambda path: path)
+    assert resuming and path == both_checkpoints(tmp_path, training_data)[0]
+
+
 def test_resume_with_nothing_there_starts(training_data, tmp_path, capsys):
     assert len(run(training_data, tmp_path, "--resume", "--epochs", 1)["history"]) == 1
     assert "nothing to resume" in capsys.readouterr().out
@@ -506,6 +535,19 @@ def test_mirror_shows_some_images_mirrored_but_none_whose_captions_say_left_or_r
     mirrored = {i - len(data) for i in shown if i >= len(data)}
     assert len(shown) == 4 * len(data) and mirrored and not mirrored & sided
     assert mirrored & plain  # the same image once so, once so
+
+
+def test_a_picture_with_left_in_a_caption_that_is_not_trained_on_is_not_mirrored(tmp_path):
+    """Self-critical training rewards by all captions, those beyond --captions_per_image too."""
+    records, _ = datasets.shapes_records(2, 1, 1, seed=1, size=64)
+    plain, sided = ["a dog", "a dog runs"], ["a dog", "a dog runs", "a dog on the left of it"]
+    records[0], records[1] = (
+        record._replace(captions=texts) for record, texts in zip(records, (plain, sided))
+    )
+    settings = {"min_word_freq": 1, "captions_per_image": 1, "image_size": 64}
+    datasets.write_dataset(tmp_path, records, dataset="own", source="own", **settings)
+    path = paths.split_path(tmp_path, "train", datasets.base_name("own", 1, 1))
+    assert datasets.mirrorable(datasets.CaptionDataset(path)).tolist() == [True, False]
 
 
 def test_mirror_is_refused_where_features_are_computed_once(training_data, tmp_path, fails):

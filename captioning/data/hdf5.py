@@ -92,8 +92,11 @@ unpack = lambda data: json.loads(data[:].tobytes())
 
 
 @contextlib.contextmanager
-def opened(path):
-    """Open an HDF5 file for reading; h5py raises nearly every type of exception on damaged ones."""
+def opened(path, images_digest=None):
+    """Open an HDF5 file for reading; h5py raises nearly every type of exception on damaged ones.
+
+    :param images_digest: of the file that was opened before; another one has taken its place since
+    """
     if not path.is_file():
         advice = "name its folder with --data_folder"
         split, _, _ = path.name.partition("_")
@@ -104,6 +107,8 @@ def opened(path):
         raise UserError(f"there is no {path.absolute()}; {advice}")
     try:
         with h5py.File(path, "r", locking=False) as file:
+            if images_digest not in (None, attributes(file)["images_digest"]):
+                raise ValueError("it was made anew, of other pictures, while it was in use")
             yield file
     except Exception as error:
         advice = "make it with create_input_files.py --force"
@@ -142,7 +147,7 @@ def check_layout(dataset, images):
 
 def stored_list(dataset, key, is_valid):
     """A list with an entry for each picture, stored as JSON; None if the file has none."""
-    with opened(dataset.path) as file:
+    with opened(dataset.path, dataset.images_digest) as file:
         values = unpack(file[key]) if key in file else None
         if values is not None and (len(values) != len(dataset) or not all(map(is_valid, values))):
             raise ValueError(f"its {key} do not fit its pictures")

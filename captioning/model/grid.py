@@ -15,6 +15,7 @@ def compute_dtype(device):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept from a caller's inference may serve a training, too
 def pooling_matrix(size, encoded_image_size, device="cpu", dtype=torch.float32):
     """Adaptive average pooling of a square grid, written as a matrix.
 
@@ -72,6 +73,7 @@ def on_encoder_grid(alphas, n):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def position_code(size, channels, device="cpu", dtype=torch.float32):
     """A fixed code of row and column for each place of a square grid (Vaswani et al. 2017, in 2-D).
 
@@ -90,6 +92,7 @@ def position_code(size, channels, device="cpu", dtype=torch.float32):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def position_waves(length, width, device):
     """A fixed code of each word's place in a caption (Vaswani et al. 2017, section 3.5).
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from captioning.model.encoders import calibrate
 from captioning.model.schedules import best_score
 from captioning.run.command_line import given_flags
 from captioning.run.distributed import is_main
-from captioning.run.files import check_disk
+from captioning.run.files import atomic_path, check_disk
 from captioning.run.machine import autocast
 from captioning.run.messages import UserError, note
 from captioning.run.paths import checkpoint_path
@@ -39,7 +40,7 @@ def find_start(folder, name, resume, init_from, read):
     found = [path for path in own if path.exists()]
     # torchrun --max_restarts repeats the command after a process has died
     if found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = resume or "auto"
+        resume = "auto"
     if resume == "auto":
         if found:
             return *first_readable(found, read), True
@@ -47,6 +48,11 @@ def find_start(folder, name, resume, init_from, read):
     elif resume:
         path = Path(resume)
         path = checkpoint_path(path, name) if path.is_dir() else path  # of a run: its latest
+        if found and not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"--resume {resume}: {found[0]} holds another run; choose another --output_folder, "
+                "or give --resume alone to go on with that one"
+            )
         return path, read(path), True
     elif found:
         raise UserError(
@@ -167,6 +173,10 @@ def resume(trainer, checkpoint, path):
             f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be "
             "resumed; start a new run from its weights with --init_from"
         ) from error
+    best_beside = Path(path).with_name(trainer.best_path.name)
+    if is_main() and best_beside.exists() and not trainer.best_path.exists():  # in another folder
+        with atomic_path(trainer.best_path) as temporary:
+            shutil.copyfile(best_beside, temporary)
     so_far = f"; best {metric} so far {best:.2f}" if best >= 0 else ""
     print(f"resuming after epoch {len(history)}, update {trainer.update}{so_far}")
 

@@ -103,6 +103,7 @@ class TransformerDecoder(nn.Module):
             with torch.no_grad():
                 output, _ = self.decode_captions(words, decode_lengths, *prepared)
                 own = self.score(output[:, :-1])  # (B, T - 1, vocab_size)
+            torch.clear_autocast_cache()  # older torch: casts of weights made here learn nothing
             own = own.argmax(2) if argmax else sample(own.softmax(2))  # (B, T - 1)
             true = torch.rand(own.shape, device=own.device) < epsilon
             words = torch.cat([words[:, :1], torch.where(true, words[:, 1:], own)], dim=1)

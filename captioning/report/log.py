@@ -72,9 +72,10 @@ def print_end(config, history, memory, path):
         why = f"no better {metric} for {config['patience']} epochs (--patience)"
         print(f"stopped after {len(history)} of {epochs} epochs: {why}")
     best = max(of_this_data(history) or history, key=lambda record: record[metric])
+    where = path if path.exists() else "its checkpoint was not beside the one that was resumed"
     print(
         f"best {metric} {best[metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
-        f"{best['seconds']:.0f} s after the start; peak memory {memory} GB: {path}"
+        f"{best['seconds']:.0f} s after the start; peak memory {memory} GB: {where}"
     )
 
 

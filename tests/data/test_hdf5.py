@@ -13,6 +13,8 @@ import torch
 from helpers import packed
 
 import datasets
+from captioning.run import paths
+from captioning.run.messages import UserError
 from datasets import CaptionDataset
 
 
@@ -175,3 +177,18 @@ def test_a_disk_that_cannot_reserve_space_gets_the_same_bytes(code, tmp_path, mo
 
 def test_files_written_before_have_no_ids(shapes_train):
     assert shapes_train.image_ids == [None] * 24 and "image_ids" not in h5py.File(shapes_train.path)
+
+
+def test_data_made_anew_under_a_reader_is_said(tmp_path):
+    """Else captions in memory would be paired with other pictures."""
+    options = {"dataset": "own", "source": "own", "min_word_freq": 1, "image_size": 64}
+    for seed in (1, 2):
+        records, _ = datasets.shapes_records(3, 1, 1, seed=seed, size=64)
+        datasets.write_dataset(tmp_path, records, **options)
+        if seed == 1:
+            path = paths.split_path(tmp_path, "train", datasets.base_name("own", 5, 1))
+            data = CaptionDataset(path)
+            assert data.images([0]).any()
+    for read in (lambda: data.images([0]), lambda: data.references):
+        with pytest.raises(UserError, match="made anew, of other pictures, while it was in use"):
+            read()

@@ -38,3 +38,13 @@ def test_position_code_tells_every_place_apart_and_is_added_to_the_features(side
         features(side=side) + models.position_code(side, 6), CAPTIONS, LENGTHS, PICTURES
     )
     torch.testing.assert_close(out.scores, expected.scores)
+
+
+def test_what_inference_keeps_serves_a_training_too():
+    decoder = make_decoder(position_encoding=True, encoded_image_size=5)
+    for matrix in (models.pooling_matrix, models.position_code):
+        matrix.cache_clear()
+    with torch.inference_mode():
+        decoder.init_hidden_state(features())
+    models.caption_loss(decoder(features(), CAPTIONS, LENGTHS, PICTURES))[0].backward()
+    assert all(p.grad is not None for p in decoder.parameters() if p.requires_grad)

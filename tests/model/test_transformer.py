@@ -125,6 +125,16 @@ def test_own_words_are_drawn_as_often_as_epsilon_says():
     assert abs((words[:, 1:] == 1).float().mean() - 0.3) < 0.06
 
 
+def test_under_amp_the_pass_for_its_own_words_costs_no_gradient():
+    """Some releases of torch keep, for the second pass, casts of weights that learn nothing."""
+    decoder = transformer()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = decoder(features(), CAPTIONS, LENGTHS, PICTURES, 0.0)
+    models.caption_loss(output)[0].backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
 def test_one_head_can_be_shown():
     decoder = transformer(heads=4)
     context, state = decoder.init_hidden_state(features())

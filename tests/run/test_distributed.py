@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY_TRAINING, train_args
@@ -107,6 +108,12 @@ def checkpoint_of(data, folder):
         ),
         pytest.param(2, ["--fine_tune_encoder", "--batch_size", "12"], marks=pytest.mark.slow),
         pytest.param(4, ["--batch_size", "24", "--epochs", "4"], marks=pytest.mark.slow),
+        # whose last layers no grid comes from, and so no gradient goes to
+        pytest.param(
+            2,
+            ["--encoder", "timm/mobilenetv3_small_050", "--fine_tune_encoder"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -262,3 +269,14 @@ def test_every_thing_has_one_process(monkeypatch):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
                 shares += range(count)[distributed.share(count)]
             assert shares == list(range(count))
+
+
+def test_the_reward_in_the_log_is_no_sum_over_processes(monkeypatch):
+    """Each process knows the mean of all; the tally adds up what the processes counted."""
+    counted = SimpleNamespace(add=lambda *values: sums.append(values[0]))
+    trainer = SimpleNamespace(args=SimpleNamespace(scst=True), tally=counted, optimizer=None)
+    trainer.optimizer, sums = SimpleNamespace(found_inf=None), []
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    for _ in range(4):
+        train.Trainer.count(trainer, None, None, SimpleNamespace(reward=32.0))
+    assert sum(sums) == -32
