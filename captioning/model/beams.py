@@ -66,7 +66,10 @@ def empty_beams(alpha, count):
     """Hypotheses without a word, and so unlikely that any other is preferred.
 
     :param alpha: weights of one word, (B, 1, num_pixels), which tell sizes and device
+    :raises UserError: if there are none to keep
     """
+    if count < 1:
+        raise UserError(f"beam_size and n_best: expected 1 or more, found {count}")
     none = alpha.new_full((len(alpha), count), -math.inf)
     words = alpha.new_zeros(len(alpha), count, 0, dtype=torch.long)
     alphas = alpha.new_zeros(len(alpha), count, 0, alpha.shape[2])

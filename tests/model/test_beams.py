@@ -286,3 +286,9 @@ def test_a_split_is_captioned_whole_and_in_order(best_checkpoint, batch_size):
     found = models.caption_split([captioner], [out.half()], batch_size=batch_size, **options)
     expected = search(captioner.decoder, out.half().float(), captioner.word_map, **options)
     assert [f[0].words for f in found] == [f[0].words for f in expected]
+
+
+@pytest.mark.parametrize("option", ["beam_size", "n_best"])
+def test_a_search_for_nothing_is_one_line(option, word_map, fails):
+    with fails("beam_size and n_best: expected 1 or more, found 0"):
+        search(make_decoder(), features(), word_map, **{option: 0})
