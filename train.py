@@ -89,7 +89,7 @@ def train(trainer, args):
                 trainer.save(trainer.best_path)
             trainer.save(trainer.latest_path)
             trainer.write_reports()
-            log.print_epoch(record, args.beam_size, is_best, trainer.val_data, hypotheses)
+            log.print_epoch(record, args, is_best, trainer.val_data, hypotheses)
 
 
 def validate(trainer, args):

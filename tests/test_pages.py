@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY_TRAINING, make_picture
 from helpers import make_flickr8k
 from PIL import Image
-from test_extend import CHANGES
+from test_extend import CHANGES, FURTHER
 
 import datasets
 import models
@@ -96,6 +96,23 @@ def test_the_changes_that_readme_shows_are_those_that_are_tested():
         wanted = [line for line in snippet.splitlines() if line.strip()]
         starts = (i for i, line in enumerate(lines) if line == wanted[0])
         assert any(lines[i : i + len(wanted)] == wanted for i in starts), wanted[0]
+
+
+def test_the_cnn_that_the_guide_shows_is_the_one_that_is_tested():
+    shown = re.findall(r"```python\n(def small_cnn.*?)```", text_of("docs/guide.md"), re.S)
+    wanted = [line for line in FURTHER["a CNN from nothing"][2].splitlines() if line]
+    assert [[line for line in block.splitlines() if line] for block in shown] == [wanted]
+
+
+def test_the_guides_lines_about_epsilon_draw_it(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", text_of("docs/guide.md"), re.S)
+    (block,) = (block for block in blocks if "scheduled_sampling_epsilon" in block)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(block, "guide", "exec"), names)
+    assert names["epsilon"][0] > 0.95 and names["epsilon"][-1] == pytest.approx(0.75, abs=0.01)
+    with Image.open("epsilon.png") as plot:
+        assert min(plot.size) > 300
 
 
 # ----------------------------------------------------------------------------------------- figures

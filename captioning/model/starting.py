@@ -206,17 +206,17 @@ def fill_embedding(decoder, path, word_map):
 
 
 def calibrate_on(encoder, dataset, device, learns):
-    """Set a random encoder's BatchNorm statistics from some of the images, and say if it is blind.
+    """Set a random encoder's BatchNorm statistics from some of the images.
 
-    :param learns: whether it will be trained, too
+    :param learns: whether it will be trained, too; if not, a note says what that means
     """
     starts = range(0, min(64, len(dataset)), 16)
     batches = (torch.from_numpy(dataset.images(slice(i, i + 16))) for i in starts)
-    if calibrate(encoder, (batch.to(device) for batch in batches)) < 0.05 and not learns:
+    calibrate(encoder, (batch.to(device) for batch in batches))
+    if not learns:
         note(
-            "with random weights this CNN gives nearly the same features for every image, so "
-            "captions cannot depend on it: take --encoder_weights imagenet, or train the CNN with "
-            "--fine_tune_encoder"
+            "the CNN keeps its random weights, which know nothing of pictures: take "
+            "--encoder_weights imagenet or a file, or train it with --fine_tune_encoder"
         )
 
 

@@ -13,8 +13,8 @@ def differences(references, captions, own):
 
     Pictures are drawn with replacement, as many as there are, the same ones for all systems (Koehn
     2004, "Statistical significance tests for machine translation evaluation"). BLEU is the
-    corpus's, from the counts of the pictures drawn. METEOR, ROUGE-L and CIDEr are means of the
-    pictures' own; CIDEr's weights of words stay.
+    corpus's, from the counts of the pictures drawn. All other metrics are means of the pictures'
+    own; CIDEr's weights of words stay.
 
     :param references: list (pictures) of lists (captions) of lists of words
     :param captions: dict: for each system a list (pictures) of lists of words
@@ -27,8 +27,10 @@ def differences(references, captions, own):
             f"{counted(count, 'picture')}: too few to tell how far pictures differ, so the "
             "differences' 95 % intervals are too narrow"
         )
-    means = [m for m in ("METEOR", "ROUGE-L", "CIDEr") if all(m in own[label] for label in labels)]
-    names = [f"BLEU-{n}" for n in range(1, 5)] + means
+    names = [f"BLEU-{n}" for n in range(1, 5)]
+    means = dict.fromkeys(["METEOR", "ROUGE-L", "CIDEr", *own[labels[0]]])
+    means = [m for m in means if m not in names and all(m in own[label] for label in labels)]
+    names += means
     parts = []
     for label in labels:
         counts = bleu_counts(references, captions[label])  # (num_pictures, 10)

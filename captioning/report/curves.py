@@ -21,6 +21,8 @@ def draw_curves(path, history, metric):
         "validation: BLEU": ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"],
         "validation: ROUGE-L": ["ROUGE-L"], "validation: CIDEr": ["CIDEr"],
     }  # fmt: skip
+    if metric not in sum(panels.values(), []):
+        panels[f"validation: {metric}"] = [metric]
     names = {"nll": "training", "val_nll": "validation"}
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:

@@ -119,5 +119,6 @@ def look_up(table, name, what):
     """
     entry = table.get(name, table.get(f"{name.partition('/')[0]}/NAME"))
     if entry is None:
-        raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
+        hint = did_you_mean(name, table)
+        raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}{hint}")
     return entry

@@ -157,3 +157,10 @@ def test_efficientnet_loads_the_weights_of_its_wheel(name, file):
     loaded, given_ = list(encoder.state_dict().values()), list(state.values())
     assert len(given_) - len(loaded) == 2  # the classifier's weight and bias
     assert all(torch.equal(a, b) for a, b in zip(loaded, given_))
+
+
+def test_a_cnn_of_ones_own_has_nothing_to_download(monkeypatch, fails):
+    monkeypatch.setitem(models.ENCODERS, "small_cnn", models.ENCODERS["resnet18"])
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: torch.nn.Sequential())
+    with fails("small_cnn has no ImageNet weights: .*--encoder_weights none --fine_tune_encoder"):
+        models.Encoder("small_cnn")

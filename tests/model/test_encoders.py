@@ -140,25 +140,16 @@ def test_calibrated_random_weights_tell_pictures_apart():
     images = torch.stack([
         torch.from_numpy(datasets.resize_image(make_picture(i), 64)) for i in range(8)
     ])  # fmt: skip
-    said = models.calibrate(encoder, [images[:4], images[4:]])
+    models.calibrate(encoder, [images[:4], images[4:]])
     with torch.no_grad():
         features = encoder(images).mean(dim=1)  # (8, encoder_dim)
     assert features.std(0).mean() > 0.2 and features.abs().mean() > 0.2
-    assert said > 0.5 and not any(module.training for module in encoder.modules())
+    assert not any(module.training for module in encoder.modules())
     norm = next(m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
     scaled = (images.float() - encoder.mean) / encoder.std
     seen = [encoder.cnn[0](half) for half in (scaled[:4], scaled[4:])]
     mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)  # over all batches alike
     torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-4)
-
-
-def test_calibration_measures_how_blind_an_encoder_is():
-    encoder = models.Encoder("resnet18", "none")
-    encoder.cnn = torch.nn.Identity()
-    alike = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).expand(6, -1, -1, -1)
-    assert models.calibrate(encoder, [alike]) < 0.01
-    flat = torch.tensor([0, 50, 120, 250], dtype=torch.uint8)[:, None, None, None]
-    assert models.calibrate(encoder, [flat.expand(-1, 3, 8, 8)]) > 0.5
 
 
 def test_a_frozen_encoder_never_changes(resnet18):

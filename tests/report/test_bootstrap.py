@@ -58,3 +58,12 @@ def test_twenty_equal_pairs_of_systems_seldom_differ():
         _, low, high = bootstrap.differences(*systems(seed, 80, 0.3, 0.3))[1]["BLEU-4"]
         wrong += not low <= 0 <= high
     assert wrong <= 5
+
+
+def test_a_metric_of_ones_own_is_compared_too_where_all_systems_have_it():
+    references, said, own = systems(0, 40, 0.2, 0.3)
+    for scores in own.values():
+        scores["words"] = [float(i) for i in range(40)]
+    own[0]["of one alone"] = [0.0] * 40
+    found = bootstrap.differences(references, said, own)
+    assert found[1]["words"] == [0, 0, 0] and "of one alone" not in found[1]

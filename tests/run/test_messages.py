@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 import utils
 from captioning.run import messages
 from utils import UserError
@@ -39,3 +41,8 @@ def test_in_a_log_progress_is_a_plain_line_now_and_then(capsys, monkeypatch):
     lines = err.splitlines()
     assert all(re.fullmatch(r"reading: \d/3, .* left, .*picture.*", line) for line in lines)
     assert lines[0].startswith("reading: 1/3") and lines[-1].endswith(", loss 2")
+
+
+def test_a_slip_in_a_tables_entry_gets_a_hint():
+    with pytest.raises(UserError, match="unknown encoder 'resent18'.*; did you mean resnet18"):
+        messages.look_up({"resnet18": 1, "vgg16": 2}, "resent18", "encoder")
