@@ -8,6 +8,7 @@ python eval.py --captions theirs.json   # another system's, beside our own
 """
 
 import functools
+import os
 import sys
 import time
 from pathlib import Path
@@ -94,7 +95,8 @@ def load(args, device):
     check_flags(args)
     checkpoints = [models.run_checkpoint(path) for path in args.model or [None]]
     word_map = datasets.load_word_map(args.word_map) if args.word_map else None
-    captioners = [models.load_captioner(path, device, word_map) for path in checkpoints]
+    options = device, word_map, not args.compare
+    captioners = [models.load_captioner(path, *options) for path in checkpoints]
     first = captioners[0]
     strange = (p for p, c in zip(checkpoints, captioners) if c.word_map != first.word_map)
     if (other := next(strange, None)) and not (args.compare or args.average):
@@ -158,14 +160,21 @@ def name_files(args, name, checkpoints):
     folder = args.output_folder or own
     files.check_disk(folder, 0)
     metrics = paths.metrics_path(folder, name, args.split)
-    known = distributed.broadcast(not metrics.exists() or files.read_json(metrics).get("models"))
-    if known not in (True, made_by["models"]):
+    found = metrics.exists() and (files.read_json(metrics).get("models") or [""])
+    # beside its model a run that was moved is known by the name of its file
+    is_beside = folder.resolve() == own.resolve() and len(made_by["models"]) == 1
+    told = lambda models: [Path(m).name if is_beside else os.path.realpath(m) for m in models]
+    if distributed.broadcast(found and told(found) != told(made_by["models"])):
         raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
     columns = [(k, name, k) for k in args.beam_size]
     if args.compare:  # the models by number, as their names may be paths
         numbered = enumerate(map(str, args.model), 1)
         columns = [(model, f"{name}_{i}", args.beam_size[0]) for i, model in numbered]
     captions = {c: paths.captions_path(folder, n, args.split, k) for c, n, k in columns}
+    written = {path.resolve() for path in captions.values()}
+    if lost := [path for path in args.captions if path.resolve() in written]:
+        what = "would be written over: copy it, or choose another --output_folder"
+        raise UserError(f"--captions {lost[0]} {what}")
     scores = paths.scores_path(folder, name, args.split)
     return {"captions": captions, "metrics": metrics, "scores": scores, "made by": made_by}
 
@@ -220,7 +229,7 @@ def report(args, data, outputs, rows, theirs, said):
     heading = f"{kind} or file" if theirs else kind
     columns = rows | theirs | ({"people": people} if people else {})  # not of a single picture
     figures = [tables.make_table(heading, columns)]
-    if args.compare or theirs:
+    if len(said) > 1 and (args.compare or theirs):  # the search may have been stopped
         against = f"{kind} {next(iter(rows))}"
         texts, own = ({label: part[i] for label, part in said.items()} for i in (0, 2))
         above = bootstrap.differences(data.references, texts, own)
@@ -293,6 +302,8 @@ def check_flags(args):
         raise UserError("--captions: expected different files")
     if args.export and len(given) > 1 and not args.average:
         raise UserError("--export: expected one --model, or several with --average")
+    if args.average and args.average == args.export:
+        raise UserError("--average and --export: expected different files")
     for flag in ("average", "export"):
         if path := getattr(args, flag):
             if distributed.broadcast(path.exists()):

@@ -498,9 +498,9 @@ def build_model(config, vocab_size):
     return Encoder(config["encoder"], "none"), build_decoder(config, vocab_size)
 
 
-def load_checkpoint(path, word_map=None):
+def load_checkpoint(path, word_map=None, strict=True):
     """Read and check a checkpoint: ``read_checkpoint`` for the models of this file."""
-    return read_checkpoint(path, build_model, word_map)
+    return read_checkpoint(path, build_model, word_map, strict)
 
 
 def known_words(path):
@@ -510,9 +510,9 @@ def known_words(path):
     return load_checkpoint(run_checkpoint(path))["word_map"]
 
 
-def load_captioner(path=None, device="cpu", word_map=None):
+def load_captioner(path=None, device="cpu", word_map=None, strict=True):
     """The ``Captioner`` of a checkpoint or a run's folder (None: the suite's own), on a device."""
-    checkpoint = load_checkpoint(run_checkpoint(path), word_map)
+    checkpoint = load_checkpoint(run_checkpoint(path), word_map, strict)
     config, own = checkpoint["config"], checkpoint["word_map"]
     encoder, decoder = build_model(config, len(own))
     encoder.load_state_dict(checkpoint["encoder"])

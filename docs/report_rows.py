@@ -54,6 +54,10 @@ LOOKING = {  # the whole recipe, taught to look until the self-critical epochs
     "Transformer, 2": "tlook-fine",
     "Transformer, 3": "tlook-scst",
     "Transformer, 4": "tlook-mean",
+    "ResNet-50, LSTM, stage 1": "look50",
+    "ResNet-50, LSTM, 2": "look50-fine",
+    "ResNet-50, LSTM, 3e": "look50-scst8",
+    "ResNet-50, LSTM, 4e": "look50-mean8",
 }
 SENTINEL = {
     "soft, three epochs": "lstm",

@@ -241,6 +241,67 @@ def test_scores_of_another_model_are_not_overwritten(
     assert again["models"] == before["models"] and again["length_penalty"] == 1
 
 
+def test_a_run_that_was_moved_is_scored_again(
+    best_checkpoint, training_data, tmp_path, monkeypatch, no_java
+):
+    """Beside its model, and named by another relative path."""
+    for folder in ("run", "moved", "deep/moved"):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / "run").mkdir()
+    model = Path(shutil.copy(best_checkpoint, tmp_path / "run"))
+    evaluate(training_data, tmp_path / "run", "--model", model)
+    (tmp_path / "run").rename(tmp_path / "deep/moved")
+    monkeypatch.chdir(tmp_path / "deep")
+    moved = evaluate(training_data, "moved", "--model", "moved", "--length_penalty", 1)
+    assert moved["models"] == [str(tmp_path / "deep/moved" / model.name)]
+    evaluate(training_data, tmp_path / "apart", "--model", "moved")
+    monkeypatch.chdir(tmp_path)
+    evaluate(training_data, tmp_path / "apart", "--model", "deep/../deep/moved")
+
+
+def test_captions_that_would_be_written_over_are_refused(
+    best_checkpoint, training_data, tmp_path, no_java, fails
+):
+    evaluate(training_data, tmp_path, "--model", best_checkpoint, "--beam_size", 2)
+    (said,) = tmp_path.glob("captions_*.json")
+    before = said.read_bytes()
+    flags = ["--model", best_checkpoint, "--beam_size", 2, "--captions", said]
+    with fails("--captions .* would be written over: copy it, or choose another --output_folder"):
+        evaluate(training_data, tmp_path, *flags)
+    assert said.read_bytes() == before
+    evaluate(training_data, tmp_path / "other", *flags)
+
+
+def test_a_comparison_that_is_stopped_keeps_the_first_models_figures(
+    trained, training_data, tmp_path, no_java, monkeypatch
+):
+    search, calls = evaluation.search, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return search(*args)
+
+    monkeypatch.setattr(evaluation, "search", stopped)
+    pair = [paths.checkpoint_path(trained, training_data[1], best=best) for best in (True, False)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(training_data, tmp_path, "--model", *pair, "--compare", "--beam_size", 1)
+    (path,) = tmp_path.glob("metrics_*.json")
+    assert list(files_room.read_json(path)["compared"]) == [str(pair[0])]
+
+
+def test_the_word_map_of_a_comparison_is_for_those_that_keep_none(
+    best_checkpoint, training_data, tmp_path, no_java
+):
+    files_room.write_json(
+        tmp_path / "theirs.json", {"<pad>": 0, "dog": 1, "<unk>": 2, "<start>": 3, "<end>": 4}
+    )
+    shutil.copy(best_checkpoint, tmp_path / "twin.pth.tar")
+    flags = ["--model", best_checkpoint, tmp_path / "twin.pth.tar", "--compare", "--beam_size", 1]
+    evaluate(training_data, tmp_path / "out", *flags, "--word_map", tmp_path / "theirs.json")
+
+
 def test_features_of_a_frozen_encoder_are_those_of_training(
     best_checkpoint, training_data, tmp_path, monkeypatch, no_java
 ):

@@ -182,13 +182,18 @@ def _pictures_of(folder, recursive):
         is_heic = suffix in (".heic", ".heif")
         if path.is_dir():
             skipped["sub-folder"] += 1
-        elif path.name.startswith(".") or not path.is_file() or _is_drawing(path):
-            skipped["hidden file" if path.name.startswith(".") else "attention drawing"] += 1
+        elif any(part.startswith(".") for part in path.relative_to(folder).parts):
+            skipped["hidden file"] += 1
+        elif _is_drawing(path):
+            skipped["attention drawing"] += 1
+        elif not path.is_file():
+            skipped["broken link"] += 1
         elif learn_heic() if is_heic else Image.registered_extensions().get(suffix) in readable:
             files.append(path)
         else:
             skipped[suffix or "without an ending"] += 1
-    things = ("sub-folder", "hidden file", "attention drawing")  # the other kinds are endings
+    # the other kinds are endings
+    things = ("sub-folder", "hidden file", "attention drawing", "broken link")
     named = lambda kind, n: counted(n, kind) if kind in things else f"{n:,} {kind}"
     kinds = ", ".join(named(kind, number) for kind, number in skipped.items())
     hints = ["see --recursive for sub-folders"] * bool(skipped["sub-folder"])

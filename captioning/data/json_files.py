@@ -4,13 +4,14 @@ import collections
 import json
 
 from captioning.data.records import is_list_of
-from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, key_of, row_of
+from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, holds_captions, key_of, row_of
 from captioning.run.messages import UserError, why
 
 
 def json_rows(text, path, notes):
     """Rows of a JSON file, see :func:`captioning.data.formats.read_rows`."""
     entries, fields_of, kind = _layout(text, path)
+    keys = {}
     for number, entry in entries:
         where = f"{path}, {kind} {number}"
         try:
@@ -19,7 +20,11 @@ def json_rows(text, path, notes):
             what = "not valid JSON" if kind == "line" else "malformed, a key is missing or wrong"
             raise UserError(f"{where}: {what} ({why(error)})") from error
         fields = fields.items() if isinstance(fields, dict) else ()
-        yield row_of([(key_of(key), value) for key, value in fields], where)
+        fields = [(key_of(key), value) for key, value in fields]
+        keys |= dict.fromkeys(key for key, text in fields if text and holds_captions(key))
+        yield row_of(fields, where)
+    if len(keys) > 1:
+        notes.append(f"{path} has captions under the keys {', '.join(keys)}")
 
 
 def _layout(text, path):

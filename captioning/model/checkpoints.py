@@ -66,11 +66,12 @@ def export_captioner(captioner, path):
     save_checkpoint(path, checkpoint)
 
 
-def read_checkpoint(path, build, word_map=None):
+def read_checkpoint(path, build, word_map=None, strict=True):
     """Read and check a checkpoint of this suite or of the PyTorch captioning tutorial, on the CPU.
 
     :param build: function of a configuration and the number of words: encoder and decoder
     :param word_map: what should be its word map; the tutorial's checkpoints keep none and need it
+    :param strict: refuse one that keeps another word map; else the word map is for those with none
     :return: dict with at least ``CHECKPOINT_KEYS``
     :raises UserError: if it is missing, damaged, something else, or of another word map
     """
@@ -83,7 +84,7 @@ def read_checkpoint(path, build, word_map=None):
         checkpoint["config"].setdefault(key, value)  # earlier revisions did not know it
     check_checkpoint(checkpoint, path, build)
     own = checkpoint["word_map"]
-    if word_map not in (None, own):
+    if strict and word_map not in (None, own):
         raise UserError(
             f"--word_map has {len(word_map)} words and differs from the one that {path} was "
             f"trained with ({len(own)} words); leave the flag out: the checkpoint holds its own"

@@ -9,6 +9,13 @@ from captioning.report.plots import check_script, default_settings, font_familie
 from captioning.run.files import atomic_path
 
 
+def cut(text, length):
+    """A text of at most so many letters, whole words where it has any that fit."""
+    end = " [...]"
+    short = textwrap.shorten(text, length, placeholder=end)
+    return short if short != end.strip() else text[: length - len(end)] + end
+
+
 @default_settings()
 def draw_contact_sheet(path, dataset, number=6):
     """Draw a few pictures spread over a split, as they are stored, with their captions."""
@@ -27,9 +34,9 @@ def draw_contact_sheet(path, dataset, number=6):
     for place, (i, image) in enumerate(zip(chosen, dataset.images(chosen))):
         shown, below = axes[2 * (place // 3), place % 3], axes[2 * (place // 3) + 1, place % 3]
         shown.imshow(image.transpose(1, 2, 0), interpolation="antialiased")
-        title = textwrap.shorten(dataset.image_names[i], 48)
+        title = cut(dataset.image_names[i], 48)
         shown.set_title(title, fontsize=8, **style)
-        texts = (textwrap.shorten(text, 150) for text in dataset.raw_references[i][:5])
+        texts = (cut(text, 150) for text in dataset.raw_references[i][:5])
         marks = {"initial_indent": "– ", "subsequent_indent": "   "}
         text = "\n".join(textwrap.fill(text, 54, **marks) for text in texts)
         below.text(0, 1, text, fontsize=9, va="top", **style)

@@ -5,7 +5,11 @@ import re
 from captioning.run.files import output_path, write_csv, write_json, write_text
 from captioning.run.messages import UserError
 
-BEGINS = {"json": None, "csv": rb"(\xef\xbb\xbf)?(image_id,)?image,", "txt": rb"[^\t\r\n]+#\d+\t"}
+BEGINS = {  # as no list that people write begins; but a text is one of Flickr's
+    "json": rb'\[\s*(\]|\{\s*("image_id": \d+,\s*)?"image": ".*",\s*"captions": \[)',
+    "csv": rb"(\xef\xbb\xbf)?(image_id,)?image,number,caption,",
+    "txt": rb"[^\t\r\n]+#\d+\t",
+}
 
 
 def list_paths(force=False, **paths):

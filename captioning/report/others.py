@@ -74,7 +74,10 @@ def _finder(data):
             row = by_name.get(name, by_name.get(PurePosixPath(name.replace("\\", "/")).name))
             if row is not None or numbered:
                 return row
-        row = by_name.get(str(number)) if numbered or isinstance(number, str) else None
-        return by_id.get(str(number)) if row is None else row
+        tables = (by_name, by_id) if numbered else (by_id, by_name)
+        if not numbered and not isinstance(number, str):
+            tables = (by_id,)
+        rows = (table.get(str(number)) for table in tables)
+        return next((row for row in rows if row is not None), None)
 
     return find

@@ -62,6 +62,8 @@ def sheet_path(path, folder):
         except FileNotFoundError:
             return png, source
         except OSError:
+            if not png.exists():
+                raise
             continue  # no picture, and so not ours to replace
 
 

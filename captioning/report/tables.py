@@ -35,9 +35,9 @@ def make_table(heading, columns):
     :return: list of tables, as dicts: "title"; "columns", heading and labels; "rows", which are a
         label and the cells
     """
-    groups = {}
-    for name, value in next(iter(columns.values())).items():
-        if isinstance(value, dict):
+    groups, longest = {}, sorted(columns.values(), key=len, reverse=True)
+    for name in dict.fromkeys(name for column in longest for name in column):  # some lack figures
+        if any(isinstance(column.get(name), dict) for column in longest):
             continue  # of words, and printed by itself
         if name in GROUPS:
             rows = groups.setdefault(GROUPS[name], [])

@@ -141,7 +141,7 @@ def read_json(path):
 
 # what flags write: the suffixes of its name, and what a file that it replaces must be
 KINDS = {
-    "json": ((".json",), "JSON"),
+    "json": ((".json",), "a list of captions"),
     "csv": ((".csv",), "a table of captions"),
     "txt": ((".txt",), "a list of captions"),
     "html": ((".html", ".htm"), "a page of this suite"),
@@ -154,7 +154,7 @@ def output_path(path, force=False, kind=None, begins=None):
     :param path: as typed; ``-`` and /dev/stdout are standard output for lists of captions
     :param force: take any name, and replace what is there whatever it is
     :param kind: a key of ``KINDS``, which is also the flag; None for a checkpoint
-    :param begins: how files of another kind than JSON begin, a pattern of bytes
+    :param begins: how files of this kind begin, a pattern of bytes
     :raises UserError: if it cannot be written, has another kind's name, or something else would be
         lost
     """
@@ -220,14 +220,9 @@ def precaution(what, call, *args):
 
 
 def _is_ours(path, begins):
-    """Whether a file begins so, or without a pattern is JSON."""
-    if begins:
-        with open(path, "rb") as file:
-            return re.match(begins, file.read(4096)) is not None
-    with contextlib.suppress(UserError):
-        read_json(path)
-        return True
-    return False
+    """Whether a file begins so."""
+    with open(path, "rb") as file:
+        return re.match(begins, file.read(4096)) is not None
 
 
 def _flush(path):

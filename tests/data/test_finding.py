@@ -191,3 +191,14 @@ def test_missing_pictures_are_shown_beside_what_is_there(tmp_path, fails):
         f"2 of 2 pictures are missing .*'狗.jpg', 'Tür.jpg'; .*It has '{first}', '{second}'"
     ):
         datasets.custom_records(tmp_path / "p.zip", path, 0)
+
+
+def test_pictures_in_hidden_folders_are_left_out(tmp_path, capsys):
+    """Thumbnails would give every picture a second time."""
+    save_pictures(tmp_path, ["a.png", ".thumbnails/a.png", "sub/.cache/b.png", "sub/b.png"])
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found = finding.find_pictures([str(tmp_path)], recursive=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.png", "sub/b.png"]
+    assert "2 hidden files" in capsys.readouterr().err
+    assert len(finding.find_pictures([str(tmp_path)])) == 1
+    assert "1 broken link" in capsys.readouterr().err

@@ -68,3 +68,13 @@ def test_damaged_json_of_many_lines_is_named_with_its_line(tmp_path, fails):
     text = json.dumps(ENTRIES, indent=2).replace('"split": ', '"split" ')
     with fails(f"line {text[: text.index('split')].count(chr(10)) + 1}: not valid JSON"):
         rows_of(tmp_path / "c.json", text)
+
+
+def test_several_keys_with_captions_are_said(tmp_path):
+    entry = {"image": "a.png", "caption": "a dog", "comments": ["nice"], "caption_idx": 3}
+    found, notes = rows_of(tmp_path / "c.json", json.dumps([entry, entry]))
+    assert found[0] == ("a.png", None, ["a dog", "nice"])
+    (note,) = notes
+    assert note.endswith("c.json has captions under the keys caption, comments")
+    entry = {"image": "a.png", "caption": "a dog", "caption_author": "me", "text": None}
+    assert rows_of(tmp_path / "c.json", json.dumps([entry])) == ([("a.png", None, ["a dog"])], [])

@@ -63,6 +63,8 @@ def test_create_input_files_reads_the_lines(describe):
         (["--html", "c.json"], "--html c.json: expected a name that ends in .html"),
         (["--csv", "mine.csv"], "mine.csv exists and is not a table of captions: .*--force"),
         (["--txt", "mine.txt"], "mine.txt exists and is not a list of captions: .*--force"),
+        (["--csv", "own.csv"], "own.csv exists and is not a table of captions: .*--force"),
+        (["--json", "own.json"], "own.json exists and is not a list of captions: .*--force"),
         (["--csv", "-", "--txt", "-"], "--csv - --txt -: expected one list on standard output"),
     ],
 )
@@ -70,6 +72,8 @@ def test_a_false_name_and_a_list_of_ones_own_are_refused_first(flags, message, d
     path = save("pictures/a.png")
     Path("mine.csv").write_text("name,price\n")
     Path("mine.txt").write_text("milk\tbread\n")
+    Path("own.csv").write_text("image,caption,split\na.png,a dog,train\n")  # to train on
+    Path("own.json").write_text('[{"image": "a.png", "caption": "a dog"}]')
     with fails(message):
         describe("--img", path, *flags)
     assert Path("mine.csv").read_text() == "name,price\n" and not Path("c.csv").exists()

@@ -115,3 +115,12 @@ def test_names_that_two_pictures_share_tell_nothing(results, fails):
     data.image_names = ["a/1.jpg", "b/1.jpg", "c/7.jpg"]
     with fails("2 of 3 pictures of .* have no caption"):
         others.read_captions(results(entries("file_name", ["1.jpg", "1.jpg", "7.jpg"])), data)
+
+
+def test_an_id_of_the_source_goes_before_a_files_name(results):
+    data = split_of([1, 2, 3])
+    data.image_names = ["2.jpg", "1.jpg", "3.jpg"]
+    for number in (int, str):
+        rows = [{"image_id": number(i), "caption": f"number {i}"} for i in (1, 2, 3)]
+        found = others.read_captions(results(rows), data)
+        assert [words[-1] for words in found] == ["1", "2", "3"]

@@ -160,3 +160,18 @@ def test_a_font_of_the_system_even_a_new_one_is_taken_for_letters_that_dejavu_la
     monkeypatch.setattr(font_manager, "findfont", lambda name: name)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["/", "/damaged.ttf", "/han.ttf"])
     assert plots.font_families("a狗草地ꚠ") == ["DejaVu Sans", "Han", "Serif"]
+
+
+def test_a_name_without_a_space_is_cut_where_it_is_too_long():
+    cut = contact_sheet.cut
+    assert cut("a" * 80, 48) == "a" * 42 + " [...]" and cut("short.png", 48) == "short.png"
+    assert cut("two words " * 9, 24) == "two words two [...]"
+
+
+def test_a_sheet_that_cannot_be_opened_ends_the_search_for_a_name(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(sheets.Image, "open", stale)
+    with pytest.raises(OSError, match="Stale"):
+        sheets.sheet_path(tmp_path / "a.png", tmp_path)

@@ -34,3 +34,14 @@ def test_the_table_has_groups_units_and_a_dash_for_what_cannot_be_had(capsys):
         ["pointing", "-", "-"],
         ["pointing by chance", "9.52", "-"],
     ]
+
+
+def test_figures_that_the_first_model_lacks_are_shown():
+    """Attention that is a mean, in the first column, has no gaze."""
+    mean, soft = {"BLEU-1": 50.0}, {"BLEU-1": 51.0, "num_pixels": 64, "places": 9.0}
+    for columns in ({"mean": mean, "soft": soft}, {"soft": soft, "mean": mean}):
+        metrics, gaze = tables.make_table("model", columns)
+        assert [row[0] for row in gaze["rows"]] == ["places of the grid", "places"]
+        cells = dict(zip(columns, gaze["rows"][1][1:]))
+        assert cells == {"mean": "-", "soft": "9.00"}
+        assert {row[0] for row in metrics["rows"]} == {"BLEU-1"}
