@@ -360,7 +360,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(describe, fails, monk
         describe("--img", path, "--json", "pictures")
     with fails("there is no folder .*typo"):
         describe("--img", path, "--json", "typo/captions.json")
-    with fails("notes.md exists and is not JSON.*--force"):
+    with fails("notes.md exists and is not a list of captions.*--force"):
         describe("--img", path, "--json", "pictures/notes.md")
     with fails("notes.md is a file, expected a folder"):
         describe("--img", path, "--output_folder", "pictures/notes.md")

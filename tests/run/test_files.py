@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import utils
+from captioning.report import lists
 from captioning.run import files
 from utils import UserError
 
@@ -167,7 +168,7 @@ def test_a_disk_that_fails_while_it_flushes_is_an_error(code, tmp_path, monkeypa
     assert len(list(tmp_path.iterdir())) == 1
 
 
-json_path = functools.partial(files.output_path, kind="json")
+json_path = functools.partial(files.output_path, kind="json", begins=lists.BEGINS["json"])
 
 
 def test_a_link_is_followed_and_a_fifo_written_to(tmp_path):
@@ -197,7 +198,9 @@ def test_a_file_that_would_be_lost_or_cannot_be_written_is_refused_first(tmp_pat
     (tmp_path / "empty").write_text("")
     (tmp_path / "link").symlink_to("README.md")
     for name in ("README.md", "link"):
-        with fails(f"{name} exists and is not JSON: choose another name, or add --force"):
+        with fails(
+            f"{name} exists and is not a list of captions: choose another name, or add --force"
+        ):
             json_path(tmp_path / name)
         assert json_path(tmp_path / name, force=True) == tmp_path / name
     for name in ("old.json", "empty", "new", "new.json", "NEW.JSON"):
