@@ -108,8 +108,11 @@ def opened(path, images_digest=None):
     try:
         with h5py.File(path, "r", locking=False) as file:
             if images_digest not in (None, attributes(file)["images_digest"]):
-                raise ValueError("it was made anew, of other pictures, while it was in use")
+                what = "was made anew, of other pictures, while it was in use"
+                raise UserError(f"{path} {what}: start again")
             yield file
+    except UserError:
+        raise
     except Exception as error:
         advice = "make it with create_input_files.py --force"
         raise UserError(f"{path} cannot be used ({why(error)}); {advice}") from error

@@ -21,8 +21,8 @@ IMAGE_KEYS = (  # the first that a row has names its picture
 _CAPTION = regex.compile(r"(alt_text|caption|text|comment|sentence|description)s?(?![a-z])")
 
 _NO_CAPTION = regex.compile(
-    r".*_(author|count|date|file|ids?|idx|index|lang|language|len|lengths?|no|num|number|score|source"
-    r"|type|url|user)"
+    r".*_(author|count|date|file|ids?|idx|index|lang|language|len|lengths?|no|num|number|score"
+    r"|source|type|url|user)"
 )
 
 

@@ -75,8 +75,7 @@ def _finder(data):
             if row is not None or numbered:
                 return row
         tables = (by_name, by_id) if numbered else (by_id, by_name)
-        if not numbered and not isinstance(number, str):
-            tables = (by_id,)
+        tables = tables if numbered or isinstance(number, str) else tables[:1]
         rows = (table.get(str(number)) for table in tables)
         return next((row for row in rows if row is not None), None)
 
