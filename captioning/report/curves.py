@@ -15,7 +15,6 @@ def draw_curves(path, history, metric):
 
     epochs = [record["epoch"] for record in history]
     best = max(of_this_data(history) or history, key=lambda record: record[metric])["epoch"]
-    figure = Figure(figsize=(13, 4), layout="constrained")
     panels = {
         "loss (nll per word)": ["nll", "val_nll"],
         "validation: BLEU": ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"],
@@ -23,6 +22,7 @@ def draw_curves(path, history, metric):
     }  # fmt: skip
     if metric not in sum(panels.values(), []):
         panels[f"validation: {metric}"] = [metric]
+    figure = Figure(figsize=(3.25 * len(panels), 4), layout="constrained")
     names = {"nll": "training", "val_nll": "validation"}
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:
@@ -31,7 +31,7 @@ def draw_curves(path, history, metric):
         axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
         axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
         # below the panel, where it covers no curve
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
         axes.legend(**place, edgecolor="none", fontsize=8, columnspacing=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
