@@ -385,6 +385,9 @@ def test_resume_of_another_run_does_not_write_over_this_one(
     before = both_checkpoints(tmp_path, training_data)[0].read_bytes()
     with fails("--resume .* holds another run; choose another --output_folder"):
         run(training_data, tmp_path, "--resume", trained, "--epochs", 3)
+    shutil.copytree(trained, tmp_path / "gru")  # as runs lie below the default --output_folder
+    with fails("--resume .*gru: .* holds another run"):
+        run(training_data, tmp_path, "--resume", tmp_path / "gru", "--epochs", 3)
     assert both_checkpoints(tmp_path, training_data)[0].read_bytes() == before
     # a process of torchrun's that is started again goes on with what its run has written since
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

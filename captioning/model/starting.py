@@ -48,7 +48,7 @@ def find_start(folder, name, resume, init_from, read):
     elif resume:
         path = Path(resume)
         path = checkpoint_path(path, name) if path.is_dir() else path  # of a run: its latest
-        if found and not path.resolve().is_relative_to(Path(folder).resolve()):
+        if found and path.resolve().parent != Path(folder).resolve():
             raise UserError(
                 f"--resume {resume}: {found[0]} holds another run; choose another --output_folder, "
                 "or give --resume alone to go on with that one"
