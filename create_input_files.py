@@ -30,7 +30,8 @@ def main(args):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # we say ourselves what a picture lacks
     check_flags(args)
     name = paths.base_name(args.dataset, args.captions_per_image, args.min_word_freq)
-    known = models.known_words(args.words_of) if args.words_of else None
+    known, size = models.known_words(args.words_of) if args.words_of else (None, None)
+    args.image_size = args.image_size or size or records.Settings().image_size
     if not args.force and is_prepared(args, name, known):
         draw_examples(args, name)  # they are there, unless an earlier run was killed before
         print(f"The files of {name} are in {args.data_folder} already; --force makes them again.")
@@ -90,7 +91,7 @@ NUMBERS = {  # flags: lowest, highest and default value, help
     "captions_per_image": (1, 100, 5, "captions to train on; more are drawn from by --seed"),
     "min_word_freq": (1, 10**6, 5, "rarer words of the training captions become <unk>"),
     "max_len": (1, 1000, 50, "do not train on captions of more words than this"),
-    "image_size": (32, 1024, 256, "side of the stored pictures, in pixels"),
+    "image_size": (32, 1024, None, "side of the stored pictures (default: 256 pixels, or MODEL's)"),
     "seed": (0, 2**32 - 1, 0, "seed of everything that is drawn by lot"),
     "workers": (1, 256, len(machine.own_cores()), "threads that decode pictures"),
 }

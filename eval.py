@@ -116,7 +116,7 @@ def load(args, device):
         names = " or ".join(sorted(names))
         raise UserError(f"there is no {path}, of the first model: add --data_name, perhaps {names}")
     data = datasets.CaptionDataset(path)
-    check_fit(captioners, data)
+    tell_sizes(captioners, data)
     theirs = {str(path): others.read_captions(path, data) for path in args.captions}
     outputs = name_files(args, name, checkpoints)
 
@@ -156,7 +156,7 @@ def name_files(args, name, checkpoints):
     if len(made_by["models"]) > 1:
         name += f"_{'comparison' if args.compare else 'ensemble'}_of_{len(checkpoints)}"
     beside = args.export or args.average or checkpoints[0]
-    own = Path("captions") if beside == models.DEFAULT_CAPTIONER else beside.parent
+    own = Path("captions") if beside == paths.DEFAULT_CAPTIONER else beside.parent
     folder = args.output_folder or own
     files.check_disk(folder, 0)
     metrics = paths.metrics_path(folder, name, args.split)
@@ -179,14 +179,10 @@ def name_files(args, name, checkpoints):
     return {"captions": captions, "metrics": metrics, "scores": scores, "made by": made_by}
 
 
-def check_fit(captioners, data):
-    """:raises UserError: if the pictures have another size"""
-    sizes = sorted({captioner.image_size for captioner in captioners})
-    if sizes != [data.image_size]:
-        raise UserError(
-            f"{data.path} has pictures of {data.image_size} pixels, but the model was trained on "
-            f"{', '.join(map(str, sizes))}; prepare the data with that --image_size"
-        )
+def tell_sizes(captioners, data):
+    """Note that pictures of another size than a model's are resized for it."""
+    for size in sorted({captioner.image_size for captioner in captioners} - {data.image_size}):
+        messages.note(f"the data's pictures of {data.image_size} pixels are resized to {size}")
 
 
 def score(data, captions, alphas=None):

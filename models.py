@@ -36,7 +36,6 @@ from captioning.model.beams import (
 )
 from captioning.model.checkpoints import (
     ARCHITECTURE,
-    DEFAULT_CAPTIONER,
     DROPOUTS,
     average_weights,
     export_captioner,
@@ -46,7 +45,7 @@ from captioning.model.checkpoints import (
 from captioning.model.consensus import Consensus, mean_features
 from captioning.model.decoders import ImageContext, collect, count_states, fitting, live_rows
 from captioning.model.encoder_weights import load_classifier_weights
-from captioning.model.encoders import ENCODERS, Backbone, calibrate, feature_store
+from captioning.model.encoders import ENCODERS, Backbone, calibrate, feature_store, resized
 from captioning.model.grid import compute_dtype, context_vector, pooling_matrix, position_code
 from captioning.model.losses import doubly_stochastic_penalty, hard_attention_loss
 from captioning.model.schedules import SCHEDULES, Schedule, scheduled_sampling_epsilon
@@ -445,7 +444,7 @@ class Captioner:
     @torch.no_grad()
     def encode(self, images):
         """Features on the encoder's own grid: uint8 (B, 3, S, S) to float (B, n, encoder_dim)."""
-        return self.encoder(images.to(self.device))
+        return self.encoder(resized(images, self.image_size).to(self.device))
 
     def __call__(self, pictures, no_repeat=True, **options):
         """Caption pictures as caption.py does; ``options`` are those of :func:`beam_search`.
@@ -504,10 +503,11 @@ def load_checkpoint(path, word_map=None, strict=True):
 
 
 def known_words(path):
-    """The word map that a path names: a file of one, a checkpoint's, or that of a run's folder."""
+    """The word map that a path names, and the size of its model's pictures (None: no model)."""
     if Path(path).suffix == ".json":
-        return load_word_map(path)
-    return load_checkpoint(run_checkpoint(path))["word_map"]
+        return load_word_map(path), None
+    checkpoint = load_checkpoint(run_checkpoint(path))
+    return checkpoint["word_map"], checkpoint["config"]["image_size"]
 
 
 def load_captioner(path=None, device="cpu", word_map=None, strict=True):

@@ -343,7 +343,7 @@ def prepare(args, stack):
         args = starting.as_built(args, get_args_parser(), checkpoint["config"], path, resuming)
     if resuming:
         word_map = vocabulary.same_words(checkpoint, path, word_map, (train_data, val_data))
-    starting.check_sizes(train_data, val_data, checkpoint if resuming else None)
+    starting.check_sizes(train_data, val_data, checkpoint, resuming)
     machine.set_seed(args.seed)
     weights = "none" if checkpoint else args.encoder_weights
     encoder = models.Encoder(args.encoder, weights).to(device)

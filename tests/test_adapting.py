@@ -74,7 +74,7 @@ def test_preparing_with_the_words_of_a_model(
     model = {"checkpoint": best_checkpoint, "word map": word_map}.get(given, trained)
     flags = ["--dataset", "mine", "--images", images, "--captions", captions]
     flags += ["--data_folder", tmp_path / "data"]
-    prepare(*flags, "--words_of", model)
+    prepare(*flags, "--words_of", model, size=None)
     data = tmp_path / "data", paths.base_name("mine", 5, 1)
     own = word_map_of(data)
     # the captions say a, dog, runs, on, grass, the, it and a number from 0 to 17
@@ -86,10 +86,12 @@ def test_preparing_with_the_words_of_a_model(
     train_data = datasets.CaptionDataset(paths.split_path(data[0], "train", data[1]))
     words = sorted(own, key=own.get)
     assert datasets.decode_caption(train_data.captions[1], words) == ["the", "dog", "it", "runs"]
-    prepare(*flags, "--words_of", model)
+    # a model brings the size of its pictures, too; a word map has none
+    assert train_data.image_size == (256 if model == word_map else 64)
+    prepare(*flags, "--words_of", model, size=None)
     assert "already" in capsys.readouterr().out
     with fails("TRAIN_.*hdf5 was made with a --words_of; give --force"):
-        prepare(*flags)
+        prepare(*flags, size=train_data.image_size)
 
 
 def test_the_captioner_of_the_suite_is_named_without_its_path(tmp_path, monkeypatch):
@@ -124,6 +126,21 @@ def test_a_model_learns_other_words(training_data, trained, described, tmp_path,
         else:
             assert torch.equal(tensor, start["decoder"][key]), key
     assert all(torch.equal(start["encoder"][k], t) for k, t in checkpoint["encoder"].items())
+
+
+def test_pictures_of_another_size_than_the_models_are_told_of(
+    training_data, trained, tmp_path, capsys
+):
+    records, _ = datasets.shapes_records(12, 3, 3, seed=1, size=32)
+    settings = {"min_word_freq": 1, "max_len": 20, "image_size": 32, "seed": 1}
+    datasets.write_dataset(tmp_path / "data", records, dataset="own", source="own", **settings)
+    small = tmp_path / "data", paths.base_name("own", 5, 1)
+    checkpoint = run(small, tmp_path / "out", "--init_from", trained, "--epochs", 1)
+    told = "knows images of 64 pixels, these have 32: create_input_files.py --image_size 64"
+    assert told in capsys.readouterr().err
+    assert checkpoint["config"]["image_size"] == 32
+    run(training_data, tmp_path / "alike", "--init_from", trained, "--epochs", 1)
+    assert "pixels" not in capsys.readouterr().err
 
 
 def test_words_in_another_order_say_the_same(training_data, trained, tmp_path):
@@ -319,7 +336,7 @@ def test_the_mean_with_a_model_of_fewer_words(training_data, trained, described,
 def test_the_captioner_of_the_suite_is_scored_on_anybodys_data(own_data, tmp_path, capsys):
     images, captions = own_data
     flags = ["--dataset", "mine", "--images", images, "--captions", captions]
-    prepare(*flags, "--data_folder", tmp_path / "data", size=256)
+    prepare(*flags, "--data_folder", tmp_path / "data")
     data = tmp_path / "data", paths.base_name("mine", 5, 1)
     flags = ["--model", "captioner", "--data_name", data[1], "--beam_size", 1]
     scores = evaluate(data, tmp_path / "out", *flags)

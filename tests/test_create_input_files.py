@@ -27,8 +27,9 @@ ROOT = Path(create_input_files.__file__).parent
 
 
 def prepare(*flags, size=32):
-    """Run the script's ``main`` in this process."""
-    flags = [*map(str, flags), "--image_size", str(size), "--min_word_freq", "1"]
+    """Run the script's ``main`` in this process; a size of None leaves the flag out."""
+    flags = [*map(str, flags), "--min_word_freq", "1"]
+    flags += ["--image_size", str(size)] if size else []
     create_input_files.main(create_input_files.get_args_parser().parse_args(flags))
 
 

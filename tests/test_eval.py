@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import train_args
@@ -15,6 +16,7 @@ import datasets
 import eval as evaluation
 import models
 import train
+from captioning.model import encoders
 from captioning.report import curves, gaze, scenes, tables
 from captioning.report import evaluation as written
 from captioning.report import metrics as metrics_room
@@ -406,12 +408,35 @@ def test_an_ensemble_needs_one_word_map(best_checkpoint, training_data, tmp_path
         evaluate(training_data, tmp_path, "--model", best_checkpoint, tmp_path / "other.pth.tar")
 
 
-def test_pictures_of_another_size_are_refused(best_checkpoint, training_data, tmp_path, fails):
+def test_pictures_of_another_size_are_resized(
+    best_checkpoint, training_data, tmp_path, no_java, capsys
+):
+    """To the model's own, for captions, consensus and comparisons alike; stores are kept apart."""
+    data_copy = shutil.copytree(training_data[0], tmp_path / "data"), training_data[1]
     checkpoint = models.load_checkpoint(best_checkpoint)
-    checkpoint["config"]["image_size"] = 256
-    torch.save(checkpoint, tmp_path / "large.pth.tar")
-    with fails("64 pixels.*256.*--image_size"):
-        evaluate(training_data, tmp_path, "--model", tmp_path / "large.pth.tar")
+    checkpoint["config"]["image_size"] = 96
+    large = tmp_path / "large.pth.tar"
+    torch.save(checkpoint, large)
+    evaluate(data_copy, tmp_path / "own", "--model", large, "--consensus", 5)
+    assert "pictures of 64 pixels are resized to 96" in capsys.readouterr().err
+    data = datasets.CaptionDataset(datasets.split_path(data_copy[0], "test", data_copy[1]))
+    images = data.images(slice(None))
+    by_pillow = [datasets.resize_image(image.transpose(1, 2, 0), 96) for image in images]
+    by_torch = encoders.resized(torch.from_numpy(images), 96).numpy()
+    assert np.abs(by_torch - np.stack(by_pillow).astype(int)).max() <= 2
+
+    flags = "--compare", "--beam_size", 1, "--model", best_checkpoint, large
+    evaluate(data_copy, tmp_path / "both", *flags)
+    for number, pictures in ((1, images), (2, by_torch)):
+        captioner = models.load_captioner(flags[-3 + number])
+        assert captioner.image_size == pictures.shape[-1]
+        found = captioner.encoder(torch.from_numpy(pictures))
+        model = [captioner.decoder], [found.half().float()], captioner.word_map
+        said = models.beam_search(*model, beam_size=1, max_decode_steps=8)
+        name = f"{data_copy[1]}_comparison_of_2_{number}"
+        path = paths.captions_path(tmp_path / "both", name, "test", 1)
+        captions = [row["caption"].split() for row in files_room.read_json(path)]
+        assert captions == [captioner.text(best) for best, *_ in said]
 
 
 @pytest.mark.parametrize(

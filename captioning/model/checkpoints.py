@@ -10,7 +10,7 @@ from captioning.model.tensor_files import load_tensors, save_checkpoint
 from captioning.model.tutorial import tutorial_checkpoint
 from captioning.model.vocabulary import with_words
 from captioning.run.messages import UserError, did_you_mean, note
-from captioning.run.paths import checkpoint_path
+from captioning.run.paths import DEFAULT_CAPTIONER, checkpoint_path
 
 # What of a configuration makes the model's architecture; a checkpoint and a flag must agree on it.
 ARCHITECTURE = (
@@ -19,7 +19,6 @@ ARCHITECTURE = (
 )  # fmt: skip
 
 DROPOUTS = ("dropout", "embed_dropout", "feature_dropout")
-DEFAULT_CAPTIONER = Path(__file__).parents[2] / "docs" / "captioner" / "flickr8k.pth.tar"
 CHECKPOINT_KEYS = dict.fromkeys(("config", "word_map", "encoder", "decoder"), dict)
 CHECKPOINT_KEYS |= {"history": list}
 

@@ -11,7 +11,6 @@ from captioning.model.cider import CiderD
 from captioning.model.encoders import feature_store
 from captioning.run.distributed import broadcast
 from captioning.run.machine import autocast
-from captioning.run.messages import UserError
 
 
 class Consensus:
@@ -42,14 +41,7 @@ class Consensus:
 
         :param data: ``CaptionDataset``, the training split; mean features are kept beside its file
         :param amp: encode in bfloat16, if a captioner's own training does not say
-        :raises UserError: if it was prepared in another size
         """
-        for size in (captioner.image_size for captioner in captioners):
-            if size != data.image_size:
-                raise UserError(
-                    f"{data.path} has images of {data.image_size} pixels, but the model was "
-                    f"trained on {size}; --consensus needs the training images in that size"
-                )
         means = []
         for captioner in captioners:
             # in the arithmetic of its training, so that the features that this stored serve

@@ -107,8 +107,20 @@ ENCODERS = {
 def feature_store(captioner, dataset, folder):
     """Path of the features of a split; it tells encoder, weights, images and arithmetic apart."""
     digest, dtype = encoder_digest(captioner.encoder), compute_dtype(captioner.device)
-    key = hashlib.sha256(f"{digest} {dataset.images_digest} {dtype}".encode()).hexdigest()[:12]
+    size = "" if captioner.image_size == dataset.image_size else f" {captioner.image_size}"
+    key = f"{digest} {dataset.images_digest} {dtype}{size}"
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
     return features_path(folder, dataset.name, dataset.split, key)
+
+
+def resized(images, size):
+    """A data set's pictures as a model knows them: uint8 (B, 3, S, S) to (B, 3, size, size).
+
+    On the CPU, bicubic and antialiased, as ``resize_image`` made them for the data set.
+    """
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
 
 
 def encoder_digest(encoder):

@@ -117,12 +117,18 @@ def as_flags(values):
     return ", ".join(typed(name, value) for name, value in values.items())
 
 
-def check_sizes(train_data, val_data, checkpoint):
+def check_sizes(train_data, val_data, checkpoint, resuming):
     """:raises UserError: if images of both splits, and of a run to resume, are not of one size"""
     sizes = {"the training images": train_data.image_size}
     sizes["the validation images"] = val_data.image_size
-    if checkpoint:
-        sizes["the run to resume"] = checkpoint["config"]["image_size"]
+    size = checkpoint["config"]["image_size"] if checkpoint else train_data.image_size
+    if resuming:
+        sizes["the run to resume"] = size
+    elif size != train_data.image_size:
+        note(
+            f"the model knows images of {size} pixels, these have {train_data.image_size}: "
+            f"create_input_files.py --image_size {size} makes them alike"
+        )
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{size} pixels in {what}" for what, size in sizes.items())
         raise UserError(

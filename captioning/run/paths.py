@@ -7,6 +7,8 @@ from captioning.run.messages import UserError
 
 (regex,) = lazy("regex")
 
+DEFAULT_CAPTIONER = Path(__file__).parents[2] / "docs" / "captioner" / "flickr8k.pth.tar"
+
 # Each gives the path of a file in a folder; `name` is what all files of a data set share.
 split_path = lambda folder, split, name: Path(folder) / f"{split.upper()}_{name}.hdf5"
 word_map_path = lambda folder, name: Path(folder) / f"WORDMAP_{name}.json"
