@@ -113,8 +113,8 @@ def get_args_parser():
     )
     group.add_argument("--captions", "--karpathy_json", **paths, metavar="FILE", help=text)
     text = (
-        "folder or zip archive of pictures; without --captions it holds metadata.csv or .jsonl, or "
-        "a .txt beside each picture"
+        "folder or zip archive of pictures; without --captions a folder that holds metadata.csv or "
+        ".jsonl, or a .txt beside each picture"
     )
     group.add_argument("--images", **paths, metavar="FOLDER", help=text)
     group = parser.add_argument_group("what is made of them")

@@ -433,7 +433,7 @@ def get_args_parser():
     add = parser.add_argument_group("model").add_argument
     text = (
         "CNN that sees the image: resnet18, 34, 50, 101, 152; vgg11, 13, 16, 19, each also as "
-        "vgg11_bn; efficientnet_lite0, efficientnet_lite2; timm/NAME for any network of timm"
+        "vgg11_bn; efficientnet_lite0, efficientnet_lite2; timm/NAME for timm's CNNs and ViTs"
     )
     add("--encoder", default="resnet101", metavar="NAME", help=text)
     text = "what the CNN starts from: imagenet, none (random weights), or a state dict file"
@@ -506,7 +506,7 @@ def get_args_parser():
 
     add = parser.add_argument_group("validation").add_argument
     add("--metric", choices=METRICS, default="BLEU-4", help="what the best checkpoint is best at")
-    text = "epochs without a better score, counted from the warm-up's end: stop"
+    text = "stop after so many epochs without a better score, of those after the warm-up"
     add("--patience", type=width, default=6, help=text)
 
     add = parser.add_argument_group("continuing").add_argument
