@@ -21,10 +21,14 @@ from captioning.run import command_line, distributed, files, machine, messages, 
 from captioning.run.lazy import lazy
 from utils import UserError
 
-datasets, models = lazy("datasets", "models")
+datasets, models, encoders = lazy("datasets", "models", "captioning.model.encoders")
 bootstrap, evaluation, gaze, metrics, others, page, scenes, tables = lazy(
     "bootstrap", "evaluation", "gaze", "metrics", "others", "page", "scenes", "tables",
     within="captioning.report",
+)  # fmt: skip
+
+SEARCH = (  # flags on which the figures depend, kept beside them
+    "amp", "length_penalty", "max_decode_steps", "consensus", "sample_location", "no_repeat"
 )  # fmt: skip
 
 
@@ -116,9 +120,11 @@ def load(args, device):
         names = " or ".join(sorted(names))
         raise UserError(f"there is no {path}, of the first model: add --data_name, perhaps {names}")
     data = datasets.CaptionDataset(path)
-    tell_sizes(captioners, data)
+    encoders.tell_sizes(captioners, data)
     theirs = {str(path): others.read_captions(path, data) for path in args.captions}
     outputs = name_files(args, name, checkpoints)
+    train_path = paths.split_path(args.data_folder, "train", name)
+    known = datasets.CaptionDataset(train_path) if args.consensus else None
 
     if args.average and distributed.is_main():
         first.config["init_from"] = " ".join(map(str, checkpoints))
@@ -137,7 +143,6 @@ def load(args, device):
         for captioner in group:
             captioner.decoder.sample_location = args.sample_location
         if args.consensus:
-            known = datasets.CaptionDataset(paths.split_path(args.data_folder, "train", name))
             options = args.consensus, args.workers, args.amp
             consensus = models.Consensus.of(group, known, *options)
         searches |= {label or k: (group, k, consensus) for k in args.beam_size}
@@ -160,12 +165,15 @@ def name_files(args, name, checkpoints):
     folder = args.output_folder or own
     files.check_disk(folder, 0)
     metrics = paths.metrics_path(folder, name, args.split)
-    found = metrics.exists() and (files.read_json(metrics).get("models") or [""])
+    found = metrics.exists() and files.read_json(metrics)
     # beside its model a run that was moved is known by the name of its file
     is_beside = folder.resolve() == own.resolve() and len(made_by["models"]) == 1
     told = lambda models: [Path(m).name if is_beside else os.path.realpath(m) for m in models]
-    if distributed.broadcast(found and told(found) != told(made_by["models"])):
+    other = found and told(found.get("models") or [""]) != told(made_by["models"])
+    if distributed.broadcast(other):
         raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
+    if found and any(found.get(flag) != getattr(args, flag) for flag in SEARCH):
+        messages.note(f"{metrics} has figures of other flags: --output_folder FOLDER keeps both")
     columns = [(k, name, k) for k in args.beam_size]
     if args.compare:  # the models by number, as their names may be paths
         numbered = enumerate(map(str, args.model), 1)
@@ -177,12 +185,6 @@ def name_files(args, name, checkpoints):
         raise UserError(f"--captions {lost[0]} {what}")
     scores = paths.scores_path(folder, name, args.split)
     return {"captions": captions, "metrics": metrics, "scores": scores, "made by": made_by}
-
-
-def tell_sizes(captioners, data):
-    """Note that pictures of another size than a model's are resized for it."""
-    for size in sorted({captioner.image_size for captioner in captioners} - {data.image_size}):
-        messages.note(f"the data's pictures of {data.image_size} pixels are resized to {size}")
 
 
 def score(data, captions, alphas=None):
@@ -215,9 +217,7 @@ def report(args, data, outputs, rows, theirs, said):
     described = [captions for captions in data.references if len(captions) > 1]
     rest, first = [captions[1:] for captions in described], [c[0] for c in described]
     people = metrics.score_variety(rest, first) if len(described) > 1 else {}
-    names = ("amp", "length_penalty", "max_decode_steps", "consensus", "sample_location",
-             "no_repeat")  # fmt: skip
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in SEARCH}
     facts = {**outputs["made by"], "data": data.name, "split": args.split, "scale": "0-100"}
     found = {"compared" if args.compare else "beam_sizes": rows, "people": people}
     found |= {"captions": theirs} if theirs else {}

@@ -337,9 +337,10 @@ def prepare(args, stack):
         )
     own, given = (args.output_folder, args.data_name), (args.resume, args.init_from)
     known = datasets.load_word_map(args.word_map) if args.word_map else None
-    read = lambda path: models.load_checkpoint(path, known)
-    path, checkpoint, resuming = starting.find_start(*own, *given, read)
-    if checkpoint:
+    path, checkpoint, resuming = starting.find_start(*own, *given, models.load_checkpoint, known)
+    if not checkpoint:  # there may be nothing to resume: what needs a model must name one
+        check_args(type(args)(**vars(args) | {"resume": None}))
+    else:
         args = starting.as_built(args, get_args_parser(), checkpoint["config"], path, resuming)
     if resuming:
         word_map = vocabulary.same_words(checkpoint, path, word_map, (train_data, val_data))
@@ -355,7 +356,8 @@ def prepare(args, stack):
         raise UserError("--scst does not train hard attention: start from soft attention")
     dry_run.check_loadable(decoder, functools.partial(build, len(word_map)))
     if args.embeddings and not resuming:
-        starting.fill_embedding(decoder, args.embeddings, word_map)
+        brought = checkpoint["word_map"] if checkpoint else {}
+        starting.fill_embedding(decoder, args.embeddings, word_map, brought)
     if checkpoint:  # of other words, perhaps: what is new to it keeps what it was given above
         words = checkpoint["word_map"], word_map
         encoder.load_state_dict(checkpoint["encoder"])

@@ -143,6 +143,30 @@ def test_pictures_of_another_size_than_the_models_are_told_of(
     assert "pixels" not in capsys.readouterr().err
 
 
+def test_the_word_map_of_init_from_does_not_stop_resume(
+    training_data, trained, described, tmp_path, capsys
+):
+    new = described(tmp_path / "data", ["a red hexagon", "red hexagon on grass"])
+    flags = ["--init_from", trained, "--word_map", paths.word_map_path(*training_data)]
+    run(new, tmp_path / "out", *flags, "--epochs", 1)
+    assert len(run(new, tmp_path / "out", *flags, "--resume", "--epochs", 2)["history"]) == 2
+    assert "going on from" not in capsys.readouterr().out
+
+
+def test_vectors_are_counted_for_words_that_the_model_does_not_bring(
+    trained, described, tmp_path, capsys
+):
+    new = described(tmp_path / "data", ["a red hexagon", "red hexagon on grass"])
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("".join(f"{w} {' '.join(['0.25'] * 16)}\n" for w in ("red", "hexagon")))
+    flags = ["--init_from", trained, "--embeddings", vectors, "--epochs", 1, "--learning_rate", 0]
+    checkpoint = run(new, tmp_path / "out", *flags)
+    assert "vectors for 1 of 2 new words" in capsys.readouterr().out
+    rows, word_map = checkpoint["decoder"]["embedding.weight"], checkpoint["word_map"]
+    assert (rows[word_map["hexagon"]] == 0.25).all()
+    assert not (rows[word_map["red"]] == 0.25).any()
+
+
 def test_words_in_another_order_say_the_same(training_data, trained, tmp_path):
     """At a learning rate of 0 the run only says what the model said before."""
     folder, name = training_data
@@ -239,7 +263,7 @@ def test_a_run_goes_on_with_other_pictures_though_they_are_as_many_updates(
     data = resized(training_data, tmp_path / "data", 24, less=1)  # of another validation split
     latest = paths.checkpoint_path(trained, training_data[1])
     found = run(data, tmp_path / "out", "--resume", latest, "--epochs", 3)
-    assert [record.get("of_other_data") for record in found["history"]] == [True, True, None]
+    assert [record.get("of_other_data") for record in found["history"]] == [2, 2, None]
     assert "other pictures than before: epoch 3 begins anew" in capsys.readouterr().err
 
 

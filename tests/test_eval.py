@@ -315,10 +315,14 @@ def test_features_of_a_frozen_encoder_are_those_of_training(
 
 
 def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(
-    talkative, training_data, tmp_path, no_java, monkeypatch, fails
+    talkative, training_data, tmp_path, no_java, monkeypatch, fails, capsys
 ):
     data = shutil.copytree(training_data[0], tmp_path / "data"), training_data[1]
     flags = ["--model", talkative, "--beam_size", 4, "--length_penalty", 1]
+    plain = evaluate(data, tmp_path / "plain", *flags)
+    assert "other flags" not in capsys.readouterr().err
+    evaluate(data, tmp_path / "plain", *flags, "--no_repeat")
+    assert "has figures of other flags: --output_folder" in capsys.readouterr().err
     plain = evaluate(data, tmp_path / "plain", *flags)
     chosen = evaluate(data, tmp_path / "chosen", *flags, "--consensus", 5)
     assert (plain["consensus"], chosen["consensus"]) == (0, 5)
@@ -356,8 +360,10 @@ def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(
     with fails("--consensus asks the training captions"):
         evaluate(data, tmp_path / "train", *flags, "--consensus", 5, "--split", "train")
     datasets.split_path(data[0], "train", data[1]).unlink()
+    export = tmp_path / "export.pth.tar"
     with fails("TRAIN_.*hdf5"):
-        evaluate(data, tmp_path / "missing", *flags, "--consensus", 5)
+        evaluate(data, tmp_path / "missing", *flags, "--consensus", 5, "--export", export)
+    assert not export.exists()  # it would stand in the way of the same command
 
 
 def test_output_lies_beside_the_checkpoint_if_nothing_is_said(

@@ -626,6 +626,9 @@ def test_resume_or_init_from(training_data, tmp_path, fails):
         run(training_data, tmp_path, "--word_map", "words.json")
     with fails("--preset adapt needs a model to go on from"):
         run(training_data, tmp_path, "--preset", "adapt")
+    for flags in (["--preset", "adapt"], ["--scst"]):  # nothing is there to resume
+        with fails(f"{flags[0]}.* needs a model"):
+            run(training_data, tmp_path, *flags, "--resume")
 
 
 @pytest.mark.parametrize(
@@ -910,6 +913,13 @@ def test_plateau_waits_for_two_poor_epochs_each_time():
     assert after(1, 0, 0, 0) == pytest.approx(0.8)
     assert after(1, 0, 0, 0, 0) == pytest.approx(0.64)
     assert after(1, 0, 0, 2, 3, 1) == pytest.approx(0.8)
+
+
+def test_plateau_keeps_its_reductions_when_the_data_changes():
+    old = [{"BLEU-4": score, "of_other_data": 3} for score in (5, 4, 4)]
+    for since, factor in (([], 0.8), ([1, 2], 0.8), ([1, 0, 0], 0.64)):
+        history = old + [{"BLEU-4": score} for score in since]
+        assert factors(50, history, lr_schedule="plateau")[-1] == pytest.approx(factor)
 
 
 # --------------------------------------------------------------------------------------- bad values

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from captioning.data.features import encode_split
 from captioning.model.cider import CiderD
-from captioning.model.encoders import feature_store
+from captioning.model.encoders import feature_store, tell_sizes
 from captioning.run.distributed import broadcast
 from captioning.run.machine import autocast
 
@@ -42,6 +42,7 @@ class Consensus:
         :param data: ``CaptionDataset``, the training split; mean features are kept beside its file
         :param amp: encode in bfloat16, if a captioner's own training does not say
         """
+        tell_sizes(captioners, data)
         means = []
         for captioner in captioners:
             # in the arithmetic of its training, so that the features that this stored serve

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from captioning.model.grid import compute_dtype
-from captioning.run.messages import UserError
+from captioning.run.messages import UserError, note
 from captioning.run.paths import features_path
 
 
@@ -111,6 +111,12 @@ def feature_store(captioner, dataset, folder):
     key = f"{digest} {dataset.images_digest} {dtype}{size}"
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     return features_path(folder, dataset.name, dataset.split, key)
+
+
+def tell_sizes(captioners, data):
+    """Note that pictures of another size than a model's are resized for it."""
+    for size in sorted({captioner.image_size for captioner in captioners} - {data.image_size}):
+        note(f"the data's pictures of {data.image_size} pixels are resized to {size}")
 
 
 def resized(images, size):

@@ -68,9 +68,9 @@ def best_score(history, metric):
     return max((record[metric] for record in of_this_data(history)), default=-1.0)
 
 
-def epochs_without_gain(history, metric):
-    """How many epochs ago the best score was."""
-    scores = [record[metric] for record in of_this_data(history)]
+def epochs_without_gain(records, metric):
+    """How many epochs ago the best score was; of no epochs 0."""
+    scores = [record[metric] for record in records]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
@@ -82,7 +82,7 @@ def warmup_updates(config):
 def is_patient(config, history, patience):
     """Whether the best epoch, or the warm-up's end, is fewer than ``patience`` epochs ago."""
     warm = sum(record["update"] > warmup_updates(config) for record in history)
-    return min(epochs_without_gain(history, config["metric"]), warm) < patience
+    return min(epochs_without_gain(of_this_data(history), config["metric"]), warm) < patience
 
 
 def learning_rate_factor(config, update, history):
@@ -94,7 +94,10 @@ def learning_rate_factor(config, update, history):
         return 1.0
     if config["lr_schedule"] == "plateau":
         pasts = (history[: n + 1] for n in range(len(history)))
-        stale = [epochs_without_gain(past, config["metric"]) for past in pasts]
+        # reductions remain when the data changes: each epoch is held against those of its own
+        mark = lambda record: record.get("of_other_data")
+        alike = ([record for record in past if mark(record) == mark(past[-1])] for past in pasts)
+        stale = [epochs_without_gain(past, config["metric"]) for past in alike]
         return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
     done = (update - warmup) / max(1, config["total_updates"] - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -26,13 +26,14 @@ MAY_CHANGE_ON_RESUME = (
 )  # fmt: skip
 
 
-def find_start(folder, name, resume, init_from, read):
+def find_start(folder, name, resume, init_from, read, word_map=None):
     """The checkpoint to go on with or to start from.
 
     :param folder, name: the run's own folder, and its data's name
     :param resume: of ``--resume``: "auto", a checkpoint, a run's folder, or None
     :param init_from: of ``--init_from``, or None
     :param read: function of a path: its checkpoint
+    :param word_map: of ``--word_map``, the words of ``init_from``, or None
     :return: (path, checkpoint, whether to go on with its run); (None, None, False) starts anew
     :raises UserError: if it cannot be used, or an earlier run would be overwritten
     """
@@ -62,7 +63,7 @@ def find_start(folder, name, resume, init_from, read):
     if not init_from:
         return None, None, False
     path = run_checkpoint(init_from, name)
-    return path, read(path), False
+    return path, read(path, word_map), False
 
 
 def first_readable(paths, read):
@@ -165,8 +166,8 @@ def resume(trainer, checkpoint, path):
             trainer.tally.load_state_dict(checkpoint["epoch_so_far"])
         else:
             trainer.update = len(history) * per_epoch
-            for record in history:
-                record["of_other_data"] = True
+            for record in history:  # marked with the epochs at the first change since
+                record["of_other_data"] = record.get("of_other_data") or len(history)
             note(
                 f"the data has other pictures than before: epoch {len(history) + 1} begins anew, "
                 "and so does the search for the best one"
@@ -196,9 +197,10 @@ def restore_optimizer(optimizer, state):
         group.update(kept)
 
 
-def fill_embedding(decoder, path, word_map):
+def fill_embedding(decoder, path, word_map, known):
     """Put a file's word vectors into a decoder's ``embedding``; words that it lacks keep theirs.
 
+    :param known: words that a model brings, which will keep its vectors
     :raises UserError: if it has none
     """
     embedding = getattr(decoder, "embedding", None)
@@ -208,7 +210,8 @@ def fill_embedding(decoder, path, word_map):
     vectors, found = load_embeddings(path, word_map, embedding.embedding_dim)
     with torch.no_grad():
         embedding.weight[torch.from_numpy(found)] = torch.from_numpy(vectors[found])
-    print(f"{path}: vectors for {found.sum()} of {len(word_map)} words")
+    new = [number for word, number in word_map.items() if word not in known]
+    print(f"{path}: vectors for {found[new].sum()} of {len(new)} {'new ' if known else ''}words")
 
 
 def calibrate_on(encoder, dataset, device, learns):

@@ -38,8 +38,9 @@ def counted(number, thing):
 
 @functools.cache
 def note(text):
-    """Say something on standard error, once."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    """Say something on standard error, once, in one of a run's processes."""
+    if is_main():
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

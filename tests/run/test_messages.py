@@ -19,6 +19,13 @@ def test_an_error_is_one_line_of_bearable_length_that_ends_in_what_to_do():
     assert str(UserError(message)) == message  # and so it stays when it comes from another process
 
 
+def test_of_several_processes_one_says_a_note_and_once(capsys, monkeypatch):
+    for is_main in (False, True, True):
+        monkeypatch.setattr(messages, "is_main", lambda is_main=is_main: is_main)
+        messages.note(f"of process {is_main}")
+    assert capsys.readouterr().err == "note: of process True\n"
+
+
 def test_one_thing_is_one_and_several_have_an_s():
     counts = [messages.counted(n, "picture") for n in (0, 1, 2, 2000)]
     assert counts == ["0 pictures", "1 picture", "2 pictures", "2,000 pictures"]
