@@ -1,6 +1,7 @@
 """A training's curves, as a picture."""
 
 import math
+from itertools import groupby
 
 from captioning.model.schedules import of_this_data
 from captioning.report.plots import default_settings
@@ -9,11 +10,17 @@ from captioning.run.files import atomic_path
 
 @default_settings()
 def draw_curves(path, history, metric):
-    """Losses and validation scores over the epochs, the best epoch marked, as a PNG."""
+    """Losses and validation scores over the epochs, the best epoch marked, as a PNG.
+
+    Where a resumed run got other data, the curves have a gap: scores before and after it are of
+    other pictures.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [record["epoch"] for record in history]
+    parts = groupby(history, key=lambda record: record.get("of_other_data"))
+    points = sum(([*part, {}] for _, part in parts), [])  # an empty record is drawn as a gap
+    epochs = [record.get("epoch", math.nan) for record in points]
     best = max(of_this_data(history) or history, key=lambda record: record[metric])["epoch"]
     panels = {
         "loss (nll per word)": ["nll", "val_nll"],
@@ -26,10 +33,10 @@ def draw_curves(path, history, metric):
     names = {"nll": "training", "val_nll": "validation"}
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items()):
         for key in keys:
-            values = [record.get(key, math.nan) for record in history]
+            values = [record.get(key, math.nan) for record in points]
             axes.plot(epochs, values, "o-", markersize=4, label=names.get(key, key))
         axes.axvline(best, color="0.7", linestyle=":", label=f"best {metric}")
-        axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, history[-1]["epoch"] + 0.5))
         # below the panel, where it covers no curve
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
         axes.legend(**place, edgecolor="none", fontsize=8, columnspacing=1)

@@ -83,13 +83,15 @@ def test_whoever_makes_a_figure_asks_for_the_default_settings():
     assert report.count(".savefig(") == report.count("plots.default_settings()")
 
 
-def test_no_legend_of_the_curves_covers_a_curve(tmp_path, monkeypatch):
+def test_the_curves_part_where_the_data_changed_and_no_legend_covers_them(tmp_path, monkeypatch):
     figures, savefig = [], matplotlib.figure.Figure.savefig
     keep = lambda self, *args, **options: figures.append(self) or savefig(self, *args, **options)
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     draw_curves(tmp_path, None)
     (line,) = (line for line in figures[0].axes[0].lines if line.get_linestyle() == ":")
     assert set(line.get_xdata()) == {3}  # of the epochs of this data, the best
+    losses = figures[0].axes[0].lines[0].get_ydata()
+    assert np.allclose(losses, [3, np.nan, 1.5, 1, np.nan], equal_nan=True)  # a gap at new data
     for axes in figures[0].axes:
         legend, panel = axes.get_legend().get_window_extent(), axes.get_window_extent()
         assert legend.y1 < panel.y0 and legend.y0 >= 0 and len(axes.get_legend().get_texts()) >= 2
