@@ -212,14 +212,23 @@ def test_every_command_is_understood(page):
         importlib.import_module(script).get_args_parser().parse_args(argv)
 
 
-def test_every_flag_that_the_guide_names_is_one_of_that_script():
+def test_the_guide_names_every_flag_and_each_is_one_of_its_script():
     rows = next(rows for header, rows in tables(text_of("docs/guide.md")) if header[0] == "task")
     scripts = ("create_input_files", "train", "eval", "caption")
+    known = {
+        script: set(importlib.import_module(script).get_args_parser()._option_string_actions)
+        for script in scripts
+    }
+    named = set()
     for _, where, flags in rows:
-        named = re.findall(r"`(\w+)\.py`", where) or scripts[1:]
-        for script in named:
-            known = importlib.import_module(script).get_args_parser()._option_string_actions
-            assert set(re.findall(r"--\w+", flags)) <= set(known), (script, flags)
+        for script in re.findall(r"`(\w+)\.py`", where) or scripts:
+            flags_here = set(re.findall(r"--\w+", flags))
+            assert flags_here <= known[script], (script, flags)
+            named |= {(script, flag) for flag in flags_here}
+    for script in scripts:
+        opposites = {f"--no_{flag[2:]}" for flag in known[script]}
+        missing = known[script] - opposites - {flag for where, flag in named if where == script}
+        assert missing == {"--help", "-h"}, (script, missing)
 
 
 def run(script, argv, monkeypatch):
