@@ -108,8 +108,8 @@ class Encoder(nn.Module):
 class Attention(nn.Module):
     """The attention network of the paper: additive scores (section 3.1.2, eq. 4; here with a ReLU).
 
-    Another network can take its place: it needs ``project``, called once for each image,
-    ``forward``, called at every word, and an entry in ``ATTENTIONS``.
+    Another network needs a linear ``project``, called once for each image (its result is pooled to
+    a coarser grid), ``forward``, called at every word, and an entry in ``ATTENTIONS``.
     """
 
     def __init__(self, encoder_dim, decoder_dim, attention_dim):
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.full_att.bias.requires_grad_(False)  # softmax does not see what moves all alike
 
     def project(self, encoder_out):
-        """The share of the image, float (B, num_pixels, encoder_dim) to (..., attention_dim)."""
+        """The image's share, float (num_images, n, encoder_dim) to (num_images, n, any width)."""
         return self.encoder_att(encoder_out)
 
     def forward(self, encoder_att, h):
@@ -198,7 +198,7 @@ class DecoderWithAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.embed_dropout = nn.Dropout(embed_dropout)
         self.feature_dropout = nn.Dropout(feature_dropout)
-        if self.attend is hard:  # moving average of log p(caption), the baseline of REINFORCE
+        if getattr(self.attend, "samples", False):  # the baseline of REINFORCE, a moving average
             self.register_buffer("baseline", torch.zeros(()))
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.uniform_(self.fc.weight, -0.1, 0.1)

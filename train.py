@@ -158,8 +158,9 @@ class Trainer:
         encoder = captioner.encoder if args.fine_tune_encoder else None
         self.model = models.CaptioningNetwork(encoder, captioner.decoder, self.teacher)
         if distributed.world_size() > 1:
-            # some networks of timm have layers that a grid of features does not come from
-            some_idle = args.fine_tune_encoder and args.encoder.startswith("timm/")
+            # networks of timm and of one's own may have layers that the grid does not come from
+            whole = args.encoder.startswith(("resnet", "vgg", "efficientnet_lite"))
+            some_idle = args.fine_tune_encoder and not whole
             self.model = torch.nn.parallel.DistributedDataParallel(
                 self.model, find_unused_parameters=some_idle
             )
@@ -352,7 +353,7 @@ def prepare(args, stack):
     sizes = vars(args) | {"encoder_dim": encoder.encoder_dim}
     build, encoder_dim = functools.partial(models.build_decoder, sizes), encoder.encoder_dim
     decoder = build(len(word_map))
-    if args.scst and getattr(decoder, "attend", None) is models.hard:
+    if args.scst and hasattr(decoder, "baseline"):
         raise UserError("--scst does not train hard attention: start from soft attention")
     dry_run.check_loadable(decoder, functools.partial(build, len(word_map)))
     if args.embeddings and not resuming:
@@ -366,11 +367,10 @@ def prepare(args, stack):
     if not checkpoint and weights == "none":
         starting.calibrate_on(encoder, train_data, device, learns=args.fine_tune_encoder)
     encoder.fine_tune(args.fine_tune_encoder)
-    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in sizes.items()}
     config["total_updates"] = args.epochs * math.ceil(len(train_data) / args.batch_size)
-    config |= {"encoder_dim": encoder.encoder_dim, "image_size": train_data.image_size}
+    config |= {"image_size": train_data.image_size, "machine": machine.describe_machine(device)}
     config["images_digests"] = [train_data.images_digest, val_data.images_digest]
-    config["machine"] = machine.describe_machine(device)
     captioner = models.Captioner(encoder, decoder.to(device), word_map, config)
     latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
     stack.enter_context(files.locked(paths.lock_path(latest_path), latest_path))
@@ -381,11 +381,11 @@ def prepare(args, stack):
     if trainer.teacher and "teacher" in (checkpoint or {}):  # a run without one left none
         build = functools.partial(models.AttentionTeacher, encoder_dim)
         vocabulary.take_over(trainer.teacher, checkpoint["teacher"], *words, build)
+    dry_run.check_decoder(captioner, train_data)  # before the features, which take minutes
     if not args.fine_tune_encoder:
         trainer.features, trainer.val_features = starting.frozen_features(
             captioner, (train_data, val_data), args.data_folder, args.amp, args.workers
         )
-    dry_run.check_decoder(captioner, train_data, trainer.features)
     decoder.sample_location = args.sample_location
     if resuming:
         starting.resume(trainer, checkpoint, path)
@@ -467,7 +467,7 @@ def get_args_parser():
     add("--batch_size", type=width, default=16, help=text)
     add("--learning_rate", type=rate, default=6e-4, help="of the decoder, at its peak")
     text = "after the warm-up; plateau: x 0.8 after every 2 epochs without a better score"
-    add("--lr_schedule", choices=("cosine", "plateau", "constant"), default="cosine", help=text)
+    add("--lr_schedule", choices=(*schedules.LEARNING_RATES,), default="cosine", help=text)
     text = "updates of a rising learning rate; at most a tenth of the run's"
     add("--warmup", type=whole, default=200, help=text)
     add("--weight_decay", type=rate, default=0.01, help="of AdamW")
@@ -545,10 +545,10 @@ def check_args(args):
         (args.scst and name != "none", "--scst feeds own words: leave out --scheduled_sampling"),
         (args.mirror and not args.fine_tune_encoder, "--mirror needs --fine_tune_encoder: features "
          "of a frozen CNN are computed once"),
-        (name == "exponential" and (k or 0) > 1, f"--ss_k {k}: expected at most 1 for exponential"),
+        (name == "exponential" and (k or 0) > 1, f"--ss_k {k}: expected at most 1 for {name}"),
         (slope is not None and name not in ("linear", "none"), f"--ss_slope is not for {name}"),
-        (name == "none" and constants, "--ss_k, --ss_slope and --ss_argmax do nothing without "
-         "--scheduled_sampling"),
+        (name == "inverse_sigmoid" and (k or 1) < 1, f"--ss_k {k}: expected at least 1 for {name}"),
+        (name == "none" and constants, "--ss_k, --ss_slope, --ss_argmax need --scheduled_sampling"),
     ]  # fmt: skip
     for found, message in faults:
         if found:

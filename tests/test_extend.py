@@ -3,7 +3,7 @@
 Each snippet is added to models.py as it stands here. A model with it trains, its checkpoint loads,
 captions pictures by beam search and draws its attention, and no other function needs an edit.
 
-Then six further changes, counted in lines and places: three of models.py, and a patch for each
+Then seven further changes, counted in lines and places: four of models.py, and a patch for each
 script that has no table for it.
 """
 
@@ -111,6 +111,25 @@ def small_cnn(name):
 ENCODERS["small_cnn"] = small_cnn
 """
 
+SIDE_BY_SIDE = """
+class SideBySide(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        names = "resnet18", "efficientnet_lite0"
+        self.encoders = nn.ModuleList(Encoder(name, weights) for name in names)
+
+    def forward(self, images):  # each scales the colours as it knows them
+        grid = torch.cat([encoder(images) for encoder in self.encoders], dim=2)  # (B, n, channels)
+        return grid.mT.unflatten(2, (math.isqrt(grid.shape[1]), -1))  # (B, channels, rows, columns)
+
+def side_by_side(name):
+    model, unscaled = SideBySide("none"), {"mean": (0, 0, 0), "std": (1 / 255,) * 3}
+    load = lambda: SideBySide("imagenet").state_dict()
+    return Backbone(model, [model], frozen_blocks=0, **unscaled, pretrained=load)
+
+ENCODERS["side_by_side"] = side_by_side
+"""
+
 # the table, the entry's name, what is added to models.py, flags of train.py
 CHANGES = {
     "attention": ("ATTENTIONS", "dot", DOT_PRODUCT_ATTENTION, ["--attention", "dot"]),
@@ -130,6 +149,7 @@ FURTHER = {
     "a CNN from nothing": (
         "ENCODERS", "small_cnn", SMALL_CNN, ["--encoder", "small_cnn", "--fine_tune_encoder"], 12,
     ),
+    "two CNNs": ("ENCODERS", "side_by_side", SIDE_BY_SIDE, ["--encoder", "side_by_side"], 16),
 }  # fmt: skip
 
 COVERAGE_LOSS = """

@@ -66,7 +66,7 @@ def textbook(decoder, encoder_out, captions, lengths, pictures):
             else:
                 energies = att(att.project(pixels[None]), query[None, None])[0, 0]
             alpha = weights = energies.softmax(0)
-            if decoder.attend is models.hard:
+            if getattr(decoder.attend, "samples", False):
                 weights = F.one_hot(alpha.argmax(), len(alpha)).float()
             elif decoder.attend is not models.soft:
                 looked = decoder.attend(energies[None, None], decoder)

@@ -826,11 +826,19 @@ def test_self_critical_training_goes_on_from_a_checkpoint(training_data, trained
         )
 
 
-@pytest.mark.parametrize("name", ["hard", "of my own"])
+def warm(energies, decoder):
+    """Hard attention of one's own."""
+    return models.hard(energies / 2, decoder)
+
+
+warm.samples = True
+
+
+@pytest.mark.parametrize("name", ["hard", "warm"])
 def test_self_critical_training_refuses_a_checkpoint_with_hard_attention(
     name, training_data, tmp_path, fails, monkeypatch
 ):
-    monkeypatch.setitem(models.ATTENTIONS, name, models.ATTENTIONS["hard"])
+    monkeypatch.setitem(models.ATTENTIONS, "warm", (models.Attention, warm))
     run(training_data, tmp_path / "hard", "--attention", name, "--epochs", 1)
     with fails("--scst does not train hard attention"):
         run(
@@ -888,7 +896,7 @@ def factors(updates=100, history=(), **config):
     ]
 
 
-def test_learning_rate_rises_and_then_follows_its_schedule():
+def test_learning_rate_rises_and_then_follows_its_schedule(monkeypatch, fails):
     cosine = factors()
     assert cosine[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert cosine[9:] == sorted(cosine[9:], reverse=True)
@@ -898,6 +906,12 @@ def test_learning_rate_rises_and_then_follows_its_schedule():
         and 0 <= cosine[-1] < 0.01
     )
     assert factors(lr_schedule="constant")[10:] == [1.0] * 90
+    monkeypatch.setitem(schedules.LEARNING_RATES, "linear", lambda progress, *_: 1 - progress)
+    assert factors(lr_schedule="linear")[10::45] == pytest.approx([1, 0.5])
+    parsed = train.get_args_parser().parse_args(["--lr_schedule", "linear"])
+    assert parsed.lr_schedule == "linear"
+    with fails("unknown lr_schedule 'liner'; .*linear"):
+        factors(lr_schedule="liner")
     assert factors(warmup=0)[0] == pytest.approx(1)
     assert all(
         0 <= f <= 1 for f in factors(300, warmup=150)

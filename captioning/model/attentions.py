@@ -33,6 +33,9 @@ def hard(energies, decoder):
     return AttentionOutput(alpha, torch.where(expected, alpha, weights), log_prob.squeeze(2))
 
 
+hard.samples = True  # what draws places is marked so: its decoder keeps REINFORCE's baseline
+
+
 class NoAttention(nn.Module):
     """Scores all places alike: the context vector is the image's mean feature at every word."""
 

@@ -14,6 +14,10 @@ class CudaGraphStep:
     shapes: captions are padded to a multiple of four words, the batch to a multiple of sixteen
     captions (which say nothing), and at most ``MAX_GRAPHS`` graphs are kept; other shapes run
     without. The first step of a shape runs without, too: it sets up what a recording must find.
+
+    What the step computes in Python is recorded once and stays as it was: a number that changes
+    must be a tensor that is filled before the step, as epsilon is. ``.item()`` and boolean masks,
+    whose shapes depend on values, cannot be recorded.
     """
 
     MAX_GRAPHS = 32

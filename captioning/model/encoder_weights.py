@@ -23,7 +23,7 @@ def load_classifier_weights(backbone, name, weights):
     with the ``module.`` that ``DataParallel`` puts before them.
     """
     if weights == "imagenet":
-        state = _imagenet_weights(name)
+        state = backbone.pretrained() if backbone.pretrained else _imagenet_weights(name)
     elif Path(weights).is_file():
         state = load_tensors(weights)
     else:
@@ -60,7 +60,8 @@ def _imagenet_weights(name):
     if not name.startswith("timm/") and name not in torchvision.models.list_models():
         raise UserError(
             f"{name} has no ImageNet weights: train it from random ones (--encoder_weights none "
-            "--fine_tune_encoder), or name a file of its own (--encoder_weights FILE)"
+            "--fine_tune_encoder), name a file of its own (--encoder_weights FILE), or give its "
+            "Backbone a function pretrained"
         )
     advice, before = "name a file with --encoder_weights FILE", socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub sets none: behind some firewalls it waits for ever

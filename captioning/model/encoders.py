@@ -2,7 +2,10 @@
 
 import contextlib
 import hashlib
+import inspect
 import math
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,8 @@ class Backbone(NamedTuple):
     frozen_blocks: int  # edges and colours, which serve any photograph: fine-tuning leaves them
     mean: tuple = (0.485, 0.456, 0.406)  # of the colour channels in [0, 1], as in its own training
     std: tuple = (0.229, 0.224, 0.225)
+    # of a network of one's own: returns the state dict that --encoder_weights imagenet means
+    pretrained: Callable | None = None
 
 
 def resnet(name):
@@ -130,9 +135,19 @@ def resized(images, size):
 
 
 def encoder_digest(encoder):
-    """SHA-256 of architecture and weights, in hex; a feature depends on them and on the image."""
-    digest = hashlib.sha256(encoder.name.encode())
-    for name, tensor in encoder.state_dict().items():
+    """SHA-256 of all that a feature depends on but the image, in hex.
+
+    That is the architecture, its weights and scaling, and the code of layers that are not a
+    library's: it may be edited between two runs.
+    """
+    layers = re.sub(r" at 0x[0-9a-f]+", "", repr(encoder.cnn))  # without addresses in memory
+    digest = hashlib.sha256(f"{encoder.name} {layers}".encode())
+    kinds = {type(layer) for layer in encoder.cnn.modules()}
+    for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
+        if kind.__module__.partition(".")[0] not in ("torch", "torchvision", "timm"):
+            with contextlib.suppress(OSError, TypeError):  # what was typed may have no file
+                digest.update(inspect.getsource(kind).encode())
+    for name, tensor in [*encoder.state_dict().items(), *encoder.named_buffers()]:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

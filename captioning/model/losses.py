@@ -26,8 +26,10 @@ def hard_attention_loss(output, word_nll, decoder, entropy_weight=0.002):
     """
     if not hasattr(decoder, "baseline"):
         raise UserError(
-            f"its attention gives a log_prob, but {type(decoder).__name__} keeps no baseline: add "
-            'self.register_buffer("baseline", torch.zeros(())) to its constructor'
+            f"its attention gives a log_prob, but {type(decoder).__name__} keeps no baseline: mark "
+            "the attention's function, as captioning/model/attentions.py does (hard.samples = "
+            "True); a decoder of your own needs a line in its constructor, "
+            'self.register_buffer("baseline", torch.zeros(()))'
         )
     reward = -torch.zeros_like(output.log_probs[:, 0]).index_add(0, output.rows, word_nll)  # (B,)
     # rows without words fill up a CUDA graph's batch

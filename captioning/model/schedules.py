@@ -90,14 +90,25 @@ def learning_rate_factor(config, update, history):
     warmup = warmup_updates(config)
     if update < warmup:
         return (update + 1) / warmup
-    if config["lr_schedule"] == "constant":
-        return 1.0
-    if config["lr_schedule"] == "plateau":
-        pasts = (history[: n + 1] for n in range(len(history)))
-        # reductions remain when the data changes: each epoch is held against those of its own
-        mark = lambda record: record.get("of_other_data")
-        alike = ([record for record in past if mark(record) == mark(past[-1])] for past in pasts)
-        stale = [epochs_without_gain(past, config["metric"]) for past in alike]
-        return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
-    done = (update - warmup) / max(1, config["total_updates"] - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    progress = (update - warmup) / max(1, config["total_updates"] - warmup)
+    schedule = look_up(LEARNING_RATES, config["lr_schedule"], "lr_schedule")
+    return schedule(min(1.0, progress), config, history)
+
+
+def plateau(progress, config, history):
+    """x 0.8 after every 2 epochs without a better score."""
+    pasts = (history[: n + 1] for n in range(len(history)))
+    # reductions remain when the data changes: each epoch is held against those of its own
+    mark = lambda record: record.get("of_other_data")
+    alike = ([record for record in past if mark(record) == mark(past[-1])] for past in pasts)
+    stale = [epochs_without_gain(past, config["metric"]) for past in alike]
+    return 0.8 ** sum(n > 0 and n % 2 == 0 for n in stale)
+
+
+# To add one, add an entry: a function of the progress since the warm-up, from 0 to 1, the run's
+# configuration and its epochs' records.
+LEARNING_RATES = {
+    "cosine": lambda progress, *_: 0.5 * (1 + math.cos(math.pi * progress)),
+    "plateau": plateau,
+    "constant": lambda *_: 1.0,
+}

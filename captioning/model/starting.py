@@ -97,11 +97,12 @@ def as_built(args, parser, config, path, resuming=False):
             wrong, built = as_flags(wrong), as_flags(built) or "none of these"
             raise UserError(f"{wrong}: {path} was built with {built}; take that, or leave it out")
     flags = flags | {key: config[key] for key in ARCHITECTURE}
+    as_held = lambda value: str(value) if isinstance(value, Path) else value
     fixed = [key for key in defaults if resuming and key not in MAY_CHANGE_ON_RESUME]
     changed = [
         f"--{key} {flags[key]} (was {config.get(key)})"
         for key in fixed
-        if flags[key] != config.get(key, defaults[key])
+        if as_held(flags[key]) != config.get(key, as_held(defaults[key]))
     ]
     if changed:
         raise UserError(

@@ -43,7 +43,7 @@ class Tally:
             self.warned = count
 
     def words_per_second(self):
-        """Of this process, in the epoch so far."""
+        """Of all processes, in the epoch so far."""
         return self.words / max(self.seconds, 1e-9)
 
     def so_far(self):

@@ -164,3 +164,11 @@ def test_a_cnn_of_ones_own_has_nothing_to_download(monkeypatch, fails):
     monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: torch.nn.Sequential())
     with fails("small_cnn has no ImageNet weights: .*--encoder_weights none --fine_tune_encoder"):
         models.Encoder("small_cnn")
+
+
+def test_a_cnn_of_ones_own_may_say_where_its_weights_are(monkeypatch):
+    state = models.ENCODERS["resnet18"]("resnet18").classifier.state_dict()
+    own = lambda name: models.ENCODERS["resnet18"]("resnet18")._replace(pretrained=lambda: state)
+    monkeypatch.setitem(models.ENCODERS, "own", own)
+    assert models.Encoder("own").cnn[0].weight.equal(state["conv1.weight"])
+    assert not models.Encoder("own", "none").cnn[0].weight.equal(state["conv1.weight"])

@@ -1,6 +1,7 @@
 """Tests of ``captioning/model/encoders.py``."""
 
 import copy
+import importlib
 import itertools
 import math
 
@@ -208,6 +209,31 @@ def test_digest_tells_weights_apart(resnet18):
     with torch.no_grad():
         other.cnn[1].running_var[3] += 1e-3  # a buffer counts too
     assert encoders.encoder_digest(other) != encoders.encoder_digest(resnet18)
+
+
+def test_digest_tells_what_is_done_with_the_weights_apart(tmp_path, monkeypatch):
+    """Else features of code that was edited would be taken from the store."""
+    backbone = models.ENCODERS["resnet18"]("resnet18")
+    code = "class Own(torch.nn.Sequential):\n    def forward(self, x):\n        return {}\n"
+    classes = []
+    for i, result in enumerate(["super().forward(x)", "super().forward(x).abs()"]):
+        (tmp_path / f"own{i}.py").write_text("import torch\n\n\n" + code.format(result))
+        monkeypatch.syspath_prepend(tmp_path)
+        classes.append(importlib.import_module(f"own{i}").Own)
+    made = [
+        backbone._replace(std=(0.5, 0.5, 0.5)),
+        backbone._replace(blocks=[*backbone.blocks, torch.nn.MaxPool2d(2)]),
+        backbone._replace(blocks=[*backbone.blocks, torch.nn.MaxPool2d(2, ceil_mode=True)]),
+        *(
+            backbone._replace(blocks=[*backbone.blocks[:-1], kind(backbone.blocks[-1])])
+            for kind in classes
+        ),
+    ]
+    found = set()
+    for one in (backbone, *made, backbone):
+        monkeypatch.setitem(models.ENCODERS, "own", lambda name, one=one: one)
+        found.add(encoders.encoder_digest(models.Encoder("own", "none")))
+    assert len(found) == 1 + len(made)
 
 
 def test_unknown_encoder_is_refused(fails):

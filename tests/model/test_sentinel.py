@@ -42,6 +42,18 @@ def test_the_penalty_asks_that_places_are_visited_and_not_the_sentinel():
     assert models.doubly_stochastic_penalty(alphas).item() == pytest.approx(expected)
 
 
+def test_the_sentinel_holds_the_memory_that_attention_sees_of_a_cell_with_more_states():
+    """The c of (h, c): what stands behind them belongs to other layers."""
+    decoder = make_decoder(attention="adaptive", scale=0.5)
+    context, state = decoder.init_hidden_state(features())
+    words, layers = torch.full((3, 1), 4), torch.zeros_like(state[0])
+    expected, _, _ = decoder.step(words, state, context)
+    recur = decoder.recur
+    decoder.recur = lambda x, states: (*recur(x, states[:2]), *states[2:])
+    found, _, _ = decoder.step(words, (*state, layers, layers), context)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_word_can_be_said_without_a_look():
     """Where the sentinel has all the weight, what the picture shows at its places is nothing."""
     decoder = make_decoder(attention="adaptive", scale=1.0)
