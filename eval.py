@@ -172,13 +172,15 @@ def name_files(args, name, checkpoints):
     other = found and told(found.get("models") or [""]) != told(made_by["models"])
     if distributed.broadcast(other):
         raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
-    if found and any(found.get(flag) != getattr(args, flag) for flag in SEARCH):
-        messages.note(f"{metrics} has figures of other flags: --output_folder FOLDER keeps both")
     columns = [(k, name, k) for k in args.beam_size]
     if args.compare:  # the models by number, as their names may be paths
         numbered = enumerate(map(str, args.model), 1)
         columns = [(model, f"{name}_{i}", args.beam_size[0]) for i, model in numbered]
     captions = {c: paths.captions_path(folder, n, args.split, k) for c, n, k in columns}
+    lost = found and found.get("beam_sizes", {}).keys() - {str(column) for column, *_ in columns}
+    lost = lost or (found and "captions" in found and not args.captions)
+    if lost or found and any(found.get(flag) != getattr(args, flag) for flag in SEARCH):
+        messages.note(f"{metrics} has figures of other flags: --output_folder FOLDER keeps both")
     written = {path.resolve() for path in captions.values()}
     if lost := [path for path in args.captions if path.resolve() in written]:
         what = "would be written over: copy it, or choose another --output_folder"

@@ -22,7 +22,7 @@ from torch import nn
 
 from captioning.data.features import encode_split
 from captioning.data.pictures import square_of
-from captioning.data.words import END, PAD_ID, START, load_word_map, special_tokens
+from captioning.data.words import END, PAD_ID, START, letters, load_word_map, special_tokens
 from captioning.model.attentions import AttentionOutput, NoAttention, hard, sample
 from captioning.model.beams import (
     Hypothesis,
@@ -355,8 +355,7 @@ def beam_search(
     Several decoders form an ensemble: their word probabilities are averaged. <pad>, <start> and
     <unk> are never produced. A hypothesis ends when <end> is among the beam_size best continuations
     of its image. An image is done when no live hypothesis, were it to end now at no cost, would
-    enter its n best; without a length penalty that is exact. Where nothing ended, the best
-    unfinished hypotheses are returned.
+    enter its n best (exact without a length penalty). If none ended, the best live ones are given.
 
     :param decoders: list of decoders with one word map, in eval mode
     :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features
@@ -375,6 +374,7 @@ def beam_search(
     contexts, states = [c for c, _ in starts], [repeat_rows(s, beam_size) for _, s in starts]
     device, vocab_size = encoder_outs[0].device, decoders[0].vocab_size
     banned = torch.tensor(special_tokens(word_map), device=device)
+    doubles = torch.tensor(letters(word_map), dtype=torch.int64, device=device)
     words = torch.full((len(encoder_outs[0]), beam_size), word_map[START], device=device)
     rows = torch.arange(len(words), device=device).unsqueeze(1)  # (B, 1), to index with (B, k)
     for step in range(max_decode_steps + 1):
@@ -385,7 +385,7 @@ def beam_search(
             live.log_prob[:, 0] = 0  # at the start all beams are one
         log_probs[..., banned] = -math.inf  # (B, K, vocab_size)
         if no_repeat:
-            log_probs = ban_repeats(log_probs, live.seqs)
+            log_probs = ban_repeats(log_probs, live.seqs, doubles)
         # at most K of the best 2K continuations are <end>, so K others are among them
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
         log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)

@@ -21,7 +21,7 @@ if sys.flags.safe_path:
 import utils
 from captioning.run import command_line, distributed, files, machine, messages, paths, signals
 from captioning.run.lazy import lazy
-from captioning.run.presets import DECODER_DEFAULTS, PRESETS
+from captioning.run.presets import DECODER_DEFAULTS, PRESETS, note_idle
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
@@ -411,9 +411,7 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
 def get_args_parser():
     examples = (__doc__ or "").partition("\n\n")[2]
-    parser = command_line.ArgumentParser(
-        description="Train Show, Attend and Tell.", examples=examples
-    )
+    parser = command_line.ArgumentParser(description="Train a captioner.", examples=examples)
     number = command_line.bounded
     text = (
         "other defaults: shapes, for the generated data; focus, for attention that tells more; "
@@ -553,6 +551,7 @@ def check_args(args):
     for found, message in faults:
         if found:
             raise UserError(message)
+    note_idle(args, command_line.given_flags(get_args_parser()))
 
 
 if __name__ == "__main__":

@@ -324,6 +324,11 @@ def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(
     evaluate(data, tmp_path / "plain", *flags, "--no_repeat")
     assert "has figures of other flags: --output_folder" in capsys.readouterr().err
     plain = evaluate(data, tmp_path / "plain", *flags)
+    capsys.readouterr()
+    evaluate(data, tmp_path / "plain", *flags, "--beam_size", 4, 1)  # nothing goes
+    assert "other flags" not in capsys.readouterr().err
+    evaluate(data, tmp_path / "plain", *flags)
+    assert "has figures of other flags: --output_folder" in capsys.readouterr().err
     chosen = evaluate(data, tmp_path / "chosen", *flags, "--consensus", 5)
     assert (plain["consensus"], chosen["consensus"]) == (0, 5)
     assert not list(data[0].glob("MEAN_*"))  # the feature store of the training serves

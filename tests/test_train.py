@@ -231,6 +231,27 @@ def test_a_preset_whose_architecture_is_another_says_how_to_take_the_runs_own(
         run(training_data, tmp_path / "out", "--init_from", trained, "--deep_output")
 
 
+@pytest.mark.parametrize(
+    "flags, idle",
+    [
+        ("--encoder_learning_rate 1e-3", "encoder_learning_rate does nothing without --fine_tune"),
+        ("--ss_min 0.2", "ss_min does nothing without --scheduled_sampling"),
+        ("--init_from x --encoder_weights y", "encoder_weights does nothing beside --init_from"),
+        ("--init_from x --scst --alpha_c 1", "alpha_c does nothing with --scst"),
+        ("--init_from x --scst --dropout=0.1", "dropout does nothing with --scst"),
+        ("--attention mean --grounding 0.1", "grounding does nothing with --attention mean"),
+        ("--fine_tune_encoder --encoder_learning_rate 1e-3 --grounding 0.1", ""),
+        ("--init_from x --scst --preset focus", ""),  # nobody gave the flag itself
+    ],
+)
+def test_a_flag_that_does_nothing_beside_the_others_is_named(flags, idle, monkeypatch, capsys):
+    utils.note.cache_clear()
+    monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
+    train.check_args(train.get_args_parser().parse_args())
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(idle) and idle in err
+
+
 def test_a_preset_changes_defaults_and_a_flag_beside_it_wins(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--preset", "focus", "--grounding", "0.1"])
     args = command_line.with_defaults(

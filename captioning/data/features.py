@@ -46,6 +46,8 @@ def encode_split(dataset, encode, path=None, rows=None, batch_size=32, workers=2
         is_whole = size == os.path.getsize(path) and features.dtype == np.float16
         if not is_whole or features.ndim != 3 or len(features) != len(dataset):
             raise ValueError(f"it has not the features of {len(dataset):,} pictures in float16")
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read: ask its owner for the permission") from error
     except Exception as error:  # numpy's header is Python text, and raises nearly every type
         what = f"the feature store {path} is damaged ({why(error)})"
         raise UserError(f"{what}; delete it and run again") from error

@@ -157,7 +157,7 @@ def find_pictures(patterns, recursive=False):
             if path.is_dir():
                 files, skipped = _pictures_of(path, recursive)
             else:
-                files = [path] if path.exists() else _matches(pattern)
+                files = [path] if path.exists() else _matches(pattern, recursive)
         except (OSError, ValueError) as error:  # a name too long, a folder that may not be read
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--img {pattern}: {reason}") from error
@@ -206,8 +206,11 @@ def _is_drawing(path):
     return path.stem.endswith("_attention") and path.suffix in (".png", ".gif")
 
 
-def _matches(pattern):
-    """Files that a pattern matches; a folder that exists is no pattern, brackets and all."""
+def _matches(pattern, recursive):
+    """Files that a pattern matches; a folder that exists is no pattern, brackets and all.
+
+    :param recursive: also the pictures in the folders that it matches
+    """
     folder = next(parent for parent in Path(pattern).parents if parent.exists())
     parts = Path(pattern).relative_to(folder).parts
     if "**" in parts:
@@ -215,7 +218,9 @@ def _matches(pattern):
     else:
         names = sorted(glob.glob(os.path.join(*parts), root_dir=folder))
     files = [folder / name for name in names]
-    return [path for path in files if path.is_file() and not _is_drawing(path)]
+    inside = [_pictures_of(path, recursive)[0] for path in files if recursive and path.is_dir()]
+    files = [path for path in files if path.is_file() and not _is_drawing(path)]
+    return sum(inside, files)
 
 
 def _fits_pattern(names, parts):

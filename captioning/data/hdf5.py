@@ -113,6 +113,8 @@ def opened(path, images_digest=None):
             yield file
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read: ask its owner for the permission") from error
     except Exception as error:
         advice = "make it with create_input_files.py --force"
         raise UserError(f"{path} cannot be used ({why(error)}); {advice}") from error

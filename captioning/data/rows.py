@@ -1,5 +1,7 @@
 """Rows of captions: the names that people give to columns and keys, and what a row says."""
 
+import ast
+import contextlib
 import html
 
 import regex
@@ -66,8 +68,11 @@ def row_of(fields, where):
 def texts_of(value):
     """The captions that a value holds, as a list of str; None if it holds anything else.
 
-    A text is one caption; and so is a list of single words.
+    A text is one caption; and so is a list of single words. In a table a list is text, too.
     """
+    if isinstance(value, str) and value.strip().startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(value.strip())
     if isinstance(value, str):
         return [value]
     if is_list_of(value, str):

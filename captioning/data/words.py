@@ -105,6 +105,12 @@ def is_word_map(value):
     return has_ids and {UNK, START, END} <= value.keys() and value.get(PAD) == PAD_ID
 
 
+def letters(word_map):
+    """Ids of the words that are single letters of scripts without spaces between words."""
+    letter = regex.compile(rf"{_SPACELESS}\p{{M}}*", regex.V1)
+    return [number for word, number in word_map.items() if letter.fullmatch(word)]
+
+
 def special_tokens(word_map):
     """Ids of the tokens that no caption may hold."""
     return [word_map[PAD], word_map[START], word_map[UNK]]

@@ -110,17 +110,20 @@ def score_words(decoders, words, states, contexts):
     return log_probs[0], sum(same_grid) / len(same_grid), list(states)
 
 
-def ban_repeats(log_probs, seqs):
+def ban_repeats(log_probs, seqs, letters):
     """Rule out what repeats the last word, or three words in a row that were said before.
 
     :param log_probs: float (B, K, vocab_size), of the next word
     :param seqs: int64 (B, K, t), the words so far
+    :param letters: int64 (n,), ids that are letters and no words, see ``words.letters``: these
+        may be doubled
     """
     last = seqs[..., -1:]  # (B, K, 1)
     # places at which the last two words were said before, and the words that followed there
     again = (seqs[..., :-2] == seqs[..., -2:-1]) & (seqs[..., 1:-1] == last)  # (B, K, t - 2)
-    followed = torch.where(again, seqs[..., 2:], last)  # (B, K, t - 2)
-    return log_probs.scatter(2, torch.cat([last, followed], dim=2), -math.inf)
+    doubled = torch.where(torch.isin(last, letters), PAD_ID, last)  # <pad> is never said anyway
+    followed = torch.where(again, seqs[..., 2:], doubled)  # (B, K, t - 2)
+    return log_probs.scatter(2, torch.cat([doubled, followed], dim=2), -math.inf)
 
 
 def read_beams(ended, live, word_map, with_alphas):

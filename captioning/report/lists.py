@@ -1,5 +1,6 @@
 """Captions of pictures as lists for what comes next: JSON, a table, lines of text."""
 
+import os
 import re
 
 from captioning.run.files import output_path, write_csv, write_json, write_text
@@ -22,6 +23,9 @@ def list_paths(force=False, **paths):
     given = {kind: output_path(p, force, kind, BEGINS[kind]) for kind, p in given.items()}
     if list(map(str, given.values())).count("-") > 1:
         raise UserError(f"--{' - --'.join(given)} -: expected one list on standard output")
+    files = [os.path.realpath(path) for path in given.values()]
+    if len(set(files)) < len(files):
+        raise UserError(f"--{' and --'.join(given)} name one file: give each list its own")
     return given
 
 

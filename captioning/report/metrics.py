@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 
+from captioning.data.words import letters
 from captioning.run.messages import UserError, note
 
 
@@ -186,9 +187,13 @@ def score_variety(references, captions):
 
 
 def repeats_itself(caption):
-    """Whether a list of words has a word twice in a row, or the same three in a row twice."""
+    """Whether a list of words has a word twice in a row, or the same three in a row twice.
+
+    A letter of a script without spaces may be doubled: it is no word.
+    """
     threes = list(zip(caption, caption[1:], caption[2:]))
-    return len(set(threes)) < len(threes) or any(a == b for a, b in zip(caption, caption[1:]))
+    doubled = {a: 0 for a, b in zip(caption, caption[1:]) if a == b}
+    return len(set(threes)) < len(threes) or len(letters(doubled)) < len(doubled)
 
 
 def percentage(values):

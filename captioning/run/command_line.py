@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"unknown flag {name}{hint}")
         elif re.match("-[^-h]", name) and not self._negative_number_matcher.match(name):
             self.error(f"{arg}: flags begin with two hyphens; write a file of that name ./{arg}")
-        return name + equals + value
+        # a shell expands the ~ of --img ~/a.jpg, but not that of --img=~/a.jpg
+        return name + equals + (os.path.expanduser(value) if equals else value)
 
     def _check_value(self, action, value):
         if action.choices and value not in action.choices:

@@ -1,4 +1,6 @@
-"""Defaults that belong together: of a kind of data, of a purpose, of a decoder."""
+"""Defaults that belong together, of data, purpose and decoder; flags that do nothing together."""
+
+from captioning.run.messages import note
 
 FOCUS = {"grounding": 0.15, "alpha_c": 0.0, "deep_output": True, "attend_word": True,
          "feature_dropout": 0.1}  # fmt: skip
@@ -20,3 +22,23 @@ DECODER_DEFAULTS = {  # defaults that suit a decoder; any flag given beside --de
     "transformer": {"learning_rate": 4e-4, "dropout": 0.3, "embed_dropout": 0.3,
                     "deep_output": False, "attend_word": False},
 }  # fmt: skip
+
+
+def note_idle(args, given):
+    """Say which of train.py's flags do nothing beside the others.
+
+    :param given: names of the flags on the command line
+    """
+    of_teaching = ("grounding", "alpha_c", "label_smoothing")
+    dropouts = ("dropout", "embed_dropout", "feature_dropout")
+    idle = {
+        "without --fine_tune_encoder": ["encoder_learning_rate"] * (not args.fine_tune_encoder),
+        "without --scheduled_sampling": ["ss_min"] * (args.scheduled_sampling == "none"),
+        "beside --init_from, whose CNN goes on": ["encoder_weights"] * bool(args.init_from),
+        "with --scst": [*of_teaching, *dropouts] * args.scst,
+        "with --attention mean": ["grounding", "alpha_c"] * (args.attention == "mean"),
+    }
+    for why, names in idle.items():
+        for name in names:
+            if name in given:
+                note(f"--{name} does nothing {why}")

@@ -37,6 +37,17 @@ def test_columns_are_known_by_their_names(header, captions, tmp_path):
     assert found == [("a.png", None, captions)] and len(notes) == (len(captions) > 1)
 
 
+def test_a_list_in_a_cell_as_pandas_writes_it_is_a_list(tmp_path):
+    text = """image,captions\na.png,"['a dog', ""the dog's bed""]"\nb.png,"['a', 'cat']"\n"""
+    text += "c.png,[a] b\n"
+    found, _ = rows_of(tmp_path / "c.csv", text)
+    assert [captions for _, _, captions in found] == [
+        ["a dog", "the dog's bed"],
+        ["a cat"],
+        ["[a] b"],
+    ]
+
+
 def test_a_row_may_have_fewer_captions_than_the_header(tmp_path, fails):
     text = "image;caption 1;caption 2;caption 3\na.png;b;c;d\nb.png;b\nc.png;;d;\nd.png;;;\n"
     found, _ = rows_of(tmp_path / "c.csv", text)

@@ -201,4 +201,6 @@ def test_pictures_in_hidden_folders_are_left_out(tmp_path, capsys):
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.png", "sub/b.png"]
     assert "2 hidden files" in capsys.readouterr().err
     assert len(finding.find_pictures([str(tmp_path)])) == 1
+    some = lambda *patterns: finding.find_pictures([f"{tmp_path}/{p}" for p in patterns], True)
+    assert some("s*") == [tmp_path / "sub/b.png"] and len(some("*")) == 2
     assert "1 broken link" in capsys.readouterr().err

@@ -91,6 +91,23 @@ def test_what_is_no_file_of_ours_is_refused(shapes_data, tmp_path, fails):
         CaptionDataset(path)
 
 
+def test_data_of_others_that_may_not_be_read_is_not_called_damaged(
+    shapes_train, tmp_path, monkeypatch, fails
+):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    store = tmp_path / "FEATURES_TRAIN_x.npy"
+    store.touch()
+    monkeypatch.setattr(np, "load", refuse)
+    with fails("FEATURES_TRAIN_x.npy may not be read: ask its owner"):
+        datasets.encode_split(shapes_train, None, store, 2, 1)
+    monkeypatch.setattr(h5py, "File", refuse)
+    (tmp_path / "VAL.hdf5").touch()
+    with fails("VAL.hdf5 may not be read: ask its owner"):
+        CaptionDataset(tmp_path / "VAL.hdf5")
+
+
 def test_hdf5_that_is_still_being_written_is_refused(shapes_data, tmp_path, fails):
     path = tmp_path / "TRAIN.hdf5"
     with h5py.File(path, "w", libver=("v110", "v110")) as file:

@@ -12,6 +12,7 @@ from helpers import END, PAD, PAIRS, START, UNK, features, search
 import caption
 import eval as evaluation
 import models
+from captioning.model import beams
 from captioning.run import machine
 
 
@@ -161,6 +162,16 @@ def test_without_repeats_a_narrow_beam_repeats_nothing(word_map):
     found = sum(search(decoder, encoder_out, word_map, no_repeat=True, **options), [])
     assert any(repeats(h.words) for h in plain) and max(len(h.words) for h in found) > 5
     assert not any(repeats(h.words) for h in found)
+
+
+def test_letters_of_scripts_without_spaces_may_be_doubled():
+    """妈妈 (mother) is one word of two letters, each of which is a word of the word map."""
+    seqs = torch.tensor([[[4, 1], [1, 2]]])  # (B, K, t)
+    allowed = lambda letters: beams.ban_repeats(torch.zeros(1, 2, 5), seqs, torch.tensor(letters))
+    none = torch.empty(0, dtype=torch.int64)
+    assert (beams.ban_repeats(torch.zeros(1, 2, 5), seqs, none) == -math.inf).sum() == 2
+    found = allowed([1])[0] == -math.inf  # (K, vocab_size)
+    assert found.nonzero().tolist() == [[0, 0], [1, 2]]  # <pad> and the last word
 
 
 def test_a_batch_is_searched_as_its_pictures_alone(word_map):

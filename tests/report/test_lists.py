@@ -65,6 +65,7 @@ def test_create_input_files_reads_the_lines(describe):
         (["--txt", "mine.txt"], "mine.txt exists and is not a list of captions: .*--force"),
         (["--csv", "own.csv"], "own.csv exists and is not a table of captions: .*--force"),
         (["--json", "own.json"], "own.json exists and is not a list of captions: .*--force"),
+        (["--csv", "out", "--json", "./out"], "--json and --csv name one file"),
         (["--csv", "-", "--txt", "-"], "--csv - --txt -: expected one list on standard output"),
     ],
 )

@@ -206,6 +206,9 @@ def test_agreement_on_words_that_nobody_says_cannot_be_had():
         ("a b c a b c", True),
         ("a b a b", False),
         ("a b a b a", True),
+        ("妈 妈 抱 着 宝 宝", False),  # letters, not words
+        ("妈 妈 dog dog", True),
+        ("一 二 三 一 二 三", True),
     ],
 )
 def test_what_counts_as_repeating(caption, repeats):

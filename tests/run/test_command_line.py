@@ -74,6 +74,11 @@ def test_hyphens_in_flags_are_underscores_and_those_in_values_stay(parser):
     assert args.dropout == -0.1
 
 
+def test_a_home_folder_is_found_behind_an_equals_sign_too(parser):
+    args = parser.parse_args(["--data_folder=~/data", "--img=~/a.jpg"])
+    assert args.data_folder == Path.home() / "data" and args.img == [f"{Path.home()}/a.jpg"]
+
+
 def test_a_switch_can_be_set_and_unset_and_its_default_may_be_on():
     parser = command_line.ArgumentParser(prog="script.py")
     parser.add_argument("--amp", action=command_line.Switch, help="faster")
