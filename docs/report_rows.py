@@ -109,7 +109,10 @@ THREE_EPOCHS = {  # the schedules falling to 0.75
 RESNET_VGG = {"ResNet-50": "resnet50", "VGG-19": "vgg19"}
 ENCODERS = RESNET_VGG | {"EfficientNet-Lite0": "lstm8"}
 GRIDS = {"VGG-19, its own 16×16": "vgg16x16", "ResNet-50, third stage, 16×16": "stage50"}
-PIXELS_320 = {"EfficientNet-Lite0, 320 pixels, 10×10": "px320"}
+PIXELS_320 = {
+    "EfficientNet-Lite0, 320 pixels, 10×10": "px320",
+    "ResNet-50, 320 pixels, 10×10": "px50",
+}
 EIGHT_EPOCHS = ENCODERS | GRIDS | PIXELS_320 | {"EfficientNet-Lite2": "lite2"}
 ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
@@ -151,6 +154,10 @@ RECIPE_50 = {
 BEST = RECIPE_50 | {
     "4, captioned with consensus": "mean50-consensus",
     "4e, captioned with consensus": "mean50-scst8-consensus",
+    "5. as 1, of pictures of 320 pixels": "px50",
+    "6. then four self-critical epochs": "px50-scst",
+    "7. mean of the weights of 5 and 6": "px50-mean",
+    "7, captioned with consensus": "px50-consensus",
 }
 STAGES = (
     RECIPE
@@ -185,6 +192,8 @@ NO_REPEAT = {
     "EfficientNet-Lite0, `--no_repeat`": "lstm8-no-repeat",
     "ResNet-50": "resnet50",
     "ResNet-50, `--no_repeat`": "resnet50-no-repeat",
+    "ResNet-50, 320 pixels": "px50",
+    "ResNet-50, 320 pixels, `--no_repeat`": "px50-no-repeat",
 }
 FAULTS = {
     "LSTM, eight epochs": "lstm8",

@@ -16,6 +16,7 @@ import datasets
 import eval as evaluation
 import models
 import train
+import utils
 from captioning.model import encoders
 from captioning.report import curves, gaze, scenes, tables
 from captioning.report import evaluation as written
@@ -327,6 +328,7 @@ def test_the_consensus_of_similar_training_pictures_chooses_among_the_beam(
     capsys.readouterr()
     evaluate(data, tmp_path / "plain", *flags, "--beam_size", 4, 1)  # nothing goes
     assert "other flags" not in capsys.readouterr().err
+    utils.note.cache_clear()
     evaluate(data, tmp_path / "plain", *flags)
     assert "has figures of other flags: --output_folder" in capsys.readouterr().err
     chosen = evaluate(data, tmp_path / "chosen", *flags, "--consensus", 5)

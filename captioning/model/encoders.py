@@ -162,11 +162,14 @@ def calibrate(encoder, batches):
     :param encoder: ``Encoder``
     :param batches: iterable of uint8 (B, 3, S, S) on the encoder's device
     """
-    for norm in encoder.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.reset_running_stats()
-            norm.train()
-            norm.momentum = None  # the mean over the batches
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = {norm: norm.momentum for norm in encoder.modules() if isinstance(norm, kind)}
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over the batches
     for images in batches:
         encoder(images)
     encoder.eval()
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
