@@ -411,7 +411,9 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
 def get_args_parser():
     examples = (__doc__ or "").partition("\n\n")[2]
-    parser = command_line.ArgumentParser(description="Train a captioner.", examples=examples)
+    presets = {"preset": PRESETS, "decoder": DECODER_DEFAULTS}
+    text = "Train Show, Attend and Tell."
+    parser = command_line.ArgumentParser(description=text, examples=examples, presets=presets)
     number = command_line.bounded
     text = (
         "other defaults: shapes, for the generated data; focus, for attention that tells more; "
@@ -555,5 +557,4 @@ def check_args(args):
 
 
 if __name__ == "__main__":
-    defaults = {"preset": PRESETS, "decoder": DECODER_DEFAULTS}
-    utils.run(main, command_line.with_defaults(get_args_parser(), defaults))
+    utils.run(main, get_args_parser())

@@ -23,7 +23,6 @@ import models
 import train
 import utils
 from captioning.model import encoders
-from captioning.run import command_line
 
 VARIANTS = {"plain": lambda: None}
 
@@ -219,7 +218,4 @@ if __name__ == "__main__":
         models.look_up(VARIANTS, name, "variant")()
     sys.argv = [script, *flags]
     script = importlib.import_module(script.removesuffix(".py"))
-    parser = script.get_args_parser()
-    utils.run(
-        script.main, command_line.with_defaults(parser, {"preset": getattr(script, "PRESETS", {})})
-    )
+    utils.run(script.main, script.get_args_parser())

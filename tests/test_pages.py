@@ -21,7 +21,6 @@ import models
 import utils
 from captioning.model import checkpoints
 from captioning.report import contact_sheet, metrics
-from captioning.run import command_line
 
 ROOT = Path(utils.__file__).resolve().parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -236,9 +235,7 @@ def run(script, argv, monkeypatch):
     """Run a script's main, as its command line does."""
     module = importlib.import_module(script)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *argv])
-    parser = module.get_args_parser()
-    parser = command_line.with_defaults(parser, {"preset": getattr(module, "PRESETS", {})})
-    module.main(parser.parse_args(argv))
+    module.main(module.get_args_parser().parse_args(argv))
 
 
 def save_pictures(folder, start=0):

@@ -218,9 +218,8 @@ def test_no_more_than_a_checkpoint_is_needed_to_go_on_in_another_folder(
 def test_a_flag_without_its_value_is_one_line(flag, monkeypatch, capsys):
     """Though these are read before the others, for the defaults that belong to them."""
     monkeypatch.setattr("sys.argv", ["train.py", flag])
-    defaults = {"preset": train.PRESETS, "decoder": train.DECODER_DEFAULTS}
     with pytest.raises(SystemExit):
-        command_line.with_defaults(train.get_args_parser(), defaults).parse_args()
+        train.get_args_parser().parse_args()
     assert capsys.readouterr().err == f"train.py: error: {flag} expected one argument\n"
 
 
@@ -253,12 +252,12 @@ def test_a_flag_that_does_nothing_beside_the_others_is_named(flags, idle, monkey
 
 
 def test_a_preset_changes_defaults_and_a_flag_beside_it_wins(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "--preset", "focus", "--grounding", "0.1"])
-    args = command_line.with_defaults(
-        train.get_args_parser(), {"preset": train.PRESETS}
-    ).parse_args()
+    parser, argv = train.get_args_parser(), ["--preset", "focus", "--grounding", "0.1"]
+    monkeypatch.setattr("sys.argv", ["a_notebook"])
+    args = parser.parse_args(argv)
     assert (args.alpha_c, args.attend_word, args.deep_output) == (0.0, True, True)
     assert args.grounding == 0.1
+    assert parser.parse_args([]).alpha_c == 0.1  # of this one command line alone
 
 
 # --------------------------------------------------------------------------------------- continuing
@@ -1124,10 +1123,7 @@ def test_a_transformers_captions_and_page_are_drawn_by_head(training_data, tmp_p
     assert metrics["beam_sizes"]["5"]["num_pixels"] == 4
 
 
-def test_the_transformer_brings_its_own_defaults(monkeypatch):
-    argv = ["train.py", "--decoder", "transformer", "--dropout", "0.1"]
-    monkeypatch.setattr("sys.argv", argv)
-    defaults = {"preset": train.PRESETS, "decoder": train.DECODER_DEFAULTS}
-    args = command_line.with_defaults(train.get_args_parser(), defaults).parse_args()
+def test_the_transformer_brings_its_own_defaults():
+    args = train.get_args_parser().parse_args(["--decoder", "transformer", "--dropout", "0.1"])
     assert (args.learning_rate, args.dropout, args.embed_dropout) == (4e-4, 0.1, 0.3)
     assert args.decoder_options == {}

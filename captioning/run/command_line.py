@@ -15,17 +15,27 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with hyphens for underscores, errors of one line that give a hint, and examples.
 
     :param examples: commands that --help shows at its end, one a line
+    :param presets: dict of flags to dicts of their values to defaults of other flags; later flags
+        win over earlier ones
     """
 
-    def __init__(self, *args, examples="", **options):
+    def __init__(self, *args, examples="", presets=None, **options):
         options |= {"formatter_class": _HelpFormatter, "allow_abbrev": False}
         super().__init__(*args, **options)
+        self.presets = presets or {}
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
         self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._as_declared(arg) for arg in args], namespace)
+        args = [self._as_declared(arg) for arg in (sys.argv[1:] if args is None else args)]
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in self.presets:
+            first.add_argument(f"--{name}", nargs="?")  # that a value is missing is said below
+        given, _ = first.parse_known_args(args)
+        namespace = namespace or argparse.Namespace()
+        for name, table in self.presets.items():
+            vars(namespace).update(table.get(getattr(given, name), {}))
+        return super().parse_known_args(args, namespace)
 
     def _as_declared(self, arg):
         name, equals, value = arg.partition("=")
@@ -192,18 +202,3 @@ def changed_flags(parser, args):
             if value != action.default:
                 groups.setdefault(group.title, {})[action.dest] = value
     return groups
-
-
-def with_defaults(parser, tables):
-    """The parser with the defaults that belong to values on the command line.
-
-    :param tables: dict of flags to dicts of their values to defaults of other flags; later flags
-        win over earlier ones
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in tables:
-        first.add_argument(f"--{name}", nargs="?")  # the parser itself says that a value is missing
-    given, _ = first.parse_known_args()
-    for name, table in tables.items():
-        parser.set_defaults(**table.get(getattr(given, name), {}))
-    return parser
