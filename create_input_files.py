@@ -177,7 +177,8 @@ def is_prepared(args, name, known):
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
     if args.images:
         wanted["source"] = formats.fingerprint(captions_of(args))
-    elif args.dataset != "flickr8k":  # whose archives need not be there any more
+    # Flickr8k's archives need not be there any more; if they are, its lists may be new
+    elif args.dataset != "flickr8k" or all(datasets.flickr8k_files(args.source or [])[:2]):
         wanted["source"] = find_records(args, records.Lost())[2]
     wanted["words_of"] = datasets.word_map_digest(known) if known else ""
     for path in splits:

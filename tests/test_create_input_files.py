@@ -175,6 +175,24 @@ def test_flickr8k_is_read_in_place(tmp_path):
     assert val.image_names == ["06_ab.jpg", "07_ab.jpg"] and val.captions.shape == (10, 52)
 
 
+def test_lists_of_the_official_split_that_came_later_are_noticed(tmp_path, capsys, fails):
+    """As the note of the first run says, which dealt the pictures out."""
+    source, out = make_flickr8k(tmp_path / "source"), tmp_path / "out"
+    text = shutil.move(source / "Flickr8k_text.zip", tmp_path / "kept.zip")
+    rows = (f"{i:02d}_ab.jpg,a dog runs" for i in range(10))
+    (source / "captions.txt").write_text("\n".join(["image,caption", *rows]))
+    flags = ["--source", source, "--data_folder", out]
+    prepare(*flags)
+    assert "for the official split put Flickr8k_text.zip" in "".join(capsys.readouterr())
+    prepare(*flags)
+    assert "already" in capsys.readouterr().out
+    shutil.move(text, source / "Flickr8k_text.zip")
+    with fails("made with source Flickr8k, split by seed, not .*official split; give --force"):
+        prepare(*flags)
+    shutil.rmtree(source)  # what is gone is not asked for
+    prepare(*flags)
+
+
 def test_second_run_stops_and_force_gives_the_same_bytes(own_data, tmp_path, capsys, fails):
     flags = [
         "--dataset",
