@@ -143,7 +143,7 @@ def encoder_digest(encoder):
     layers = re.sub(r" at 0x[0-9a-f]+", "", repr(encoder.cnn))  # without addresses in memory
     digest = hashlib.sha256(f"{encoder.name} {layers}".encode())
     kinds = {type(layer) for layer in encoder.cnn.modules()}
-    for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
+    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
         if kind.__module__.partition(".")[0] not in ("torch", "torchvision", "timm"):
             with contextlib.suppress(OSError, TypeError):  # what was typed may have no file
                 digest.update(inspect.getsource(kind).encode())

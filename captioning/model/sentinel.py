@@ -35,6 +35,7 @@ class VisualSentinel(nn.Module):
         x = torch.cat([embedded.to(mean.dtype), mean], dim=2)  # (B, R, embed_dim + encoder_dim)
         gate = torch.sigmoid(self.gate_x(x) + self.gate_h(state[0]))  # eq. 9
         state = decoder.recur(x, state)
+        # c of an LSTM, h of a GRU; what stands behind (h, c) belongs to other layers
         sentinel = gate * state[min(1, len(state) - 1)].tanh()  # eq. 10, (B, R, decoder_dim)
         query, network = decoder.query(state[0], embedded), decoder.attention
         own = network.decoder_att(query) + self.sentinel_att(sentinel)  # (B, R, attention_dim)
