@@ -17,6 +17,7 @@ PAD_ID = 0
 
 # Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: each letter is a word
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&\p{L}]"
+_LETTER = regex.compile(rf"{_SPACELESS}\p{{M}}*", regex.V1)
 _LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_SPACELESS}]+"
 WORD = regex.compile(rf"{_SPACELESS}\p{{M}}*|{_LETTERS}(?:[\u200c\u200d]{_LETTERS})*", regex.V1)
 
@@ -105,10 +106,14 @@ def is_word_map(value):
     return has_ids and {UNK, START, END} <= value.keys() and value.get(PAD) == PAD_ID
 
 
+def is_letter(word):
+    """Whether a word is a single letter, of a script without spaces between words."""
+    return bool(_LETTER.fullmatch(word))
+
+
 def letters(word_map):
-    """Ids of the words that are single letters of scripts without spaces between words."""
-    letter = regex.compile(rf"{_SPACELESS}\p{{M}}*", regex.V1)
-    return [number for word, number in word_map.items() if letter.fullmatch(word)]
+    """Ids of the words that are letters, see :func:`is_letter`."""
+    return [number for word, number in word_map.items() if is_letter(word)]
 
 
 def special_tokens(word_map):

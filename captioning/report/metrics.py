@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 
-from captioning.data.words import letters
+from captioning.data.words import is_letter
 from captioning.run.messages import UserError, note
 
 
@@ -192,8 +192,8 @@ def repeats_itself(caption):
     A letter of a script without spaces may be doubled: it is no word.
     """
     threes = list(zip(caption, caption[1:], caption[2:]))
-    doubled = {a: 0 for a, b in zip(caption, caption[1:]) if a == b}
-    return len(set(threes)) < len(threes) or len(letters(doubled)) < len(doubled)
+    doubled = (a for a, b in zip(caption, caption[1:]) if a == b)
+    return len(set(threes)) < len(threes) or not all(map(is_letter, doubled))
 
 
 def percentage(values):
