@@ -381,7 +381,7 @@ def prepare(args, stack):
     if trainer.teacher and "teacher" in (checkpoint or {}):  # a run without one left none
         build = functools.partial(models.AttentionTeacher, encoder_dim)
         vocabulary.take_over(trainer.teacher, checkpoint["teacher"], *words, build)
-    dry_run.check_decoder(captioner, train_data)  # before the features, which take minutes
+    dry_run.check_decoder(captioner, train_data.images([0, len(train_data) - 1]))
     if not args.fine_tune_encoder:
         trainer.features, trainer.val_features = starting.frozen_features(
             captioner, (train_data, val_data), args.data_folder, args.amp, args.workers

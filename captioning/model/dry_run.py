@@ -10,20 +10,15 @@ from captioning.model.decoders import DecoderOutput
 from captioning.run.messages import UserError, naming
 
 
-def check_decoder(captioner, dataset, features=None):
+def check_decoder(captioner, images):
     """Decode three rows at once, as beam search does, one by one, and by ``forward``: see that all
-    say the same.
+    say the same. Two images are enough, so that a slip shows before all are encoded.
 
-    :param dataset, features: ``CaptionDataset``; its images' features, float (N, n, encoder_dim),
-        if there are any yet
+    :param images: uint8 array (2, 3, S, S)
     :raises UserError: if a method does not keep to the contract; the message names it. What a
         method itself raises goes on, with a note that names it
     """
-    two = [0, len(dataset) - 1]
-    if features is None:
-        features = captioner.encode(torch.from_numpy(dataset.images(two)))
-    else:
-        features = features[two].to(captioner.device)
+    features = captioner.encode(torch.from_numpy(images))  # (2, n, encoder_dim)
     if not features.isfinite().all():
         return  # the training will say that its loss is not finite
     was_training = captioner.decoder.training
