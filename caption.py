@@ -51,7 +51,8 @@ def main(args):
                 if args.html:
                     shown.append(page_entry(path, picture, captioner, hypotheses, out, args))
                 if not args.no_plot:
-                    sheets.draw(path, picture, captioner, hypotheses[0], args, say)
+                    drawn = captioner, hypotheses[0], args.output_folder
+                    sheets.draw(path, picture, *drawn, say, args.gif, args.show)
             bar.update(len(batch))
     finally:  # what is done is kept, whatever stops the rest
         bar.close()
@@ -135,8 +136,7 @@ def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
 
 
 def get_args_parser():
-    description, _, examples = (__doc__ or "").strip().partition("\n\n")
-    parser = command_line.ArgumentParser(description=description, examples=examples)
+    parser = command_line.ArgumentParser(__doc__)
     flag, switch = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
     text = "picture files, folders of pictures, or patterns in quotes such as 'trip/*.jpg'"
     flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)

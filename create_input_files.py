@@ -33,7 +33,7 @@ def main(args):
     known, size = models.known_words(args.words_of) if args.words_of else (None, None)
     args.image_size = args.image_size or size or records.Settings().image_size
     if not args.force and is_prepared(args, name, known):
-        draw_examples(args, name)  # they are there, unless an earlier run was killed before
+        draw_examples(args, name)  # an earlier run may have been killed before it drew them
         print(f"The files of {name} are in {args.data_folder} already; --force makes them again.")
         return
     start = time.monotonic()
@@ -98,25 +98,24 @@ NUMBERS = {  # flags: lowest, highest and default value, help
 
 
 def get_args_parser():
-    description, _, examples = (__doc__ or "").strip().partition("\n\n")
-    parser = command_line.ArgumentParser(description=description, examples=examples)
+    parser = command_line.ArgumentParser(__doc__)
     group = parser.add_argument_group("where the pictures and captions come from")
-    known = lambda name: name.lower() if name.lower() in SOURCES else name
+    lowered = lambda name: name.lower() if name.lower() in SOURCES else name
     text = f"{', '.join(SOURCES)} (shapes are generated), or a name for your own data"
-    group.add_argument("--dataset", type=known, default="flickr8k", help=text)
-    paths = {"action": "extend", "type": Path, "nargs": "+"}
-    text = "Flickr8k: its archives, what they unpack to, or Kaggle's folder"
-    group.add_argument("--source", **paths, metavar="FOLDER", help=text)
+    group.add_argument("--dataset", type=lowered, default="flickr8k", help=text)
+    several = {"action": "extend", "type": Path, "nargs": "+"}
+    text = "Flickr8k's archives or what they hold (default: in --data_folder, else downloaded)"
+    group.add_argument("--source", **several, metavar="FOLDER", help=text)
     text = (
         "CSV with a header such as image,caption[,split], JSON with the same keys, name.jpg#0<TAB>"
         "caption, COCO's or Karpathy's JSON files, a folder of .txt; docs/guide.md has a table"
     )
-    group.add_argument("--captions", "--karpathy_json", **paths, metavar="FILE", help=text)
+    group.add_argument("--captions", "--karpathy_json", **several, metavar="FILE", help=text)
     text = (
         "folder or zip archive of pictures; without --captions a folder that holds metadata.csv or "
         ".jsonl, or a .txt beside each picture"
     )
-    group.add_argument("--images", **paths, metavar="FOLDER", help=text)
+    group.add_argument("--images", **several, metavar="FOLDER", help=text)
     group = parser.add_argument_group("what is made of them")
     group.add_argument("--data_folder", type=Path, default=Path("data"), help="where the files go")
     for flag, (low, high, default, text) in NUMBERS.items():
@@ -175,10 +174,11 @@ def is_prepared(args, name, known):
     except UserError as error:
         raise UserError(f"{error}; --force makes it again") from error
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
+    # Flickr8k's archives need not be there any more; if they are, its lists may be new
+    there = datasets.flickr8k_files(args.source or [args.data_folder])[:2]
     if args.images:
         wanted["source"] = formats.fingerprint(captions_of(args))
-    # Flickr8k's archives need not be there any more; if they are, its lists may be new
-    elif args.dataset != "flickr8k" or all(datasets.flickr8k_files(args.source or [])[:2]):
+    elif args.dataset != "flickr8k" or all(there):
         wanted["source"] = find_records(args, records.Lost())[2]
     wanted["words_of"] = datasets.word_map_digest(known) if known else ""
     for path in splits:

@@ -229,7 +229,7 @@ class CaptionDataset:
             raise UserError(f"{self.path} was encoded with another word map; {advice}")
 
     def renumber(self, word_map, other):
-        """Write the captions, encoded with a word map, with another one of the same words."""
+        """Give the captions the numbers of another word map, ``other``, of the same words."""
         numbers = np.array([other[word] for word in sorted(word_map, key=word_map.get)], np.int32)
         self.captions = numbers[self.captions]  # (num_captions, max_len + 2)
 

@@ -143,8 +143,8 @@ def load(args, device):
         for captioner in group:
             captioner.decoder.sample_location = args.sample_location
         if args.consensus:
-            options = args.consensus, args.workers, args.amp
-            consensus = models.Consensus.of(group, known, *options)
+            how = args.consensus, args.workers, args.amp
+            consensus = models.Consensus.of(group, known, *how)
         searches |= {label or k: (group, k, consensus) for k in args.beam_size}
     return data, searches, theirs, outputs
 
@@ -168,7 +168,7 @@ def name_files(args, name, checkpoints):
     found = metrics.exists() and files.read_json(metrics)
     # beside its model a run that was moved is known by the name of its file
     is_beside = folder.resolve() == own.resolve() and len(made_by["models"]) == 1
-    told = lambda models: [Path(m).name if is_beside else os.path.realpath(m) for m in models]
+    told = lambda found: [Path(m).name if is_beside else os.path.realpath(m) for m in found]
     other = found and told(found.get("models") or [""]) != told(made_by["models"])
     if distributed.broadcast(other):
         raise UserError(f"{metrics} holds scores of another model: choose another --output_folder")
@@ -264,8 +264,7 @@ def report(args, data, outputs, rows, theirs, said):
 
 
 def get_args_parser():
-    description, _, examples = (__doc__ or "").strip().partition("\n\n")
-    parser = command_line.ArgumentParser(description=description, examples=examples)
+    parser = command_line.ArgumentParser(__doc__)
     command_line.add_captioning_flags(parser, several=True)
     flag = parser.add_argument
     text = "several models do not vote as an ensemble: each is scored by itself, side by side"
@@ -307,6 +306,8 @@ def check_flags(args):
             if distributed.broadcast(path.exists()):
                 raise UserError(f"--{flag} {path} exists: choose another name, or remove it")
             files.output_path(path)
+    if args.average and len(given) < 2:
+        raise UserError("--average: expected several --model, of which it writes the mean")
     if args.html:
         page.page_path(args.html)
 

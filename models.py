@@ -6,8 +6,7 @@ An image becomes a grid of features (``Encoder``). For every word a small networ
     captioner = load_captioner("checkpoints")
     captioner("photo.jpg").text
 
-What scripts and students take from here and is not defined here stands in the room of
-``captioning/model`` that it is imported from.
+Names imported here for scripts and students are defined in the rooms of ``captioning``.
 """
 
 import functools
@@ -88,12 +87,12 @@ class Encoder(nn.Module):
         """Encode images.
 
         :param images: uint8 (B, 3, height, width), RGB
-        :return: float (B, num_pixels, encoder_dim), the grid row by row
+        :return: float (B, n, encoder_dim), the grid row by row
         """
         images = (images.float() - self.mean) / self.std  # (B, 3, height, width)
         images = images.contiguous(memory_format=torch.channels_last)
         grid = self.cnn(images)  # (B, encoder_dim, rows, columns)
-        return grid.permute(0, 2, 3, 1).flatten(1, 2)  # (B, num_pixels, encoder_dim)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2)  # (B, n, encoder_dim)
 
     def fine_tune(self, fine_tune=True):
         """Let all but the first ``frozen_blocks`` blocks learn, or freeze everything."""
@@ -109,7 +108,7 @@ class Attention(nn.Module):
     """The attention network of the paper: additive scores (section 3.1.2, eq. 4; here with a ReLU).
 
     Another network needs a linear ``project``, called once for each image (its result is pooled to
-    a coarser grid), ``forward``, called at every word, and an entry in ``ATTENTIONS``.
+    attention's grid), ``forward``, called at every word, and an entry in ``ATTENTIONS``.
     """
 
     def __init__(self, encoder_dim, decoder_dim, attention_dim):
@@ -117,10 +116,10 @@ class Attention(nn.Module):
         self.encoder_att = nn.Linear(encoder_dim, attention_dim)
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
-        self.full_att.bias.requires_grad_(False)  # softmax does not see what moves all alike
+        self.full_att.bias.requires_grad_(False)  # softmax ignores what is added to all
 
     def project(self, encoder_out):
-        """The image's share, float (num_images, n, encoder_dim) to (num_images, n, any width)."""
+        """Project images: float (num_images, n, encoder_dim) to (num_images, n, any width)."""
         return self.encoder_att(encoder_out)
 
     def forward(self, encoder_att, h):
@@ -141,8 +140,8 @@ def soft(energies, decoder):
     return AttentionOutput(alpha, alpha)
 
 
-# To add an attention, add an entry: the network that scores the places, what its energies do, and
-# perhaps a sentinel behind the places, which is scored by the layers of an Attention.
+# To add an attention, add an entry: the network that scores the places, the function that turns
+# scores into weights, and perhaps a module for a sentinel, whose score follows the places'.
 ATTENTIONS = {"soft": (Attention, soft), "hard": (Attention, hard), "mean": (NoAttention, soft)}
 ATTENTIONS |= {"adaptive": (Attention, soft, VisualSentinel)}
 
@@ -159,8 +158,7 @@ class DecoderWithAttention(nn.Module):
     :param attention: a key of ``ATTENTIONS``
     :param encoded_image_size: side of the grid that attention sees; 0 keeps the encoder's own
     :param deep_output: score words from word, state and context (eq. 7), not from the state alone
-    :param attend_word: attention sees the previous word, which the state has not read yet (not in
-        the paper)
+    :param attend_word: let attention see the previous word, too (not in the paper)
     :param position_encoding: add :func:`position_code` to the encoder's grid (not in the paper)
     :param dropout, embed_dropout, feature_dropout: on what words are scored from, on embedded
         words, on the encoder's grid
@@ -175,19 +173,20 @@ class DecoderWithAttention(nn.Module):
         cell=nn.LSTMCell,
     ):  # fmt: skip
         super().__init__()
-        score, self.attend, *sentinel = look_up(ATTENTIONS, attention, "attention")
+        network, self.attend, *sentinel = look_up(ATTENTIONS, attention, "attention")
         self.vocab_size, self.encoded_image_size = vocab_size, encoded_image_size
         self.deep_output, self.position_encoding = deep_output, position_encoding
         self.attend_word = attend_word
         self.sample_location = False  # hard attention at inference: sample, or take the likeliest
         query_dim = decoder_dim + embed_dim if attend_word else decoder_dim
-        self.attention = score(encoder_dim, query_dim, attention_dim)
+        self.attention = network(encoder_dim, query_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.decode_step = cell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
         states = count_states(self.decode_step, embed_dim + encoder_dim)
         inits = [nn.Linear(encoder_dim, decoder_dim) for _ in range(states - 1)]
-        self.init_c, self.init_more = (inits or [None])[0], nn.ModuleList(inits[1:])
+        self.init_c = inits[0] if inits else None  # a GRU has none
+        self.init_more = nn.ModuleList(inits[1:])
         widths = encoder_dim, attention_dim, embed_dim, decoder_dim
         self.sentinel = sentinel[0](*widths) if sentinel else None
         self.f_beta = None if self.sentinel else nn.Linear(decoder_dim, encoder_dim)
@@ -224,7 +223,7 @@ class DecoderWithAttention(nn.Module):
             pool = pooling_matrix(side, self.encoded_image_size, *place)  # (num_pixels, n)
             encoder_att = pool @ encoder_att  # (num_images, num_pixels, attention_dim)
             mean = pool.mean(dim=0) @ encoder_out  # (num_images, encoder_dim)
-        inits = [self.init_h, *filter(None, [self.init_c]), *self.init_more]
+        inits = [layer for layer in (self.init_h, self.init_c, *self.init_more) if layer]
         state = tuple(init(mean).float().unsqueeze(1) for init in inits)  # (num_images, 1, ...)
         if image_index is not None:  # index_select, whose gradient is summed in a fixed order
             encoder_out = encoder_out.index_select(0, image_index)  # (B, n, encoder_dim)
@@ -246,15 +245,16 @@ class DecoderWithAttention(nn.Module):
         embedded = self.embed_dropout(self.embedding(words))  # (B, R, embed_dim)
         if self.sentinel:  # looks after the cell has read the word, and perhaps not at all
             return self.sentinel(self, embedded, state, context)
-        energies = self.attention(context.encoder_att, self.query(h, embedded))
+        query = self.query(h, embedded)  # (B, R, decoder_dim), + embed_dim with attend_word
+        energies = self.attention(context.encoder_att, query)  # (B, R, num_pixels)
         attention = self.attend(energies, self)  # alpha: (B, R, num_pixels)
         z = context_vector(attention.weights, context)  # (B, R, encoder_dim)
-        z = torch.sigmoid(self.f_beta(h)) * z  # the gate of section 4.2.1
-        state = self.recur(torch.cat([embedded.to(z.dtype), z], dim=2), state)
+        z = torch.sigmoid(self.f_beta(h)) * z  # (B, R, encoder_dim), the gate of section 4.2.1
+        state = self.recur(torch.cat([embedded.to(z.dtype), z], 2), state)  # (B, R, decoder_dim)
         return self.score(state[0], embedded, z), attention, state
 
     def query(self, h, embedded):
-        """What attention is asked with: the state, (B, R, decoder_dim), perhaps the word, too."""
+        """The input of attention, (B, R, decoder_dim), or with the word (..., + embed_dim)."""
         return torch.cat([h, embedded.to(h.dtype)], dim=2) if self.attend_word else h
 
     def score(self, output, embedded, z):
@@ -310,7 +310,7 @@ def recurrent(cell):
 
 
 # To add a decoder, add an entry: ``recurrent`` of a cell, or a class with ``init_hidden_state``,
-# ``step`` and ``forward``, called with vocab_size and those of the configuration that it names.
+# ``step`` and ``forward``, called with vocab_size and the options that its constructor names.
 DECODERS = {"lstm": recurrent(nn.LSTMCell), "gru": recurrent(nn.GRUCell)}
 DECODERS |= {"transformer": TransformerDecoder}
 
@@ -388,7 +388,7 @@ def beam_search(
             log_probs = ban_repeats(log_probs, live.seqs, doubles)
         # at most K of the best 2K continuations are <end>, so K others are among them
         total = (live.log_prob.unsqueeze(2) + log_probs).flatten(1)  # (B, K * vocab_size)
-        log_prob, index = total.topk(min(2 * beam_size, total.shape[1]), dim=1)  # (B, 2K)
+        log_prob, index = total.topk(2 * beam_size, dim=1)  # (B, 2K)
         parent, word = index // vocab_size, index % vocab_size
         alpha = alpha[rows, parent]  # (B, 2K, num_pixels)
         score = log_prob / (step + 1) ** length_penalty  # (B, 2K)

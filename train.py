@@ -1,4 +1,4 @@
-"""Train a captioner, validate it on captions made by beam search, and keep the best.
+"""Train a captioner, validate it on captions by beam search, and keep the best.
 
 python train.py
 python train.py --preset shapes
@@ -26,10 +26,9 @@ from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
 batches, cider, cuda_graphs, decoders, dry_run, schedules, starting, tally, vocabulary = lazy(
-    *("batches", "cider", "cuda_graphs", "decoders", "dry_run", "schedules", "starting", "tally"),
-    "vocabulary",
-    within="captioning.model",
-)
+    "batches", "cider", "cuda_graphs", "decoders", "dry_run", "schedules", "starting", "tally",
+    "vocabulary", within="captioning.model",
+)  # fmt: skip
 curves, log, metrics = lazy("curves", "log", "metrics", within="captioning.report")
 
 
@@ -42,9 +41,9 @@ def train(trainer, args):
 
     def train_step(batch, epsilon):
         with machine.autocast(trainer.device, args.amp):
-            images = trainer.encoder_input(batch)
-            captions, lengths, image_index = batch.captions, batch.decode_lengths, batch.image_index
-            output = model(images, captions, lengths, image_index, epsilon, args.ss_argmax)
+            inputs = trainer.encoder_input(batch)
+            rows = batch.captions, batch.decode_lengths, batch.image_index
+            output = model(inputs, *rows, epsilon, args.ss_argmax)
         loss, nll = trainer.loss(output, batch)
         optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel averages the gradients, but the processes' losses add up
@@ -85,11 +84,11 @@ def train(trainer, args):
         with trainer.stop.held():
             history.append(record)
             trainer.tally.reset()
-            if is_best:  # saved first: killed in between, the run repeats the epoch and ends alike
+            if is_best:  # saved first: killed in between, the run validates again and ends alike
                 trainer.save(trainer.best_path)
             trainer.save(trainer.latest_path)
             trainer.write_reports()
-            log.print_epoch(record, args, is_best, trainer.val_data, hypotheses)
+            log.print_epoch(record, trainer.config, is_best, trainer.val_data, hypotheses)
 
 
 def validate(trainer, args):
@@ -117,7 +116,7 @@ def validate(trainer, args):
 def teacher_forced_nll(decoder, data, features, share, batch_size=64):
     """Cross-entropy per word of a split's true captions, each word predicted from those before it.
 
-    :param features: float (n, num_pixels, encoder_dim), of this process's share of the images
+    :param features: float (N, n, encoder_dim), of this process's share of the images
     """
     device, nll, words = next(decoder.parameters()).device, 0.0, 0
     numbers = np.arange(len(data))[share]
@@ -149,7 +148,7 @@ class Trainer:
         self.latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
         self.best_path = paths.checkpoint_path(args.output_folder, args.data_name, best=True)
         self.features = self.val_features = self.progress = self.teacher = None
-        # self-critical training has no true words to teach, and no attention nothing to learn
+        # self-critical training has no true words to teach, and "mean" attention learns nothing
         if args.grounding and not args.scst and args.attention != "mean":
             sizes = captioner.encoder.encoder_dim, len(captioner.word_map)
             self.teacher = models.AttentionTeacher(*sizes).to(self.device)
@@ -240,8 +239,8 @@ class Trainer:
     def sampled(self, batch):
         """A batch with captions that the model draws itself, and what each was worth (--scst)."""
         with torch.no_grad(), machine.autocast(self.device, self.args.amp):
-            images = self.encoder_input(batch.to(self.device))
-            encoder_out = self.captioner.encoder(images) if self.features is None else images
+            inputs = self.encoder_input(batch.to(self.device))
+            encoder_out = self.captioner.encoder(inputs) if self.features is None else inputs
             options = self.reward, self.args.max_decode_steps
             drawn = models.sample_and_reward(self.captioner, batch, encoder_out, *options)
         return drawn.tensors(self.device)
@@ -349,7 +348,7 @@ def prepare(args, stack):
     machine.set_seed(args.seed)
     weights = "none" if checkpoint else args.encoder_weights
     encoder = models.Encoder(args.encoder, weights).to(device)
-    args.decoder_options = decoders.own_options(models.DECODERS, args)
+    args.decoder_options = decoders.own_options(models.DECODERS, args.decoder, args.decoder_options)
     sizes = vars(args) | {"encoder_dim": encoder.encoder_dim}
     build, encoder_dim = functools.partial(models.build_decoder, sizes), encoder.encoder_dim
     decoder = build(len(word_map))
@@ -394,7 +393,7 @@ def prepare(args, stack):
 
 
 def build_optimizer(args, captioner, teacher=None):
-    """AdamW over the decoder and, if it is fine-tuned, the encoder."""
+    """AdamW over the decoder, the attention's teacher and, if it is fine-tuned, the encoder."""
     params = [p for module in (captioner.decoder, teacher) if module for p in module.parameters()]
     groups = [{"params": params, "peak_lr": args.learning_rate}]
     if args.fine_tune_encoder:
@@ -410,10 +409,8 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
 
 
 def get_args_parser():
-    examples = (__doc__ or "").partition("\n\n")[2]
     presets = {"preset": PRESETS, "decoder": DECODER_DEFAULTS}
-    text = "Train Show, Attend and Tell."
-    parser = command_line.ArgumentParser(description=text, examples=examples, presets=presets)
+    parser = command_line.ArgumentParser(__doc__, presets)
     number = command_line.bounded
     text = (
         "other defaults: shapes, for the generated data; focus, for attention that tells more; "
@@ -440,7 +437,7 @@ def get_args_parser():
     add("--encoder", default="resnet101", metavar="NAME", help=text)
     text = "what the CNN starts from: imagenet, none (random weights), or a state dict file"
     add("--encoder_weights", default="imagenet", metavar="FILE", help=text)
-    text = "side of the grid that attention sees; 0 keeps the CNN's own (faster)"
+    text = "side of the grid that attention sees; 0 keeps the CNN's own (a ResNet's 8: faster)"
     add("--encoded_image_size", type=number(int, 0, 64), default=14, help=text)
     add("--decoder", default="lstm", metavar="NAME", help="lstm or gru, recurrent, or transformer")
     own = {"dest": "decoder_options", "action": command_line.IntoDict, "default": {}}
@@ -459,21 +456,21 @@ def get_args_parser():
     add("--position_encoding", action=command_line.Switch, help=text)
     text = "let attention see the previous word, which the state has not read (not in the paper)"
     add("--attend_word", action=command_line.Switch, help=text)
-    add("--embeddings", type=Path, metavar="FILE", help="word vectors in GloVe's text format")
+    add("--embeddings", type=Path, metavar="FILE", help="start from word vectors, as GloVe's text")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=width, default=15, help="passes over the training images")
     text = "images per update, each with all its captions; lower it if memory runs out"
     add("--batch_size", type=width, default=16, help=text)
-    add("--learning_rate", type=rate, default=6e-4, help="of the decoder, at its peak")
+    add("--learning_rate", type=rate, default=6e-4, help="peak, of the decoder; transformer: 4e-4")
     text = "after the warm-up; plateau: x 0.8 after every 2 epochs without a better score"
     add("--lr_schedule", choices=(*schedules.LEARNING_RATES,), default="cosine", help=text)
     text = "updates of a rising learning rate; at most a tenth of the run's"
     add("--warmup", type=whole, default=200, help=text)
     add("--weight_decay", type=rate, default=0.01, help="of AdamW")
-    add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help="longest gradient")
-    add("--dropout", type=share, default=0.6, help="share dropped before words are scored")
-    add("--embed_dropout", type=share, default=0.5, help="share dropped of embedded words")
+    add("--grad_clip", type=number(float, 1e-6, 1e6), default=5.0, help="norm of longest gradient")
+    add("--dropout", type=share, default=0.6, help="share dropped before scoring; transformer: 0.3")
+    add("--embed_dropout", type=share, default=0.5, help="of embedded words; transformer: 0.3")
     add("--feature_dropout", type=share, default=0.3, help="share dropped of the CNN's features")
     add("--label_smoothing", type=share, default=0.1, help="of the target, over all words")
     text = "weight of the doubly stochastic penalty (eq. 14): attention visits every place"
@@ -501,9 +498,10 @@ def get_args_parser():
     add("--scheduled_sampling", default="none", metavar="NAME", help=text)
     text = "the probability never falls below this; lower it for more of the model's own words"
     add("--ss_min", type=number(float, 0, 1), default=0.75, help=text)
-    text = "k of the schedule's formula (default: ss_min is reached at the last update)"
+    text = "k of the schedule's formula (default: 1 if linear, else ss_min is reached at the end)"
     add("--ss_k", type=number(float, 1e-6, 1e9), help=text)
-    add("--ss_slope", type=number(float, 0, 1), help="linear only: fall per update")
+    text = "linear only: fall per update (default: ss_min is reached at the end)"
+    add("--ss_slope", type=number(float, 0, 1), help=text)
     add("--ss_argmax", action="store_true", help="feed the likeliest word, not a random one")
 
     add = parser.add_argument_group("validation").add_argument

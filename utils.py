@@ -40,7 +40,7 @@ def ending(prog, error):
     cause = error  # an import that is interrupted can fail in any way
     while not isinstance(cause, (KeyboardInterrupt, UserError, type(None))):
         cause = cause.__context__
-    error = cause or error
+    error = cause if isinstance(cause, KeyboardInterrupt) else error
     if isinstance(error, KeyboardInterrupt):
         stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         return 128 + stop.signal, f"{prog}: {stop}\n" if is_first else None

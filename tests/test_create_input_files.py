@@ -175,13 +175,15 @@ def test_flickr8k_is_read_in_place(tmp_path):
     assert val.image_names == ["06_ab.jpg", "07_ab.jpg"] and val.captions.shape == (10, 52)
 
 
-def test_lists_of_the_official_split_that_came_later_are_noticed(tmp_path, capsys, fails):
+@pytest.mark.parametrize("is_named", [True, False])
+def test_lists_of_the_official_split_that_came_later_are_noticed(is_named, tmp_path, capsys, fails):
     """As the note of the first run says, which dealt the pictures out."""
-    source, out = make_flickr8k(tmp_path / "source"), tmp_path / "out"
+    source = make_flickr8k(tmp_path / "source")
+    out = tmp_path / "out" if is_named else source  # --data_folder is searched without --source
     text = shutil.move(source / "Flickr8k_text.zip", tmp_path / "kept.zip")
     rows = (f"{i:02d}_ab.jpg,a dog runs" for i in range(10))
     (source / "captions.txt").write_text("\n".join(["image,caption", *rows]))
-    flags = ["--source", source, "--data_folder", out]
+    flags = [*(["--source", source] if is_named else []), "--data_folder", out]
     prepare(*flags)
     assert "for the official split put Flickr8k_text.zip" in "".join(capsys.readouterr())
     prepare(*flags)
@@ -189,7 +191,8 @@ def test_lists_of_the_official_split_that_came_later_are_noticed(tmp_path, capsy
     shutil.move(text, source / "Flickr8k_text.zip")
     with fails("made with source Flickr8k, split by seed, not .*official split; give --force"):
         prepare(*flags)
-    shutil.rmtree(source)  # what is gone is not asked for
+    for path in source.glob("Flickr8k_*"):  # what is gone is not asked for
+        path.unlink()
     prepare(*flags)
 
 

@@ -458,6 +458,7 @@ def test_pictures_of_another_size_are_resized(
         (["--model", "missing.pth.tar"], "missing.pth.tar"),
         (["--data_name", "other"], "TEST_other.hdf5"),
         (["--average", "typo/mean.pth.tar"], "there is no folder .*typo"),
+        (["--average", "mean.pth.tar"], "--average: expected several --model"),
     ],
 )
 def test_bad_values_end_in_one_line(

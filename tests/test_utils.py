@@ -149,14 +149,19 @@ def test_what_fails_late_by_our_own_mistake_is_named_below_the_traceback(tmp_pat
     assert done.stderr.endswith("ValueError: 1\nthe end failed; the rest is kept\n")
 
 
+WHILE_HANDLING = """try:
+            raise utils.UserError("no room")
+        finally:
+            raise ValueError(1)"""
 LATE = """from captioning.run.messages import naming
         with naming("the end failed; the rest is kept"):
             raise {}"""
 
 
-def test_our_own_mistakes_keep_their_traceback(tmp_path):
-    done = run_script(SCRIPT.format(body="raise ValueError(1)"), tmp_path)
-    assert done.returncode == 1 and "Traceback" in done.stderr
+@pytest.mark.parametrize("body", ["raise ValueError(1)", WHILE_HANDLING])
+def test_our_own_mistakes_keep_their_traceback(body, tmp_path):
+    done = run_script(SCRIPT.format(body=body), tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: 1" in done.stderr
 
 
 ENVIRONMENT = {

@@ -101,15 +101,16 @@ def count_states(cell, input_size):
 COMMON = {"encoder_dim", *ARCHITECTURE, *DROPOUTS} - {"encoder", "decoder", "decoder_options"}
 
 
-def own_options(table, args):
+def own_options(table, decoder, given):
     """The options that other decoders do not have, given or with their defaults, as a dict.
 
-    :param table, args: ``DECODERS``, and the flags with ``decoder`` and ``decoder_options``
+    :param table, decoder: ``DECODERS``, and a key of it
+    :param given: dict of options by name
     """
-    factory = look_up(table, args.decoder, "decoder")
+    factory = look_up(table, decoder, "decoder")
     parameters = inspect.signature(factory).parameters.values()
     plain = [p for p in parameters if isinstance(p.default, bool | int | float | str)]
-    return {p.name: p.default for p in plain if p.name not in COMMON} | args.decoder_options
+    return {p.name: p.default for p in plain if p.name not in COMMON} | given
 
 
 def fitting(factory, config):

@@ -49,13 +49,14 @@ def as_typed(key, value):
     return switches.get(str(value), f"--{key} {value}")
 
 
-def print_epoch(record, args, is_best, val_data, hypotheses):
+def print_epoch(record, config, is_best, val_data, hypotheses):
     """A line for the epoch and three captions of validation images, always the same ones."""
     shown = ("BLEU-4", "ROUGE-L", "CIDEr")
-    chosen_by = "" if args.metric in shown else f", {args.metric} {record[args.metric]:.2f}"
+    metric = config["metric"]
+    chosen_by = "" if metric in shown else f", {metric} {record[metric]:.2f}"
     print(
         f"epoch {record['epoch']:>2}: loss {record['loss']:.3f}, nll {record['nll']:.3f} | "
-        f"validation: nll {record['val_nll']:.3f}; beam {args.beam_size}: BLEU-4 "
+        f"validation: nll {record['val_nll']:.3f}; beam {config['beam_size']}: BLEU-4 "
         f"{record['BLEU-4']:.2f}, ROUGE-L {record['ROUGE-L']:.2f}, CIDEr {record['CIDEr']:.1f}"
         f"{chosen_by}"
         f"{' *' if is_best else ''} | {record['words_per_second']:,} words/s, "

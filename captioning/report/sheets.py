@@ -21,17 +21,22 @@ INK, FAINT = "#1e1e22", "#787880"
 
 
 @default_settings()
-def draw(path, picture, captioner, hypothesis, args, say):
-    """Write the attention sheet (and animation) of one caption into the output folder."""
+def draw(path, picture, captioner, hypothesis, folder, say, gif=False, show=False):
+    """Write the attention sheet of one caption into a folder, and perhaps an animation of it.
+
+    :param path, picture: the picture's path, and the picture as Pillow's image
+    :param say: function that prints a line
+    :param gif, show: write the animation; open a window with the sheet
+    """
     words, alphas = captioner.text(hypothesis), hypothesis.alphas
     fonts, file = font_families("".join(captioner.words)), io.BytesIO()
     check_script("".join(words))
-    png, source = sheet_path(path, args.output_folder)
+    png, source = sheet_path(path, folder)
     # encoded in memory and written once, so that a full disk is one message
     sheet = attention_sheet(picture, words, alphas, fonts)
     sheet.savefig(file, format="png", metadata={"Source": source}, pil_kwargs={"compress_level": 3})
     drawings = {png: file.getvalue()}
-    if args.gif:
+    if gif:
         import imageio.v3 as iio
 
         frames = attention_frames(picture, words, alphas, fonts)
@@ -41,8 +46,8 @@ def draw(path, picture, captioner, hypothesis, args, say):
         with atomic_path(drawing) as temporary:
             temporary.write_bytes(data)
         say(f"    {printable(drawing)}")
-    if args.show:
-        show(png)
+    if show:
+        open_window(png)
 
 
 def sheet_path(path, folder):
@@ -180,7 +185,7 @@ def _page(panels, columns, caption, note, fonts):
     return figure
 
 
-def show(png):
+def open_window(png):
     """Open a window with the sheet, or say why there is none."""
     from PIL import ImageShow
 

@@ -14,14 +14,15 @@ from captioning.run.messages import did_you_mean, one_line
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with hyphens for underscores, errors of one line that give a hint, and examples.
 
-    :param examples: commands that --help shows at its end, one a line
+    :param doc: of a script: what it does, an empty line, and example commands for the end of --help
     :param presets: dict of flags to dicts of their values to defaults of other flags; later flags
         win over earlier ones
     """
 
-    def __init__(self, *args, examples="", presets=None, **options):
+    def __init__(self, doc=None, presets=None, **options):
+        description, _, examples = (doc or "").strip().partition("\n\n")
         options |= {"formatter_class": _HelpFormatter, "allow_abbrev": False}
-        super().__init__(*args, **options)
+        super().__init__(description=description, **options)
         self.presets = presets or {}
         self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")
         self.epilog = "\n  ".join(["examples:", *examples.split("\n")]) if examples else None
@@ -63,7 +64,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults where they mean something, and metavars that say what is expected."""
 
     def _get_help_string(self, action):
-        said = "(default" in action.help or action.nargs == 0 or action.default in (None, "")
+        said = "(default" in action.help or action.nargs == 0 or action.default in (None, "", [])
         return action.help if said else f"{action.help} (default: %(default)s)"
 
     def _get_default_metavar_for_optional(self, action):

@@ -1,7 +1,5 @@
 """Tests of ``captioning/model/decoders.py``: cells and options of decoders."""
 
-import argparse
-
 import pytest
 import torch
 from helpers import check_contract, features, search
@@ -70,10 +68,9 @@ def test_search_asks_the_decoders_own_init_hidden_state(word_map):
 
 
 def test_own_options_are_those_that_no_other_decoder_has():
-    asked = argparse.Namespace(decoder="transformer", decoder_options={"layers": 3})
-    assert own_options(models.DECODERS, asked) == {"layers": 3, "heads": 4}
-    asked = argparse.Namespace(decoder="lstm", decoder_options={})
-    assert own_options(models.DECODERS, asked) == {}
+    asked = own_options(models.DECODERS, "transformer", {"layers": 3})
+    assert asked == {"layers": 3, "heads": 4}
+    assert own_options(models.DECODERS, "lstm", {}) == {}
 
 
 CONFIG = {

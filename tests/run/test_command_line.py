@@ -26,7 +26,7 @@ def test_a_number_out_of_bounds_is_refused(text):
 def parser():
     """A parser of a few flags, whose errors say ``script.py: error: …``."""
     parser = command_line.ArgumentParser(
-        prog="script.py", examples="python script.py --img a.jpg\nanother"
+        "What it does.\n\npython script.py --img a.jpg\nanother\n", prog="script.py"
     )
     parser.add_argument("--img", nargs="+", help="which pictures")
     parser.add_argument("--no_plot", action="store_true", help="draw nothing")
