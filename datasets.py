@@ -279,10 +279,15 @@ def image_index(dataset):
     return np.repeat(np.arange(len(dataset)), np.diff(dataset.caption_offsets))
 
 
+SIDES = {"left", "right", "左", "右"}  # and in German, French, Spanish, Italian, Portuguese
+SIDES |= {"links", "linke", "linken", "linker", "rechts", "rechte", "rechten", "rechter"}
+SIDES |= {"gauche", "droite", "izquierda", "izquierdo", "derecha", "derecho"}
+SIDES |= {"sinistra", "sinistro", "destra", "destro", "esquerda", "esquerdo", "direita", "direito"}
+
+
 def mirrorable(dataset):
     """Which pictures may be mirrored: no caption says left or right; bool (num_images,)."""
-    sides = {"left", "right"}
-    return np.array([all(map(sides.isdisjoint, texts)) for texts in dataset.references])
+    return np.array([all(map(SIDES.isdisjoint, texts)) for texts in dataset.references])
 
 
 def count_words(dataset, indices):

@@ -148,6 +148,8 @@ class Trainer:
         self.latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
         self.best_path = paths.checkpoint_path(args.output_folder, args.data_name, best=True)
         self.features = self.val_features = self.progress = self.teacher = None
+        if args.mirror and datasets.mirrorable(train_data).all():
+            messages.note("--mirror: no caption says left or right in a language that it knows")
         # self-critical training has no true words to teach, and "mean" attention learns nothing
         if args.grounding and not args.scst and args.attention != "mean":
             sizes = captioner.encoder.encoder_dim, len(captioner.word_map)

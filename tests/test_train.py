@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import matplotlib.figure
@@ -228,6 +229,8 @@ def test_a_preset_whose_architecture_is_another_says_how_to_take_the_runs_own(
 ):
     with fails("--deep_output: .* was built with --no_deep_output; take that, or leave it out"):
         run(training_data, tmp_path / "out", "--init_from", trained, "--deep_output")
+    with fails("--deep_output: .*; --preset focus asks for it: give --no_deep_output beside the"):
+        run(training_data, tmp_path / "out", "--init_from", trained, "--preset", "focus")
 
 
 @pytest.mark.parametrize(
@@ -582,6 +585,12 @@ def test_a_picture_with_left_in_a_caption_that_is_not_trained_on_is_not_mirrored
     datasets.write_dataset(tmp_path, records, dataset="own", source="own", **settings)
     path = paths.split_path(tmp_path, "train", datasets.base_name("own", 1, 1))
     assert datasets.mirrorable(datasets.CaptionDataset(path)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("text", ["Ein Hund läuft links", "une fille à droite", "左边的狗在跑"])
+def test_left_and_right_are_known_in_other_languages(text):
+    data = types.SimpleNamespace(references=[[datasets.tokenize(text)], [["ein", "hund"]]])
+    assert datasets.mirrorable(data).tolist() == [False, True]
 
 
 def test_mirror_is_refused_where_features_are_computed_once(training_data, tmp_path, fails):

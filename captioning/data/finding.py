@@ -74,11 +74,11 @@ class Pictures:
             else:
                 raise UserError(f"there is no folder and no zip archive {place.absolute()}")
             for name, path, real in files:
-                parts = _parts(name)
+                parts = parts_of(name)
                 if not parts or "__MACOSX" in parts or parts[-1].startswith("._"):
                     continue  # macOS adds the last two
-                whole = _parts(os.path.abspath(root)) + parts
-                self._files[_normal(parts)[-1]].append(File(path, real, whole, len(parts)))
+                whole = parts_of(os.path.abspath(root)) + parts
+                self._files[normal(parts)[-1]].append(File(path, real, whole, len(parts)))
                 if suffix(name):
                     pictures.setdefault(real, name)
         self.count, self.examples = len(pictures), list(pictures.values())[:3]
@@ -90,8 +90,8 @@ class Pictures:
 
         :raises UserError: if several match equally well
         """
-        wanted = _parts(name) or ("",)
-        fits = [(_fit(file, wanted), file) for file in self._files.get(_normal(wanted)[-1], ())]
+        wanted = parts_of(name) or ("",)
+        fits = [(_fit(file, wanted), file) for file in self._files.get(normal(wanted)[-1], ())]
         best = max((fit for fit, _ in fits if fit), default=None)
         files = [file for fit, file in fits if fit and fit == best]
         for other in files[1:]:
@@ -121,7 +121,7 @@ class Fit(NamedTuple):
 def _fit(file, wanted):
     """The ``Fit`` of a file and the parts of a name; None if it is the name of another file."""
     suffixes = {suffix(file.whole[-1]), suffix(wanted[-1])} - {""}
-    common = _common_end(_normal(file.whole), _normal(wanted))
+    common = _common_end(normal(file.whole), normal(wanted))
     # the paths may differ only above the place, or where the name is shorter
     is_same = common == len(wanted) or common >= max(file.depth, 2)
     if len(suffixes) > 1 or not is_same:  # 0.jpg is not 0.png
@@ -135,11 +135,11 @@ def _common_end(a, b):
 
 
 as_list = lambda paths: [*map(Path, paths if isinstance(paths, (list, tuple)) else [paths])]
-_parts = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
+parts_of = lambda name: tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
 suffix = lambda name: s if (s := os.path.splitext(name)[1].lower()) in PICTURE_SUFFIXES else ""
 
 
-def _normal(parts):
+def normal(parts):
     """Parts of a path as they are compared: in one case and composition, without suffix."""
     stem = parts[-1][: len(parts[-1]) - len(suffix(parts[-1]))]
     return [unicodedata.normalize("NFC", part).casefold() for part in (*parts[:-1], stem)]
@@ -151,7 +151,7 @@ def find_pictures(patterns, recursive=False):
     :raises UserError: if one of them matches no picture
     """
     paths = {}
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):  # no shell does it within quotes
         path, skipped = Path(pattern), ""
         try:
             if path.is_dir():

@@ -3,6 +3,9 @@
 import ast
 import contextlib
 import html
+import io
+import itertools
+from tokenize import TokenError, generate_tokens
 
 import regex
 
@@ -48,7 +51,8 @@ def row_of(fields, where):
     """
     first = dict(reversed(fields))
     names = (first.get(key) for key in IMAGE_KEYS)
-    name = next((name.strip() for name in names if isinstance(name, str) and name.strip()), None)
+    names = (str(name).strip() for name in names if type(name) in (str, int))
+    name = next(filter(None, names), None)
     values = [value for key, value in fields if holds_captions(key)]
     captions = [texts_of(value) for value in values if isinstance(value, (str, list))]
     if name is None or not captions or None in captions:
@@ -71,8 +75,9 @@ def texts_of(value):
     A text is one caption; and so is a list of single words. In a table a list is text, too.
     """
     if isinstance(value, str) and value.strip().startswith("["):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(value.strip())
+        faults = (ValueError, SyntaxError, TokenError, MemoryError, RecursionError)
+        with contextlib.suppress(*faults):
+            value = ast.literal_eval(_with_commas(value.strip()))
     if isinstance(value, str):
         return [value]
     if is_list_of(value, str):
@@ -80,6 +85,15 @@ def texts_of(value):
         return [" ".join(value)] if are_words else value
     lists = isinstance(value, list) and all(is_list_of(item, str) for item in value)
     return [" ".join(words) for words in value] if lists else None
+
+
+def _with_commas(text):
+    """A list as NumPy writes it, ``['a' 'b']``, with commas: without, Python joins the texts."""
+    tokens = [token.string for token in generate_tokens(io.StringIO(text).readline)]
+    tokens = [token for token in tokens if token.strip()]
+    are_texts = lambda pair: all(token[0] in "'\"" for token in pair)
+    pairs = itertools.pairwise([*tokens, "]"])
+    return " ".join(f"{pair[0]}," if are_texts(pair) else pair[0] for pair in pairs)
 
 
 def unescaped(text):

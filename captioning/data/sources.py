@@ -29,7 +29,7 @@ def custom_records(images, captions, seed, lost=None):
     rows = (
         (line, row if row.split else row._replace(split=split))
         for path, split in zip(captions, splits)
-        for line, row in read_rows(path, notes)
+        for line, row in _rows_of_one(path, notes, len(captions) > 1 and path in as_list(images))
     )
     pictures, where = Pictures(images), ", ".join(map(str, captions))
     records, notes = _records(rows, pictures, where, seed, notes, lost or Lost())
@@ -39,13 +39,21 @@ def custom_records(images, captions, seed, lost=None):
     return records, notes
 
 
+def _rows_of_one(path, notes, is_one_of_several):
+    """The rows of a file or folder; of several folders of pictures each may have its own 0.jpg."""
+    for line, row in read_rows(path, notes):
+        name = f"{path.absolute().name}/{row.name}" if is_one_of_several else row.name
+        yield line, row._replace(name=name)
+
+
 def _splits_of_files(paths):
-    """The split of each file of captions that its name tells, or None.
+    """The split of each file or folder of captions that its name or its folder's tells, or None.
 
     One file alone is the whole data set, whatever its name. Where no file is called test, those for
     validation, such as COCO's, are left to be dealt out to both.
     """
-    splits = [None if path.is_dir() else split_of(path.name) for path in paths]
+    paths = [path.absolute() for path in paths]
+    splits = [split_of(path.name) or split_of(path.parent.name) for path in paths]
     if "train" not in splits:
         return [None] * len(splits)
     return [split if "test" in splits or split == "train" else None for split in splits]

@@ -95,7 +95,10 @@ def as_built(args, parser, config, path, resuming=False):
             built = {key: built}
         if wrong:
             wrong, built = as_flags(wrong), as_flags(built) or "none of these"
-            raise UserError(f"{wrong}: {path} was built with {built}; take that, or leave it out")
+            advice = "take that, or leave it out"
+            if key not in named and args.preset:
+                advice = f"--preset {args.preset} asks for it: give {built} beside the preset"
+            raise UserError(f"{wrong}: {path} was built with {built}; {advice}")
     flags = flags | {key: config[key] for key in ARCHITECTURE}
     as_held = lambda value: str(value) if isinstance(value, Path) else value
     fixed = [key for key in defaults if resuming and key not in MAY_CHANGE_ON_RESUME]

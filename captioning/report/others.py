@@ -1,7 +1,6 @@
 """Captions of other systems, read in the format of COCO's results."""
 
-from pathlib import PurePosixPath
-
+from captioning.data.finding import normal, parts_of
 from captioning.data.rows import unescaped
 from captioning.data.words import tokenize
 from captioning.run.files import read_json
@@ -60,23 +59,32 @@ def _ids(data):
 
 def _finder(data):
     """Function of an entry: the row of the data that it is about, or None."""
-    by_name = {}
+    rows_of = {}
     for row, name in enumerate(data.image_names):
-        path = PurePosixPath(name)
-        for key in {name, path.name, path.stem}:  # what two pictures share tells nothing
-            by_name[key] = None if key in by_name else row
+        for end in _ends(name):  # what two pictures share tells nothing
+            rows_of[end] = None if rows_of.get(end, row) != row else row
     numbered = None in data.image_ids
-    by_id = {str(number): row for row, number in enumerate(_ids(data))}
+    ids = {str(number): row for row, number in enumerate(_ids(data))}
+    by_id = lambda key: ids.get(str(int(key)) if str(key).isdecimal() else str(key))
+    by_name = lambda key: next((rows_of[end] for end in _ends(str(key)) if end in rows_of), None)
 
     def find(entry):
         name, number = entry.get("file_name"), entry.get("image_id")
         if isinstance(name, str):
-            row = by_name.get(name, by_name.get(PurePosixPath(name.replace("\\", "/")).name))
+            row = by_name(name)
             if row is not None or numbered:
                 return row
-        tables = (by_name, by_id) if numbered else (by_id, by_name)
-        tables = tables if numbered or isinstance(number, str) else tables[:1]
-        rows = (table.get(str(number)) for table in tables)
+        searches = (by_name, by_id) if numbered else (by_id, by_name)
+        searches = searches if numbered or isinstance(number, str) else searches[:1]
+        rows = (search(number) for search in searches)
         return next((row for row in rows if row is not None), None)
 
     return find
+
+
+def _ends(name):
+    """The ends of a path, longest first, each as it is and then in one case and without suffix."""
+    parts = parts_of(name)
+    for i in range(len(parts)):
+        yield parts[i:]
+        yield tuple(normal(parts[i:]))

@@ -39,11 +39,13 @@ def test_columns_are_known_by_their_names(header, captions, tmp_path):
 
 def test_a_list_in_a_cell_as_pandas_writes_it_is_a_list(tmp_path):
     text = """image,captions\na.png,"['a dog', ""the dog's bed""]"\nb.png,"['a', 'cat']"\n"""
+    text += """c.png,"['a dog' ""the dog's bed""\n 'a cat']"\n"""  # as NumPy writes a list
     text += "c.png,[a] b\n"
     found, _ = rows_of(tmp_path / "c.csv", text)
     assert [captions for _, _, captions in found] == [
         ["a dog", "the dog's bed"],
         ["a cat"],
+        ["a dog", "the dog's bed", "a cat"],
         ["[a] b"],
     ]
 

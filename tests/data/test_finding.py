@@ -177,6 +177,12 @@ def test_patterns_are_those_of_a_shell(pattern, expected, tmp_path):
     assert [path.relative_to(folder).as_posix() for path in found] == expected
 
 
+def test_the_home_folder_is_known_in_a_pattern_within_quotes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pictures(tmp_path / "p", ["a.png"])
+    assert finding.find_pictures(["~/p/*.png"]) == [tmp_path / "p" / "a.png"]
+
+
 def test_missing_pictures_are_shown_beside_what_is_there(tmp_path, fails):
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         for name in ("__.jpg", "T_r.jpg"):

@@ -114,7 +114,7 @@ def test_own_captions_are_the_same_in_each_format(tmp_path, own_data):
         ),
         ('{"image": "00.jpg", "caption": "a"}\n{"image": "01.jpg"\n', "line 2: not valid JSON"),
         ('{"image": "00.jpg", "caption": 5}\n', "line 1: expected"),
-        ('{"image": 5, "captions": ["a"]}\n', "line 1: expected"),
+        ('{"image": true, "captions": ["a"]}\n', "line 1: expected"),
         ("{" + '"a":[' * 100000, "line 1: not valid JSON"),
         ("00.jpg#0\ta dog\n01.jpg a dog\n", "line 2: expected name.jpg#0<TAB>caption"),
         ("image,caption\n", "holds no caption"),
@@ -245,6 +245,9 @@ def test_hugging_faces_image_folders(kind, tmp_path, fails):
         (folder / part / f"metadata.{kind}").write_text(text)
         expected += [(2 * k + i, split, [f"a dog, {i}"]) for i in (0, 1)]
     records, notes = datasets.custom_records(folder, folder, 0)
+    assert sorted((shown(r), r.split, r.captions) for r in records) == expected and not notes
+    parts = [*folder.iterdir()]  # each has its own 0.png
+    records, notes = datasets.custom_records(parts, parts, 0)
     assert sorted((shown(r), r.split, r.captions) for r in records) == expected and not notes
     (tmp_path / "none").mkdir()
     with fails("none holds no metadata.csv or .jsonl"):

@@ -52,6 +52,9 @@ def entries(key, values):
         ("file_name", [name[2:] for name in NAMES], IDS),
         ("file_name", [f"elsewhere/{name}" for name in NAMES], [None] * 3),
         ("file_name", [f"C:\\pictures\\{name[2:]}" for name in NAMES], IDS),
+        ("image_id", [f"elsewhere/{name[:-4]}" for name in NAMES], [None] * 3),
+        ("file_name", [name.upper() for name in NAMES], IDS),
+        ("image_id", [f"{number:012d}" for number in IDS], IDS),
     ],
 )
 def test_a_picture_is_known_by_its_id_or_its_name(key, values, ids, results):
