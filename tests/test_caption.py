@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture
+from conftest import describe_args, make_picture
 from helpers import save, written
 from PIL import Image
 
@@ -456,3 +456,15 @@ def test_what_is_no_checkpoint_is_refused(describe, fails):
     path = save("pictures/photo.png")
     with fails("photo.png"):
         describe("--img", path, "--model", path)
+
+
+def test_flags_of_the_gaze_reach_the_decoder(best_checkpoint, tmp_path):
+    whole = models.load_checkpoint(best_checkpoint)
+    own = {"decoder": "transformer", "decoder_options": {"layers": 1, "heads": 2}}
+    config = whole["config"] | own
+    decoder = models.build_decoder(config, len(whole["word_map"])).state_dict()
+    models.save_checkpoint(tmp_path / "t.pth.tar", whole | {"config": config, "decoder": decoder})
+    for head in (1, 2):
+        flags = "--img", "a.jpg", "--head", head, "--sample_location"
+        captioner, _ = caption.load(describe_args(tmp_path / "t.pth.tar", *flags))
+        assert captioner.decoder.shown_head == head - 1 and captioner.decoder.sample_location

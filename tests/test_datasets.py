@@ -222,3 +222,10 @@ def test_batches_hold_every_picture_once_among_captions_of_similar_length():
     assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
     for different in (later, other):
         assert not all(np.array_equal(a, b) for a, b in zip(batches, different))
+
+
+def test_a_caption_of_max_len_words_is_trained_on_and_a_longer_one_is_not(tmp_path):
+    texts = ["a dog runs", "a dog runs on", "a dog runs on grass"]
+    (train_data, *_), summaries, _ = write(tmp_path, everywhere(texts), max_len=4)
+    assert train_data.caption_lengths.tolist() == [5, 6]
+    assert summaries["train"]["too_long"] == 1

@@ -1,6 +1,7 @@
 """Training runs of a second each: what they write, how they go on, what they refuse."""
 
 import ast
+import contextlib
 import json
 import math
 import shutil
@@ -295,6 +296,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, training_data, tmp_pat
     parts = run(training_data, tmp_path / "parts", *flags, "--resume")
     for key in ("encoder", "decoder", "optimizer", "update", "epoch_so_far", "word_map"):
         assert same(parts[key], whole[key]), key
+    assert same(parts.get("teacher"), whole.get("teacher"))
     assert without_times(parts["history"]) == without_times(whole["history"])
     best = [
         models.load_checkpoint(both_checkpoints(tmp_path / name, training_data)[1])
@@ -1136,3 +1138,145 @@ def test_the_transformer_brings_its_own_defaults():
     args = train.get_args_parser().parse_args(["--decoder", "transformer", "--dropout", "0.1"])
     assert (args.learning_rate, args.dropout, args.embed_dropout) == (4e-4, 0.1, 0.3)
     assert args.decoder_options == {}
+
+
+def test_an_update_does_what_the_flags_say(training_data, tmp_path, monkeypatch):
+    forward, step = models.DecoderWithAttention.forward, torch.optim.AdamW.step
+    clip, fed, norms, rates = torch.nn.utils.clip_grad_norm_, [], [], []
+
+    def watched_forward(decoder, *args):
+        if decoder.training:
+            fed.append((*args[4:], torch.is_autocast_enabled("cpu"), torch.initial_seed()))
+        return forward(decoder, *args)
+
+    def watched_step(optimizer):
+        (group,) = optimizer.param_groups
+        rates.append((float(group["lr"]), group["weight_decay"]))
+        return step(optimizer)
+
+    watched_clip = lambda parameters, norm: norms.append(norm) or clip(parameters, norm)
+    monkeypatch.setattr(models.DecoderWithAttention, "forward", watched_forward)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
+    flags = "--epochs 4 --batch_size 4 --lr_schedule constant --warmup 2 --weight_decay 0.125 --amp"
+    sampling = "--scheduled_sampling linear --ss_min 0.5 --ss_argmax --grad_clip 0.25"
+    history = run(training_data, tmp_path, *flags.split(), *sampling.split())["history"]
+    *shown, seeds = zip(*fed)
+    epsilons = [pytest.approx(1 - 0.5 * i / 24) for i in range(24)]
+    assert shown == [(*epsilons,), (True,) * 24, (True,) * 24] and len(set(seeds)) == 24
+    assert rates == [(pytest.approx(0.02 * min(1, (i + 1) / 2)), 0.125) for i in range(24)]
+    assert norms == [0.25] * 24
+    assert [record["learning_rate"] for record in history] == [pytest.approx(0.02)] * 4
+
+
+def test_the_constants_of_a_schedule_reach_it():
+    flags = "--scheduled_sampling linear --ss_min 0.2 --ss_k 0.9 --ss_slope 0.01"
+    args, config = train.get_args_parser().parse_args(flags.split()), {"total_updates": 100}
+    trainer = types.SimpleNamespace(args=args, config=config)
+    found = [train.Trainer.epsilon(trainer, update) for update in (0, 50, 99)]
+    assert found == pytest.approx([0.9, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("flags", [[], ["--fine_tune_encoder"]], ids=["features", "pictures"])
+def test_captions_are_learned_beside_their_own_picture(flags, training_data, tmp_path, monkeypatch):
+    load, fits = train.Trainer.load, []
+
+    def watched(trainer, *args):
+        batch, data = load(trainer, *args), trainer.train_data
+        pictures = trainer.features
+        pictures = torch.from_numpy(data.images(slice(None))) if pictures is None else pictures
+        pictures_of = np.repeat(np.arange(len(data)), np.diff(data.caption_offsets))
+        for words, place in zip(batch.captions.tolist(), batch.image_index):
+            rows = data.captions[:, : len(words)].tolist()
+            own = [of for of, row in zip(pictures_of, rows) if row == words]  # several may say it
+            fits.append(any(torch.equal(batch.inputs[place], pictures[of]) for of in own))
+        return batch
+
+    monkeypatch.setattr(train.Trainer, "load", watched)
+    run(training_data, tmp_path, "--epochs", 1, *flags)
+    assert fits == [True] * 120
+
+
+def test_self_critical_training_learns_without_dropout(
+    trained, training_data, tmp_path, monkeypatch
+):
+    forward, modes = models.DecoderWithAttention.forward, []
+
+    def watched(decoder, *args):
+        modes.append((torch.is_grad_enabled(), decoder.training))
+        return forward(decoder, *args)
+
+    monkeypatch.setattr(models.DecoderWithAttention, "forward", watched)
+    flags = "--scst", "--learning_rate", 1e-4, "--epochs", 1
+    run(training_data, tmp_path, "--init_from", trained, *flags)
+    assert (True, False) in modes and (True, True) not in modes
+
+
+def test_the_attention_teacher_learns_with_its_weight(training_data, tmp_path, monkeypatch):
+    build, loss, made, weights = train.build_optimizer, models.caption_loss, [], []
+
+    def watched_build(args, captioner, teacher=None):
+        made.append((build(args, captioner, teacher), teacher))
+        return made[0][0]
+
+    def watched_loss(*args, **options):
+        if torch.is_grad_enabled():  # of validation the words alone count
+            weights.append(options["grounding"])
+        return loss(*args, **options)
+
+    monkeypatch.setattr(train, "build_optimizer", watched_build)
+    monkeypatch.setattr(models, "caption_loss", watched_loss)
+    run(training_data, tmp_path, "--grounding", 0.375, "--epochs", 1)
+    ((optimizer, teacher),) = made
+    learned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert teacher and {id(p) for p in teacher.parameters()} <= learned
+    assert weights and set(weights) == {0.375}
+
+
+@pytest.mark.parametrize("flags", [[], ["--sample_location"]])
+def test_validation_samples_places_if_asked_to(flags, training_data, tmp_path, monkeypatch):
+    split, found = models.caption_split, []
+
+    def watched(captioners, *args, **options):
+        found.append(captioners[0].decoder.sample_location)
+        return split(captioners, *args, **options)
+
+    monkeypatch.setattr(models, "caption_split", watched)
+    run(training_data, tmp_path, "--attention", "hard", "--epochs", 1, *flags)
+    assert found == [bool(flags)]
+
+
+def test_tensorboard_is_shown_each_picture_with_its_own_words_and_gaze(
+    trained, training_data, monkeypatch
+):
+    """Written for a made-up TensorBoard, which need not be installed."""
+    texts, images = {}, {}
+
+    class Writer(contextlib.nullcontext):
+        def add_scalar(self, *_):
+            pass
+
+        def add_image(self, name, image, step):
+            images[name] = image
+
+        def add_text(self, name, text, step):
+            texts[name] = text
+
+    room = types.SimpleNamespace(SummaryWriter=lambda folder: Writer(Writer()))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", room)
+    captioner, folder = models.load_captioner(trained), training_data[0]
+    (path,) = Path(folder).glob("VAL_*.hdf5")
+    data = datasets.CaptionDataset(path)
+    log.write_tensorboard(Path("."), captioner, data, {"update": 1}, {"beam_size": 2})
+    rows = [0, (len(data) - 1) // 2, len(data) - 1]
+    found = captioner.caption(torch.from_numpy(data.images(rows)), beam_size=2)
+    for row, image, (best, *_) in zip(rows, data.images(rows), found, strict=True):
+        assert texts[data.image_names[row]] == " ".join(captioner.text(best))
+        strip, size = images[data.image_names[row]], image.shape[1]
+        assert strip.shape == (3, size, size * (1 + len(best.words)))
+        side = math.isqrt(best.alphas.shape[1])
+        for i, alpha in enumerate(best.alphas, 1):
+            lit = strip[:, :, i * size : (i + 1) * size].sum(0) / strip[:, :, :size].sum(0)
+            brightest = (alpha.argmax() // side, alpha.argmax() % side)
+            row, column = (int(x) * size // side + size // side // 2 for x in brightest)
+            assert lit[row, column] > 0.95  # of 0.2 to 1

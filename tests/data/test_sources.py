@@ -96,3 +96,8 @@ def test_a_split_that_the_source_lacks_is_dealt_out():
         assert not notes or notes[0].startswith("no picture is named") == bool(all_are_named)
     (note,) = sources._deal_splits(dict.fromkeys(names, "train"), 0)[1]
     assert note.startswith("no picture is named test or val: the 40 of train are dealt out by")
+
+
+def test_another_seed_deals_other_splits():
+    names = dict.fromkeys(map(str, range(100)))
+    assert sources._deal_splits(names, 0)[0] != sources._deal_splits(names, 1)[0]

@@ -303,3 +303,17 @@ def test_a_split_is_captioned_whole_and_in_order(best_checkpoint, batch_size):
 def test_a_search_for_nothing_is_one_line(option, word_map, fails):
     with fails("beam_size and n_best: expected 1 or more, found 0"):
         search(make_decoder(), features(), word_map, **{option: 0})
+
+
+def test_the_gaze_of_an_ensemble_is_the_mean_of_its_members(word_map):
+    decoders, images = [make_decoder(seed=seed) for seed in (1, 2)], features(3)
+    found = models.beam_search(decoders, [images] * 2, word_map, beam_size=1, max_decode_steps=4)
+    alphas = []
+    for decoder in decoders:
+        context, state = decoder.init_hidden_state(images)
+        _, attention, _ = decoder.step(torch.full((3, 1), START), state, context)
+        alphas.append(attention.alpha[:, 0])
+    said = [i for i, (best,) in enumerate(found) if best.words]
+    assert said
+    for i in said:
+        torch.testing.assert_close(found[i][0].alphas[0], (alphas[0][i] + alphas[1][i]) / 2)

@@ -4,6 +4,7 @@ import copy
 import importlib
 import itertools
 import math
+import types
 
 import pytest
 import safetensors.torch
@@ -239,3 +240,14 @@ def test_digest_tells_what_is_done_with_the_weights_apart(tmp_path, monkeypatch)
 def test_unknown_encoder_is_refused(fails):
     with fails("alexnet.*resnet101"):
         models.Encoder("alexnet", "none")
+
+
+def test_a_store_is_of_these_pictures_in_this_size_and_arithmetic(resnet18):
+    one = types.SimpleNamespace(encoder=resnet18, image_size=64, device=torch.device("cpu"))
+    data = {"images_digest": "a", "image_size": 64, "name": "n", "split": "val"}
+    changes = {}, {"images_digest": "b"}, {"image_size": 32}, {"split": "test"}
+    of = lambda change: encoders.feature_store(one, types.SimpleNamespace(**data | change), "")
+    found = set(map(of, changes))
+    with torch.autocast("cpu", torch.bfloat16):
+        found.add(of({}))
+    assert len(found) == 5

@@ -1,5 +1,7 @@
 """Tests of ``captioning/model/grid.py``."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,3 +50,9 @@ def test_what_inference_keeps_serves_a_training_too():
         decoder.init_hidden_state(features())
     models.caption_loss(decoder(features(), CAPTIONS, LENGTHS, PICTURES))[0].backward()
     assert all(p.grad is not None for p in decoder.parameters() if p.requires_grad)
+
+
+def test_the_position_code_is_as_strong_as_in_the_models_that_learned_with_it():
+    code = models.position_code(4, 12)
+    assert code.abs().max() <= 0.1
+    assert code[0, 0].item() == pytest.approx(0.1 * math.sin(math.pi / 8))

@@ -1,12 +1,17 @@
 """Tests of ``captioning/model/self_critical.py``."""
 
 import math
+import types
 
+import numpy as np
+import pytest
 import torch
 from conftest import make_decoder
 from helpers import CAPTIONS, END, LENGTHS, PAD, PICTURES, START, UNK, features
 
 import models
+from captioning.data.words import decode_caption
+from captioning.model.batches import Batch
 
 
 def test_self_critical_loss_favours_what_beat_the_baseline():
@@ -48,3 +53,27 @@ def test_sampled_captions_follow_the_distribution(word_map):
         scores[[PAD, UNK, START]] = -math.inf
         seen = captions[picture, :, 0].bincount(minlength=10) / 1500
         assert (seen - scores.softmax(0)).abs().max() < 0.05
+
+
+def test_each_sample_is_worth_what_it_beats_the_others_of_its_own_picture_by(word_map):
+    numbers, asked, words = np.array([7, 3]), [], sorted(word_map, key=word_map.get)
+    decoder = make_decoder(scale=1.0)
+    captioner = types.SimpleNamespace(decoder=decoder, word_map=word_map, words=words)
+
+    def reward(picture, said, ended):
+        asked.append((picture, said, ended))
+        return picture * len(said) + ended
+
+    torch.manual_seed(0)
+    batch = Batch(numbers, None, None, [], None, None)
+    drawn = models.sample_and_reward(captioner, batch, features(2), reward, 4)
+    said = [
+        (numbers[picture], decode_caption(caption, words), END in caption)
+        for picture, caption in zip(drawn.image_index, drawn.captions)
+    ]
+    assert sorted(said) == sorted(asked) and len(set(map(str, said))) > 4
+    worth = np.array([reward(*sample) for sample in said])
+    for i, advantage in enumerate(drawn.advantages):
+        others = (drawn.image_index == drawn.image_index[i]) & (np.arange(10) != i)
+        assert advantage == pytest.approx(worth[i] - worth[others].mean(), abs=1e-4)
+    assert drawn.reward == pytest.approx(100 * worth.mean())

@@ -197,3 +197,18 @@ def test_no_rows_are_no_fault():
         scores, attention, state = decoder.step(torch.zeros(0, 1, dtype=torch.long), state, context)
         assert scores.shape == (0, 1, 10) and attention.alpha.shape == (0, 1, 9)
         assert state[0].shape == (0, 1, t + 1, 8)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_each_dropout_acts_and_in_training_only(layers):
+    rates = dict.fromkeys(("dropout", "embed_dropout", "feature_dropout"), 0.5)
+    decoder, uses = transformer(layers=layers, **rates), []
+    parts = [part for part in decoder.modules() if isinstance(part, torch.nn.Dropout)]
+    for part in parts:
+        part.register_forward_hook(lambda part, *_: uses.append(part))
+    still = decoder.eval()(features(), CAPTIONS, LENGTHS, PICTURES).scores
+    assert len(parts) == 3 + layers and len(uses) == 3 + 3 * layers  # three in each layer
+    for part in parts:
+        part.train()
+        assert not torch.equal(still, decoder(features(), CAPTIONS, LENGTHS, PICTURES).scores)
+        part.eval()

@@ -195,3 +195,20 @@ def test_what_has_no_content_words_has_no_gaze_of_them(said, gaze):
 def test_words_of_the_list_are_function_words():
     assert {"a", "in", "the", "with", "is"} <= gaze_room.FUNCTION_WORDS
     assert not {"dog", "red", "runs", "two", "standing"} & gaze_room.FUNCTION_WORDS
+
+
+def test_movement_is_the_share_of_attention_that_moves():
+    class Decoder:  # looks at the place whose number the word before has
+        def init_hidden_state(self, images):
+            return images, (torch.zeros(len(images), 1, 1),)
+
+        def step(self, said, state, images):
+            alpha = torch.nn.functional.one_hot(said, 16).float()
+            return torch.zeros(len(said), 1, 8), types.SimpleNamespace(alpha=alpha), state
+
+    words = ["<pad>", "<start>", "<unk>", "<end>", "dog", "runs", "in", "the"]
+    captioner = types.SimpleNamespace(
+        decoder=Decoder(), words=words, word_map={w: i for i, w in enumerate(words)}, device="cpu"
+    )
+    said = [types.SimpleNamespace(words=w) for w in ([7, 4, 5], [7, 4, 6, 7, 5], [4])]
+    assert gaze_room.measure_gaze(captioner, torch.randn(3, 16, 12), said)["movement"] == 0.5

@@ -177,3 +177,19 @@ def test_a_sheet_that_cannot_be_opened_ends_the_search_for_a_name(tmp_path, monk
     monkeypatch.setattr(sheets.Image, "open", stale)
     with pytest.raises(OSError, match="Stale"):
         sheets.sheet_path(tmp_path / "a.png", tmp_path)
+
+
+def test_the_contact_sheet_shows_each_picture_with_its_own_captions(
+    shapes_train, tmp_path, monkeypatch
+):
+    drawn, savefig = [], matplotlib.figure.Figure.savefig
+    watched = lambda figure, *args, **options: (
+        drawn.append(figure) or savefig(figure, *args, **options)
+    )
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", watched)
+    contact_sheet.draw_contact_sheet(tmp_path / "sheet.png", shapes_train, number=3)
+    pictures, texts = drawn[0].axes[:3], drawn[0].axes[3:6]
+    for i, picture, below in zip((0, 12, 23), pictures, texts, strict=True):
+        assert picture.get_title() == shapes_train.image_names[i]
+        said = below.texts[0].get_text().replace("– ", "").split()
+        assert said == " ".join(shapes_train.raw_references[i]).split()
