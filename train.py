@@ -375,7 +375,7 @@ def prepare(args, stack):
     captioner = models.Captioner(encoder, decoder.to(device), word_map, config)
     latest_path = paths.checkpoint_path(args.output_folder, args.data_name)
     stack.enter_context(files.locked(paths.lock_path(latest_path), latest_path))
-    starting.check_space(args.output_folder, encoder, decoder)
+    starting.check_space(latest_path, encoder, decoder)
     changed = command_line.changed_flags(get_args_parser(), args)
     log.print_header(captioner, train_data, val_data, changed)
     trainer = Trainer(args, captioner, train_data, val_data, stop)

@@ -1280,3 +1280,26 @@ def test_tensorboard_is_shown_each_picture_with_its_own_words_and_gaze(
             brightest = (alpha.argmax() // side, alpha.argmax() % side)
             row, column = (int(x) * size // side + size // side // 2 for x in brightest)
             assert lit[row, column] > 0.95  # of 0.2 to 1
+
+
+def test_a_disk_that_holds_a_runs_own_checkpoints_has_room_to_go_on(tmp_path, monkeypatch):
+    asked, module, path = [], torch.nn.Linear(100, 100), tmp_path / "checkpoint_a.pth.tar"
+    monkeypatch.setattr(starting, "check_disk", lambda folder, size: asked.append(size))
+    starting.check_space(path, module, module)
+    for name in ("checkpoint_a.pth.tar", "BEST_checkpoint_a.pth.tar"):
+        path.with_name(name).write_bytes(bytes(100))
+    starting.check_space(path, module, module)
+    assert asked[0] == 3 * 3 * 2 * 101 * 100 * 4 and asked[0] - asked[1] == 200
+
+
+def test_random_weights_are_calibrated_on_a_single_tiny_picture():
+    class Data(list):
+        def images(self, numbers):
+            return np.stack([self[number] for number in numbers])
+
+    encoder, data = (
+        models.Encoder("resnet18", "none"),
+        Data([make_picture(1, 32).transpose(2, 0, 1)]),
+    )
+    starting.calibrate_on(encoder, data, torch.device("cpu"), learns=True)
+    assert encoder(torch.from_numpy(data.images([0]))).isfinite().all()

@@ -49,7 +49,11 @@ def _table(text, path, delimiter):
     """List of (number of a line, its fields), without empty lines."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return [(reader.line_num, fields) for fields in reader if any(map(str.strip, fields))]
+        table = [(reader.line_num, fields) for fields in reader if any(map(str.strip, fields))]
+        texts = (text for _, fields in table for text in fields)
+        # a field that holds whole rows began with a quote that is the caption's own
+        if delimiter in ",;" or not any(delimiter in text and "\n" in text for text in texts):
+            return table
     except csv.Error as error:
         if delimiter in ",;":
             where = f"{path}, line {reader.line_num}"

@@ -62,7 +62,7 @@ class Pictures:
 
     def __init__(self, places):
         self.places = ", ".join(map(str, as_list(places)))  # for messages
-        self._files = collections.defaultdict(list)  # by normalised name without suffix
+        self._files = collections.defaultdict(list)  # by the last part or two, see ``normal``
         pictures = {}  # real paths of those that have a known suffix to their names
         for place in as_list(places):
             if place.is_file():
@@ -78,7 +78,9 @@ class Pictures:
                 if not parts or "__MACOSX" in parts or parts[-1].startswith("._"):
                     continue  # macOS adds the last two
                 whole = parts_of(os.path.abspath(root)) + parts
-                self._files[normal(parts)[-1]].append(File(path, real, whole, len(parts)))
+                for count in (1, 2):
+                    end = tuple(normal(whole)[-count:])
+                    self._files[end].append(File(path, real, whole, len(parts)))
                 if suffix(name):
                     pictures.setdefault(real, name)
         self.count, self.examples = len(pictures), list(pictures.values())[:3]
@@ -91,7 +93,8 @@ class Pictures:
         :raises UserError: if several match equally well
         """
         wanted = parts_of(name) or ("",)
-        fits = [(_fit(file, wanted), file) for file in self._files.get(normal(wanted)[-1], ())]
+        files = self._files.get(tuple(normal(wanted)[-2:]), ())
+        fits = [(_fit(file, wanted), file) for file in files]
         best = max((fit for fit, _ in fits if fit), default=None)
         files = [file for fit, file in fits if fit and fit == best]
         for other in files[1:]:

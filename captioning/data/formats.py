@@ -48,6 +48,7 @@ def caption_files(folder):
         a folder without pictures, of each ``.txt``, to its own name without ``.txt``
     """
     names = [name for name, _ in walk(folder)]
+    names = [n for n in names if not n.rpartition("/")[2].startswith("._")]  # macOS adds these
     metadata = [n for n in names if n.rpartition("/")[2] in ("metadata.csv", "metadata.jsonl")]
     if metadata:
         return dict.fromkeys(metadata)

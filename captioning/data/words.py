@@ -150,6 +150,8 @@ def load_embeddings(path, word_map, embed_dim):
                     found[word_map[word]] = True
                     if not np.isfinite(vectors[word_map[word]]).all():
                         raise ValueError("a number is not finite")
+        if number and not found.any():
+            raise ValueError(f"no word of the data with --embed_dim {embed_dim} numbers")
     except (OSError, ValueError) as error:
         raise UserError(f"the embeddings {path}, line {number}: {why(error)}") from error
     return vectors, found

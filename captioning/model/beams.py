@@ -138,7 +138,8 @@ def read_beams(ended, live, word_map, with_alphas):
             if log_prob > -math.inf:
                 n = seq.tolist().index(word_map[END]) if has_ended else len(seq)
                 words, log_probs = seq[:n].tolist(), word_log_probs[:n].tolist()
-                alphas = alphas[:n] if with_alphas else None
+                # a view would be sent to other processes with the whole batch
+                alphas = alphas[:n].clone() if with_alphas else None
                 values = words, log_prob.item(), score.item(), alphas, has_ended, log_probs
                 found.append(Hypothesis(*values))
         if not found:

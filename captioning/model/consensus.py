@@ -57,10 +57,11 @@ class Consensus:
         :param found: list of B lists of ``Hypothesis``
         :return: the same lists, best first, with the new scores
         """
-        cosines = [
-            F.normalize((out.float().mean(1).cpu() - center) / spread, dim=1) @ known.T
-            for out, (center, spread, known) in zip(encoder_outs, self.spaces)
-        ]  # (B, N) each
+        with autocast(torch.device("cpu"), False):  # bfloat16 cannot tell near neighbours apart
+            cosines = [
+                F.normalize((out.float().mean(1).cpu() - center) / spread, dim=1) @ known.T
+                for out, (center, spread, known) in zip(encoder_outs, self.spaces)
+            ]  # (B, N) each
         nearest = torch.stack(cosines).mean(0).topk(min(10, len(self.spaces[0][2])))
         shares = (nearest.values / 0.1).softmax(1).tolist()
         ranked = []

@@ -141,13 +141,14 @@ def check_sizes(train_data, val_data, checkpoint, resuming):
         )
 
 
-def check_space(folder, encoder, decoder):
+def check_space(path, encoder, decoder):
     """:raises UserError: if the disk cannot hold two checkpoints and the temporary copy of one"""
     if is_main():
         parameters = (*encoder.parameters(), *decoder.parameters())
         # AdamW keeps two moments of what learns
         size = sum((1 + 2 * p.requires_grad) * p.nbytes for p in parameters)
-        check_disk(folder, 3 * size)
+        there = path.parent.glob(f"*{path.name}")  # a run that goes on replaces its own
+        check_disk(path.parent, 3 * size - sum(old.stat().st_size for old in there))
 
 
 def resume(trainer, checkpoint, path):
@@ -223,8 +224,8 @@ def calibrate_on(encoder, dataset, device, learns):
 
     :param learns: whether it will be trained, too; if not, a note says what that means
     """
-    starts = range(0, min(64, len(dataset)), 16)
-    batches = (torch.from_numpy(dataset.images(slice(i, i + 16))) for i in starts)
+    numbers = [i % len(dataset) for i in range(64)]  # BatchNorm needs more than one value
+    batches = (torch.from_numpy(dataset.images(numbers[i : i + 16])) for i in range(0, 64, 16))
     calibrate(encoder, (batch.to(device) for batch in batches))
     if not learns:
         note(

@@ -34,7 +34,8 @@ def gaze_features(captioners, features, start, pictures=400):
     """
     if len(captioners) > 1 or captioners[0].config["attention"] == "mean":
         pictures = 0
-    return torch.cat(all_gather(features[: max(0, pictures - start)].float()))
+    parts = all_gather(features[: max(0, pictures - start)].float())
+    return torch.cat([part for part in parts if len(part)] or parts[:1])  # a share may be empty
 
 
 def measure_gaze(captioner, features, hypotheses, batch_size=16):

@@ -1,5 +1,6 @@
 """What a training says of itself: on the terminal, in its log, and for TensorBoard."""
 
+import itertools
 import json
 import math
 
@@ -35,7 +36,7 @@ def print_header(captioner, train_data, val_data, options):
             "trained model (--preset adapt --init_from captioner), or take --batch_size 4 and more "
             "--epochs"
         )
-    short = too_short(sum(val_data.references, []))
+    short = too_short([*itertools.chain.from_iterable(val_data.references)])
     if short and config["metric"] == "BLEU-4":
         note(f"validation: {short}; choose the best epoch by --metric CIDEr")
     for group, changed in options.items():

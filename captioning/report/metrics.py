@@ -36,7 +36,7 @@ def score_captions(references, hypotheses, meteor=False, each=False):
         counts = f"{len(references)} pictures with references, {len(hypotheses)} captions"
         raise UserError(f"{counts}: expected as many of both, and at least one")
     # nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
-    smooth = SmoothingFunction(epsilon=1e-12).method1
+    smooth = SmoothingFunction(epsilon=1e-300).method1  # BLEU-4 takes its fourth root
     weights = [(1 / n,) * n for n in range(1, 5)]
     of_corpus = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
     gts = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}

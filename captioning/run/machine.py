@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import datetime
 import io
 import os
 import sys
@@ -91,7 +92,9 @@ def processes(device_name):
     if os.environ["GROUP_WORLD_SIZE"] == "1":  # what processes before a restart wrote stays apart
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=number, world_size=size)
+    # the first may wait for hours for another run's features; torchrun sees by itself who has died
+    options = {"rank": number, "world_size": size, "timeout": datetime.timedelta(days=7)}
+    distributed.init_process_group(backend, store=store, **options)
     with contextlib.redirect_stdout(sys.stdout if is_main() else io.StringIO()):
         yield device
     distributed.destroy_process_group()

@@ -39,7 +39,7 @@ def counted(number, thing):
 @functools.cache
 def note(text):
     """Say something on standard error, once, in one of a run's processes."""
-    if is_main():
+    if is_main() and not int(os.environ.get("RANK", 0)):  # before they have met, all are first
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 

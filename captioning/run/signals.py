@@ -61,6 +61,9 @@ class StopSignals:
 
     def check(self):
         """:raises Stopped: if a signal was held back in any of the processes"""
-        number, self._received = max(all_gather(self._received)), 0
-        if number:
+        received, self._received = (
+            self._received,
+            0,
+        )  # what comes meanwhile waits for the next check
+        if number := max(all_gather(received)):
             raise Stopped(number)

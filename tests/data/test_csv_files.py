@@ -65,6 +65,9 @@ def test_quotes_of_a_table_with_tabs_need_not_be_quotes(tmp_path):
     text = 'image\tcaption\na.png\t"a ""dog"",\nit runs"\nb.png\ta cat\n'
     found, _ = rows_of(tmp_path / "c.tsv", text)
     assert [caption for _, _, (caption,) in found] == ['a "dog",\nit runs', "a cat"]
+    text = 'image\tcaption\na.png\t"Go\nb.png\ta cat\nc.png\tand stop"\n'  # in two captions
+    found, _ = rows_of(tmp_path / "c.tsv", text)
+    assert [caption for _, _, (caption,) in found] == ['"Go', "a cat", 'and stop"']
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,8 @@ def test_texts_of_every_picture_lie_beside_it_or_in_a_folder_of_their_own(tmp_pa
     for path in [*(tmp_path / "own").rglob("*.png")]:
         path.with_suffix(".txt").write_text(f"a dog\n\na cat, {path.stem}\n")
         (path.parent / "notes.txt").write_text("nothing about a picture")
+        for mac in (path, path.with_suffix(".txt")):  # which a Mac writes beside each file
+            mac.with_name(f"._{mac.name}").write_bytes(b"\0\5\26\7\xe2")
     records, notes = datasets.custom_records(tmp_path / "own", tmp_path / "own", 0)
     assert [(shown(r), r.name, r.split) for r in records] == [
         (4, "test/0.png", "test"),

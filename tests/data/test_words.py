@@ -92,6 +92,8 @@ def test_words_with_spaces_among_embeddings_are_passed_over(tmp_path, fails):
     assert found.tolist() == [False, True, True, False] and vectors[2].tolist() == [1, 2, 3]
     with fails("line 1: 3 values, expected --embed_dim 4"):
         datasets.load_embeddings(path, {"cat": 0}, 4)
+    with fails("line 4: no word of the data with --embed_dim 2 numbers"):
+        datasets.load_embeddings(path, {"cat": 0}, 2)
     path.write_text("dog 1 2 3\ncat 1 2\n")
     with fails("line 2: 2 values, expected --embed_dim 3"):
         datasets.load_embeddings(path, {"cat": 0}, 3)

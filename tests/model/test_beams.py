@@ -317,3 +317,12 @@ def test_the_gaze_of_an_ensemble_is_the_mean_of_its_members(word_map):
     assert said
     for i in said:
         torch.testing.assert_close(found[i][0].alphas[0], (alphas[0][i] + alphas[1][i]) / 2)
+
+
+def test_what_is_sent_of_a_hypothesis_does_not_grow_with_the_batch(word_map):
+    """The processes of eval.py send each other pickles, and a view holds all of its tensor."""
+    sizes = []
+    for images in (1, 8):
+        found = models.beam_search([make_decoder()], [features(images)], word_map, beam_size=2)
+        sizes.append(found[0][0].alphas.untyped_storage().nbytes())
+    assert sizes[0] == sizes[1] == found[0][0].alphas.nbytes

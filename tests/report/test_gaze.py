@@ -100,6 +100,9 @@ def test_the_first_pictures_are_measured_whatever_process_holds_their_features(m
     for start, share in zip((0, 5), shares):
         gaze_room.gaze_features([captioner], share, start, pictures=7)
     assert torch.cat(gathered).flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(gaze_room, "all_gather", lambda part: [part, torch.zeros(0, 1, 1)])
+    found = gaze_room.gaze_features([captioner], torch.ones(2, 4, 3), 0)  # the other has none
+    assert found.shape == (2, 4, 3)
     captioner.config["attention"] = "mean"
     none = gaze_room.gaze_features([captioner], shares[0], 0)
     assert len(none) == 0 and gaze_room.measure_gaze(captioner, none, []) == {}

@@ -19,7 +19,7 @@ import eval as evaluation
 import models
 import train
 import utils
-from captioning.run import distributed
+from captioning.run import distributed, signals
 
 ROOT = Path(utils.__file__).parent
 # dropout draws other masks in each process; without it a run of several processes is the run of one
@@ -282,3 +282,17 @@ def test_the_reward_in_the_log_is_no_sum_over_processes(monkeypatch):
     for _ in range(4):
         train.Trainer.count(trainer, None, None, SimpleNamespace(reward=32.0))
     assert sum(sums) == -32
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
+    def gather(received):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [received, 0]
+
+    with signals.StopSignals() as stop:
+        stop._held = True  # as beside other processes
+        with monkeypatch.context() as patch:
+            patch.setattr(signals, "all_gather", gather)
+            stop.check()
+        with pytest.raises(utils.Stopped, match="SIGTERM"):
+            stop.check()

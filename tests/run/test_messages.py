@@ -23,6 +23,8 @@ def test_of_several_processes_one_says_a_note_and_once(capsys, monkeypatch):
     for is_main in (False, True, True):
         monkeypatch.setattr(messages, "is_main", lambda is_main=is_main: is_main)
         messages.note(f"of process {is_main}")
+    monkeypatch.setenv("RANK", "1")  # torchrun says so before the processes have met
+    messages.note("of the second process")
     assert capsys.readouterr().err == "note: of process True\n"
 
 
