@@ -158,6 +158,10 @@ BEST = RECIPE_50 | {
     "6. then four self-critical epochs": "px50-scst",
     "7. mean of the weights of 5 and 6": "px50-mean",
     "7, captioned with consensus": "px50-consensus",
+    "8. from 5, two epochs in which the CNN learns them": "px50-fine",
+    "9. then four self-critical epochs": "px50-fine-scst",
+    "10. mean of the weights of 8 and 9, 320 pixels": "px50-fine-mean",
+    "10, captioned with consensus": "px50-fine-consensus",
 }
 STAGES = (
     RECIPE

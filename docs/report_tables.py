@@ -9,6 +9,7 @@ from report_rows import of, scored, seeds, without_seed
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SHORT = ("BLEU-4", "METEOR", "CIDEr")
+IN_RESULTS = ("1. ", "2", "3. ", "4. ", "4e. ", "4, ", "10")  # stages, by how their rows begin
 SCENES = ("objects", "relation", "pointing", "by chance", "count", "shapes", "BLEU-4", "CIDEr")
 GAZE = ("places", "num_pixels", "peak", "movement", "fall", "deletion ratio")
 GLANCE = ("places", "movement", "fall", "deletion ratio")
@@ -178,7 +179,7 @@ TABLES = {
     "gaze": lambda runs: scores_table(runs, shown.FOCUS, ("BLEU-4", "CIDEr", *GLANCE)),
     "attention": lambda runs: scores_table(runs, shown.ATTENTIONS, SCENES[:4]),
     "recipe": lambda runs: scores_table(
-        runs, {k: v for k, v in shown.BEST.items() if k[:2] != "3c" and k[0] not in "567"}, SHORT,
+        runs, {k: v for k, v in shown.BEST.items() if k.startswith(IN_RESULTS)}, SHORT,
         beams=("5", "20"),
     ),
     "adapting": adapting_table,
