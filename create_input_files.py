@@ -175,10 +175,10 @@ def is_prepared(args, name, known):
         raise UserError(f"{error}; --force makes it again") from error
     wanted = {key: getattr(args, key) for key in ("max_len", "image_size", "seed")}
     # Flickr8k's archives need not be there any more; if they are, its lists may be new
-    there = datasets.flickr8k_files(args.source or [args.data_folder])[:2]
+    places = args.source or [args.data_folder]
     if args.images:
         wanted["source"] = formats.fingerprint(captions_of(args))
-    elif args.dataset != "flickr8k" or all(there):
+    elif args.dataset != "flickr8k" or all(datasets.flickr8k_files(places)[:2]):
         wanted["source"] = find_records(args, records.Lost())[2]
     wanted["words_of"] = datasets.word_map_digest(known) if known else ""
     for path in splits:

@@ -65,7 +65,7 @@ def _finder(data):
             rows_of[end] = None if rows_of.get(end, row) != row else row
     numbered = None in data.image_ids
     ids = {str(number): row for row, number in enumerate(_ids(data))}
-    by_id = lambda key: ids.get(str(int(key)) if str(key).isdecimal() else str(key))
+    by_id = lambda key: ids.get(str(key).lstrip("0") or "0")  # COCO's names begin with zeros
     by_name = lambda key: next((rows_of[end] for end in _ends(str(key)) if end in rows_of), None)
 
     def find(entry):

@@ -61,9 +61,7 @@ class StopSignals:
 
     def check(self):
         """:raises Stopped: if a signal was held back in any of the processes"""
-        received, self._received = (
-            self._received,
-            0,
-        )  # what comes meanwhile waits for the next check
+        # emptied before the processes agree, so that what comes meanwhile waits for the next check
+        received, self._received = self._received, 0
         if number := max(all_gather(received)):
             raise Stopped(number)
