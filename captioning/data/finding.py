@@ -78,9 +78,9 @@ class Pictures:
                 if not parts or "__MACOSX" in parts or parts[-1].startswith("._"):
                     continue  # macOS adds the last two
                 whole = parts_of(os.path.abspath(root)) + parts
+                file, same = File(path, real, whole, len(parts)), normal(whole)
                 for count in (1, 2):
-                    end = tuple(normal(whole)[-count:])
-                    self._files[end].append(File(path, real, whole, len(parts)))
+                    self._files[tuple(same[-count:])].append(file)
                 if suffix(name):
                     pictures.setdefault(real, name)
         self.count, self.examples = len(pictures), list(pictures.values())[:3]

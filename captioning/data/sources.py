@@ -29,7 +29,7 @@ def custom_records(images, captions, seed, lost=None):
     rows = (
         (line, row if row.split else row._replace(split=split))
         for path, split in zip(captions, splits)
-        for line, row in _rows_of_one(path, notes, len(captions) > 1 and path in as_list(images))
+        for line, row in _named_rows(path, notes, len(captions) > 1 and path in as_list(images))
     )
     pictures, where = Pictures(images), ", ".join(map(str, captions))
     records, notes = _records(rows, pictures, where, seed, notes, lost or Lost())
@@ -39,7 +39,7 @@ def custom_records(images, captions, seed, lost=None):
     return records, notes
 
 
-def _rows_of_one(path, notes, is_one_of_several):
+def _named_rows(path, notes, is_one_of_several):
     """The rows of a file or folder; of several folders of pictures each may have its own 0.jpg."""
     for line, row in read_rows(path, notes):
         name = f"{path.absolute().name}/{row.name}" if is_one_of_several else row.name

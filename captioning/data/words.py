@@ -132,7 +132,8 @@ def load_embeddings(path, word_map, embed_dim):
     :param path: lines of a word and ``embed_dim`` numbers, separated by spaces
     :return: (vectors, found): float32 (vocab_size, embed_dim), zero where the file lacks the word;
         bool (vocab_size,)
-    :raises UserError: if the file is missing or a line is malformed (it is named)
+    :raises UserError: if the file is missing, a line is malformed (it is named), or no word is the
+        data's
     """
     vectors, found = np.zeros((len(word_map), embed_dim), np.float32), np.zeros(len(word_map), bool)
     number = 0
