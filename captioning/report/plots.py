@@ -7,6 +7,7 @@ import os
 import unicodedata
 
 from captioning.run.messages import note
+from captioning.run.signals import hold_signals
 
 
 @contextlib.contextmanager
@@ -14,11 +15,12 @@ def default_settings():
     """Draw with matplotlib's default settings, whatever the user's own are; also a decorator.
 
     A figure takes settings as it is made, as it is drawn and as it is saved: all three belong
-    inside.
+    inside. Signals to stop wait: raised in a function that matplotlib's C++ code calls they become
+    another error, and in the callback of a weak reference Python ignores them.
     """
     import matplotlib.style
 
-    with matplotlib.style.context("default"):
+    with hold_signals(), matplotlib.style.context("default"):
         yield
 
 

@@ -16,6 +16,14 @@ class Stopped(KeyboardInterrupt):
         self.signal = number
 
 
+@contextlib.contextmanager
+def hold_signals():
+    """A signal that arrives inside takes effect at the end, where ``StopSignals`` handles it."""
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    with owner.held() if isinstance(owner, StopSignals) else contextlib.nullcontext():
+        yield
+
+
 class StopSignals:
     """Turn a signal that asks to stop into Stopped, but not inside ``held``.
 

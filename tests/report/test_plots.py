@@ -1,6 +1,8 @@
 """Tests of ``captioning/report/plots.py``, and of all that is drawn with it."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import matplotlib
@@ -82,6 +84,23 @@ def test_whoever_makes_a_figure_asks_for_the_default_settings():
     # which draws and saves all plots of docs/report_plots.py
     report = (ROOT / "docs" / "report.py").read_text(encoding="utf-8")
     assert report.count(".savefig(") == report.count("plots.default_settings()")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("draw", DRAWINGS, ids=lambda draw: draw.__name__)
+def test_a_signal_waits_for_the_end_of_a_drawing(draw, training_data, tmp_path, monkeypatch):
+    matrix, calls = matplotlib.transforms.Affine2D.get_matrix, []
+
+    def signalled(self):  # called by C++, too, which makes a ValueError of any error
+        calls.append(self)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return matrix(self)
+
+    monkeypatch.setattr(matplotlib.transforms.Affine2D, "get_matrix", signalled)
+    with pytest.raises(utils.Stopped, match="SIGTERM"), utils.StopSignals():
+        draw(tmp_path, training_data)
+    assert len(calls) > 1
 
 
 def test_the_curves_part_where_the_data_changed_and_no_legend_covers_them(tmp_path, monkeypatch):
