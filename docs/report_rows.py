@@ -162,6 +162,9 @@ BEST = RECIPE_50 | {
     "9. then four self-critical epochs": "px50-fine-scst",
     "10. mean of the weights of 8 and 9, 320 pixels": "px50-fine-mean",
     "10, captioned with consensus": "px50-fine-consensus",
+    "9e. four self-critical epochs more": "px50-fine-scst8",
+    "10e. mean of the weights of 8 and 9e, 320 pixels": "px50-fine-mean8",
+    "10e, captioned with consensus": "px50-fine-consensus8",
 }
 STAGES = (
     RECIPE
