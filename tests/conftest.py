@@ -1,6 +1,7 @@
 """What several test files need: pictures, captions, a vocabulary, a data set, a trained model."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from captioning.run.lazy import lazy
+
+# the models here are so small that threads wait for each other longer than one alone works; read by
+# OpenMP when torch is loaded, and by the scripts that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # so that a package that is not installed stops the tests that need it, and not this file
 np, torch, Image = lazy("numpy", "torch", "PIL.Image")
