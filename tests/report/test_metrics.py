@@ -1,12 +1,12 @@
 """Tests of ``captioning/report/metrics.py``."""
 
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import HYPOTHESES, REFERENCES, as_coco
@@ -86,8 +86,8 @@ def test_java_with_too_little_memory_costs_meteor_alone(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR needs Java")
 def test_meteor_is_the_same_beside_another():
-    with ThreadPoolExecutor(2) as pool:  # each starts a Java of its own
-        first, second = pool.map(lambda _: metrics._meteor(*as_coco()), range(2))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:  # as two eval.py, each with its Java
+        first, second = pool.starmap(metrics._meteor, [as_coco()] * 2)
     assert first == second and 10 < first[0] < 80
 
 
