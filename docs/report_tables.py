@@ -9,7 +9,8 @@ from report_rows import of, scored, seeds, without_seed
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 SHORT = ("BLEU-4", "METEOR", "CIDEr")
-IN_RESULTS = ("1. ", "2", "3. ", "4. ", "4e. ", "4, ", "10e")  # stages, by how their rows begin
+# stages, by how their rows begin
+IN_RESULTS = ("1. ", "2", "3. ", "4. ", "4e. ", "4, ", "10e. ", "10e, captioned")
 SCENES = ("objects", "relation", "pointing", "by chance", "count", "shapes", "BLEU-4", "CIDEr")
 GAZE = ("places", "num_pixels", "peak", "movement", "fall", "deletion ratio")
 GLANCE = ("places", "movement", "fall", "deletion ratio")
