@@ -113,7 +113,11 @@ PIXELS_320 = {
     "EfficientNet-Lite0, 320 pixels, 10×10": "px320",
     "ResNet-50, 320 pixels, 10×10": "px50",
 }
-EIGHT_EPOCHS = ENCODERS | GRIDS | PIXELS_320 | {"EfficientNet-Lite2": "lite2"}
+OTHERS = {
+    "EfficientNet-Lite2": "lite2",
+    "ResNet-50 and EfficientNet-Lite0, side by side": "both-encoders",
+}
+EIGHT_EPOCHS = ENCODERS | GRIDS | PIXELS_320 | OTHERS
 ON_SHAPES = {"the preset now": "shapes", "the earlier preset": "shapes-soft"}
 ATTENTIONS = {"soft": "shapes-soft", "hard": "shapes-hard", "none (`mean`)": "shapes-mean"}
 FROM_SCRATCH = {"ResNet-18": "scratch-resnet18", "VGG-11": "scratch-vgg11"}

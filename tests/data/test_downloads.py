@@ -64,15 +64,15 @@ def answer(handler, start, status=None, length=None, body=None, kind="applicatio
 
 def download(folder, address, **options):
     archives = {"a.zip": (hashlib.md5(ARCHIVE).hexdigest(), len(ARCHIVE))}
-    downloads.download(
-        folder, ["a.zip"], address, archives, **{"timeout": 0.3, "pause": 0.01, **options}
-    )
+    # a busy machine may let a server of its own wait for a second
+    patience = {"timeout": 3, "pause": 0.01}
+    downloads.download(folder, ["a.zip"], address, archives, **patience | options)
 
 
 def stall(handler, start):
     answer(handler, start, body=ARCHIVE[start : start + 9000])
     handler.wfile.flush()
-    time.sleep(0.6)
+    time.sleep(4)
     return True
 
 
