@@ -167,7 +167,7 @@ BEST = RECIPE_50 | {
     "10. mean of the weights of 8 and 9, 320 pixels": "px50-fine-mean",
     "10, captioned with consensus": "px50-fine-consensus",
     "9e. four self-critical epochs more": "px50-fine-scst8",
-    "10e. mean of the weights of 8 and 9e, 320 pixels": "px50-fine-mean8",
+    "10e. as 4e, of pictures of 320 pixels": "px50-fine-mean8",
     "10e, length penalty 1": "px50-fine-mean8-lp1",
     "10e, length penalty 1.3": "px50-fine-mean8-lp13",
     "10e, captioned with consensus": "px50-fine-consensus8",
