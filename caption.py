@@ -20,9 +20,9 @@ from captioning.run.lazy import lazy
 from utils import UserError
 
 np, torch, datasets, models = lazy("numpy", "torch", "datasets", "models")
-finding, utterances, lists, page, sheets = lazy(
-    "data.finding", "model.utterances", "report.lists", "report.page", "report.sheets",
-    within="captioning",
+finding, words, utterances, lists, page, sheets = lazy(
+    "data.finding", "data.words", "model.utterances", "report.lists", "report.page",
+    "report.sheets", within="captioning",
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def report(path, hypotheses, captioner, say):
     """Print a picture's captions; return what is kept of them (see ``lists.result``)."""
     captions, lines = [], []
     for h in hypotheses:
-        said = " ".join(captioner.text(h))
+        said = words.join_words(captioner.text(h))
         scores = {"log_prob": h.log_prob, "score": h.score, "ended": h.ended}
         captions.append({"caption": said} | scores)
         lines.append(f"{said}  (log-probability {h.log_prob:.2f}, score {h.score:.3f})")
@@ -129,8 +129,8 @@ def page_entry(path, picture, captioner, hypotheses, encoder_out, args):
         with machine.autocast(captioner.device, args.amp):
             likely = utterances.alternatives(captioner, encoder_out, hypothesis)
         score, log_prob = f"{hypothesis.score:.3f}", f"{hypothesis.log_prob:.2f}"
-        scores, words = {"score": score, "log-probability": log_prob}, captioner.text(hypothesis)
-        captions.append(page.page_caption(words, hypothesis, scores, likely))
+        scores, said = {"score": score, "log-probability": log_prob}, captioner.text(hypothesis)
+        captions.append(page.page_caption(said, hypothesis, scores, likely))
     picture = page.page_picture(picture, args.page_side)
     return {"name": path.as_posix(), "captions": captions} | picture
 
@@ -142,7 +142,10 @@ def get_args_parser():
     flag("--img", nargs="+", required=True, metavar="PICTURE", help=text)
     switch("--recursive", help="look into the sub-folders of folders too")
     command_line.add_captioning_flags(parser)
-    text = "captions printed per picture, best first; at most --beam_size"
+    text = (
+        "captions printed per picture, best first; at most --beam_size. For several the search goes"
+        " on longer, so that the first may be a better one"
+    )
     flag("--n_best", type=command_line.bounded(int, 1, 100), default=1, help=text)
     text = "pictures captioned together; lower it if memory runs out"
     flag("--batch_size", type=command_line.bounded(int, 1, 65536), default=32, help=text)

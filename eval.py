@@ -269,7 +269,7 @@ def get_args_parser():
     flag = parser.add_argument
     text = "several models do not vote as an ensemble: each is scored by itself, side by side"
     flag("--compare", action="store_true", help=text)
-    text = "captions of other systems, in COCO's format of results, to be scored beside the model's"
+    text = "captions of other systems, as COCO's results or caption.py's lists, to be scored too"
     flag("--captions", type=Path, nargs="+", default=[], metavar="FILE", help=text)
     text = "score, and save as this, the mean of models of which one was trained from another"
     flag("--average", type=Path, help=text)

@@ -357,9 +357,8 @@ def beam_search(
     of its image. An image is done when no live hypothesis, were it to end now at no cost, would
     enter its n best (exact without a length penalty). If none ended, the best live ones are given.
 
-    :param decoders: list of decoders with one word map, in eval mode
+    :param decoders, word_map: list of decoders, in eval mode, and the words of all, word to id
     :param encoder_outs: list of float (B, n, encoder_dim), each decoder's own features
-    :param word_map: word to id
     :param beam_size, n_best: hypotheses kept alive (1 is greedy), and captions returned, per image
     :param length_penalty: hypotheses are ranked by log_prob / length^length_penalty, <end> counted
     :param max_decode_steps: longest caption, in words
@@ -404,6 +403,7 @@ def beam_search(
         parent, words = parent[rows, best], word[rows, best]  # (B, K)
         states = [tuple(s[rows, parent] for s in state) for state in states]
         done = live.log_prob[:, 0] / (step + 2) ** length_penalty <= ended.score[:, -1]  # (B,)
+        done |= is_end[:, 0] & (beam_size == 1)  # greedy: the first <end> ends it
         live.log_prob.masked_fill_(done.unsqueeze(1), -math.inf)
         # asking makes the host wait for the device: on a GPU a few idle steps cost less
         if (device.type == "cpu" or step % 4 == 3) and done.all():

@@ -80,9 +80,9 @@ def train(trainer, args):
         with messages.naming(f"validation failed; {where}"):
             scores, hypotheses = validate(trainer, args)
         record |= scores | {"seconds": round(time.time() - trainer.started, 1)}
-        is_best = record[args.metric] > schedules.best_score(history, args.metric)
         with trainer.stop.held():
             history.append(record)
+            is_best = schedules.best_epoch(history, args.metric) is record
             trainer.tally.reset()
             if is_best:  # saved first: killed in between, the run validates again and ends alike
                 trainer.save(trainer.best_path)

@@ -339,6 +339,13 @@ def test_those_who_vote_need_one_word_map(trained, described, tmp_path, fails):
         evaluate(new, tmp_path / "out", "--model", tmp_path / "mine", trained)
 
 
+def test_the_mean_with_a_model_of_larger_pictures_says_which_size_it_sees(capsys):
+    small, large = (models.load_captioner() for _ in range(2))
+    large.image_size = 384
+    models.average_weights([small, large], models.build_decoder)
+    assert "the mean sees pictures of 320 pixels, as the first model" in capsys.readouterr().err
+
+
 def test_the_mean_with_a_model_of_fewer_words(training_data, trained, described, tmp_path):
     """Rows of words that the other does not know stay as they are."""
     known = word_map_of(training_data)

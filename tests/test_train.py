@@ -87,7 +87,8 @@ def test_a_run_writes_checkpoints_log_and_curves(trained, training_data):
     for record in records:
         assert set(train.METRICS) < set(record) and record["epsilon"] == 1
     best_epoch = len(models.load_checkpoint(best)["history"])
-    assert best_epoch == 1 + int(records[1]["BLEU-4"] > records[0]["BLEU-4"])
+    ranks = [(record["BLEU-4"], -record["val_nll"]) for record in records]
+    assert best_epoch == 1 + (ranks[1] > ranks[0])
 
 
 def test_tensorboard_gets_figures_and_captioned_images(training_data, tmp_path):
@@ -650,6 +651,15 @@ def test_a_command_with_init_from_goes_on_by_resume_added(training_data, trained
     assert "resuming after epoch 1" in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_its_origin(training_data, trained, tmp_path):
+    run(training_data, tmp_path / "a", "--init_from", trained, "--epochs", 1)
+    for flags in ([], ["--init_from", "elsewhere"]):
+        on = run(training_data, tmp_path / "a", "--resume", "--epochs", 2, *flags)
+        assert on["config"]["init_from"] == str(trained)
+    on = run(training_data, tmp_path / "b", "--resume", tmp_path / "a", "--epochs", 3)
+    assert on["config"]["init_from"] == str(trained)
+
+
 def test_resume_or_init_from(training_data, tmp_path, fails):
     with fails("give one of them"):
         run(training_data, tmp_path, "--resume", "y", "--init_from", "x")
@@ -951,7 +961,8 @@ def test_learning_rate_rises_and_then_follows_its_schedule(monkeypatch, fails):
 
 def test_plateau_waits_for_two_poor_epochs_each_time():
     def after(*scores):
-        return factors(50, [{"BLEU-4": score} for score in scores], lr_schedule="plateau")[-1]
+        history = [{"BLEU-4": score, "val_nll": 3.0} for score in scores]
+        return factors(50, history, lr_schedule="plateau")[-1]
 
     assert after() == after(1) == after(1, 2, 3) == after(1, 0.5) == 1
     assert after(1, 1, 1) == after(1, 0, 0.5) == pytest.approx(0.8)
@@ -961,9 +972,10 @@ def test_plateau_waits_for_two_poor_epochs_each_time():
 
 
 def test_plateau_keeps_its_reductions_when_the_data_changes():
-    old = [{"BLEU-4": score, "of_other_data": 3} for score in (5, 4, 4)]
+    of = lambda score: {"BLEU-4": score, "val_nll": 3.0}
+    old = [of(score) | {"of_other_data": 3} for score in (5, 4, 4)]
     for since, factor in (([], 0.8), ([1, 2], 0.8), ([1, 0, 0], 0.64)):
-        history = old + [{"BLEU-4": score} for score in since]
+        history = old + [of(score) for score in since]
         assert factors(50, history, lr_schedule="plateau")[-1] == pytest.approx(factor)
 
 
@@ -1292,7 +1304,7 @@ def test_a_disk_that_holds_a_runs_own_checkpoints_has_room_to_go_on(tmp_path, mo
     assert asked[0] == 3 * 3 * 2 * 101 * 100 * 4 and asked[0] - asked[1] == 200
 
 
-def test_random_weights_are_calibrated_on_a_single_tiny_picture():
+def test_random_weights_are_calibrated_on_a_single_tiny_picture(capsys):
     class Data(list):
         def images(self, numbers):
             return np.stack([self[number] for number in numbers])
@@ -1302,4 +1314,7 @@ def test_random_weights_are_calibrated_on_a_single_tiny_picture():
         Data([make_picture(1, 32).transpose(2, 0, 1)]),
     )
     starting.calibrate_on(encoder, data, torch.device("cpu"), learns=True)
+    assert (
+        "first layers, which --fine_tune_encoder leaves out, stay random" in capsys.readouterr().err
+    )
     assert encoder(torch.from_numpy(data.images([0]))).isfinite().all()

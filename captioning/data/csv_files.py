@@ -6,7 +6,14 @@ import io
 import regex
 
 from captioning.data.finding import suffix
-from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, holds_captions, key_of, row_of
+from captioning.data.rows import (
+    IMAGE_KEYS,
+    SPLIT_NAMES,
+    caption_keys,
+    holds_captions,
+    key_of,
+    row_of,
+)
 from captioning.run.messages import UserError, counted
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -18,10 +25,11 @@ def csv_rows(text, path, notes):
     Every column whose name begins with caption, text, comment, sentence or description holds
     captions. Of two columns the second may hold the delimiter without quotes.
     """
+    text = regex.sub(r"^sep=.(?=[\r\n])", "", text)  # which Excel writes above a table
     delimiter, unlike = _delimiter(text, path), 0
     (_, header), *rows = _table(text, path, delimiter)
     header = [key_of(field) for field in header]
-    columns = [key for key in header if holds_captions(key)]
+    columns = caption_keys(header)
     if len(columns) > 1:
         notes.append(f"{path} has captions in the columns {', '.join(columns)}")
     for line, fields in rows:

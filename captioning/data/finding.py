@@ -23,6 +23,8 @@ def open_zip(path):
         return zipfile.Path(path)
     except Exception as error:  # zipfile raises several types on damaged archives
         what, advice = "not a whole zip archive", "delete it and download it again"
+        if Path(path).suffix.lower() in PICTURE_SUFFIXES:
+            what, advice = "a picture", "give its folder"
         with contextlib.suppress(OSError):
             if tarfile.is_tarfile(path):
                 what, advice = "a tar archive", f"unpack it (tar -xf {path}) and give the folder"

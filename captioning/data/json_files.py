@@ -4,7 +4,7 @@ import collections
 import json
 
 from captioning.data.records import is_list_of
-from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, holds_captions, key_of, row_of
+from captioning.data.rows import IMAGE_KEYS, SPLIT_NAMES, caption_keys, key_of, row_of
 from captioning.run.messages import UserError, why
 
 
@@ -21,7 +21,7 @@ def json_rows(text, path, notes):
             raise UserError(f"{where}: {what} ({why(error)})") from error
         fields = fields.items() if isinstance(fields, dict) else ()
         fields = [(key_of(key), value) for key, value in fields]
-        keys |= dict.fromkeys(key for key, text in fields if text and holds_captions(key))
+        keys |= dict.fromkeys(caption_keys(key for key, text in fields if text))
         yield row_of(fields, where)
     if len(keys) > 1:
         notes.append(f"{path} has captions under the keys {', '.join(keys)}")
@@ -48,6 +48,10 @@ def _layout(text, path):
         return enumerate(entries, 1), whole, "entry"
     if any(key_of(key) in IMAGE_KEYS for key in content):
         return [(1, content)], whole, "line"
+    names_pictures = lambda rows: any(key_of(key) in IMAGE_KEYS for row in rows[:1] for key in row)
+    lists = [rows for rows in content.values() if is_list_of(rows, dict) and names_pictures(rows)]
+    if len(lists) == 1:  # below a key such as "data", with others beside that say less
+        return enumerate(lists[0], 1), whole, "entry"
     return enumerate(content.items(), 1), _named_fields, "entry"
 
 
@@ -83,12 +87,12 @@ def _coco_fields(content, path):
     captions = collections.defaultdict(list)
     try:
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append([annotation["caption"]])
+            captions[str(annotation["image_id"])].append([annotation["caption"]])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: annotations without image_id and caption") from error
     return lambda image: {
         "image": image["file_name"],
-        "captions": captions[image["id"]],
+        "captions": captions[str(image["id"])],
         "split": image.get("split"),
         "image_id": image["id"],
     }

@@ -26,9 +26,11 @@ IMAGE_KEYS = (  # the first that a row has names its picture
 _CAPTION = regex.compile(r"(alt_text|caption|text|comment|sentence|description)s?(?![a-z])")
 
 _NO_CAPTION = regex.compile(
-    r".*_(author|count|date|file|ids?|idx|index|lang|language|len|lengths?|no|num|number|score"
-    r"|source|type|url|user)"
+    r".*_(author|category|class|count|date|file|ids?|idx|index|lang|language|len|lengths?|model|no"
+    r"|num|number|quality|rating|score|source|time|type|url|user)"
 )
+
+_MARK = regex.compile(r"</?(s|start|end|pad|bos|eos|sos)>", regex.IGNORECASE)
 
 
 def key_of(name):
@@ -39,6 +41,13 @@ def key_of(name):
 def holds_captions(key):
     """Whether the column or key of this name, see ``key_of``, holds captions."""
     return bool(_CAPTION.match(key)) and not _NO_CAPTION.fullmatch(key)
+
+
+def caption_keys(keys):
+    """Those of a row's keys that hold captions, as a list; beside captions comments are remarks."""
+    keys = [key for key in keys if holds_captions(key)]
+    has_captions = any(key.startswith("caption") for key in keys)
+    return [key for key in keys if not (has_captions and key.startswith("comment"))]
 
 
 def row_of(fields, where):
@@ -53,7 +62,10 @@ def row_of(fields, where):
     names = (first.get(key) for key in IMAGE_KEYS)
     names = (str(name).strip() for name in names if type(name) in (str, int))
     name = next(filter(None, names), None)
-    values = [value for key, value in fields if holds_captions(key)]
+    keys = caption_keys(key for key, _ in fields)
+    values = [value for key, value in fields if key in keys]
+    # None and NaN are how programs write an empty cell
+    values = ["" if value is None or value != value else value for value in values]
     captions = [texts_of(value) for value in values if isinstance(value, (str, list))]
     if name is None or not captions or None in captions:
         forms = 'below the header image,caption[,split], or {"image": "a.jpg", "caption": "a dog"}'
@@ -62,7 +74,11 @@ def row_of(fields, where):
         raise UserError(f"{where}: {what}")
     captions = [unescaped(text) for texts in captions for text in texts]
     captions = [text for text in captions if text.strip()] or captions[:1]
-    split, number = str(first.get("split") or "").strip().lower(), str(first.get("image_id", ""))
+    split, *others = (
+        str(first.get(key) or "").strip().lower() for key in ("split", "set", "subset", "partition")
+    )
+    split = split or next((other for other in others if other in SPLIT_NAMES), "")
+    number = str(first.get("image_id", ""))
     if split and split not in SPLIT_NAMES:
         raise UserError(f"{where}: unknown split {split!r}; expected one of train, val, test")
     image_id = int(number) if number.isdecimal() and len(number) < 19 else None
@@ -80,6 +96,8 @@ def texts_of(value):
             value = ast.literal_eval(_with_commas(value.strip()))
     if isinstance(value, str):
         return [value]
+    if is_list_of(value, dict):  # as caption.py writes them, with figures beside
+        value = [item.get("caption") for item in value]
     if is_list_of(value, str):
         are_words = len(value) > 1 and all(len(tokenize(item)) <= 1 for item in value)
         return [" ".join(value)] if are_words else value
@@ -97,10 +115,11 @@ def _with_commas(text):
 
 
 def unescaped(text):
-    """A caption as it was before a web page's escapes, such as ``&amp;``, however often it was."""
+    """A caption without what programs add: the escapes of web pages, such as ``&amp;``, however
+    often they were made, and the marks of its start and end, such as ``<start>``."""
     while (plain := regex.sub(r"&#?\w+;", lambda found: html.unescape(found[0]), text)) != text:
         text = plain
-    return text
+    return _MARK.sub(" ", text)
 
 
 def split_of(name):

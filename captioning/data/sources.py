@@ -5,11 +5,11 @@ import functools
 import hashlib
 import math
 
-from captioning.data.finding import Pictures, as_list, open_zip
+from captioning.data.finding import Pictures, as_list, open_zip, parts_of
 from captioning.data.formats import read_rows
 from captioning.data.pictures import open_image
 from captioning.data.records import MOST_NOTES, SPLITS, Lost, Record
-from captioning.data.rows import split_of
+from captioning.data.rows import SPLIT_NAMES, split_of
 from captioning.data.text_files import read_text
 from captioning.run.messages import UserError, counted
 
@@ -146,6 +146,9 @@ def _records(rows, pictures, where, seed, notes, lost):
     # what is missing or has no word takes no place in a split that is dealt out
     told = {record.name for record in records if any(map(str.strip, record.captions))} or gathered
     named = {name: row.split for name, row in gathered.items() if row.split or name in told}
+    if not any(named.values()):
+        named, told = _by_folders(named)
+        notes = [*notes, *told]
     splits, dealt = _deal_splits(named, seed)
     records = [record._replace(split=splits.get(record.name, "train")) for record in records]
     places, examples = pictures.places, pictures.examples
@@ -156,6 +159,18 @@ def _records(rows, pictures, where, seed, notes, lost):
         rows = f"{counted(repeated, 'row')} of {where}"
         notes.append(f"{rows} with a caption that the picture has already: left out")
     return records, notes
+
+
+def _by_folders(names):
+    """The splits that the folders of pictures' names tell, if some are for training, some not.
+
+    :return: dict of the names to splits or None, list of notes
+    """
+    words = {name: map(str.lower, parts_of(name)[:-1]) for name in names}
+    splits = {n: next(filter(None, map(SPLIT_NAMES.get, of)), None) for n, of in words.items()}
+    if "train" not in splits.values() or len({*splits.values()} - {None}) < 2:
+        return dict.fromkeys(names), []
+    return splits, ["no split is named: it was taken from the pictures' folders, such as train"]
 
 
 def _check_missing(missing, total, where, lost, there=()):

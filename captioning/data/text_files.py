@@ -7,6 +7,7 @@ from captioning.data.pictures import read_bytes
 from captioning.run.messages import UserError, why
 
 PACKED = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and archives begin, and .xls
+OTHERS = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
 
 
 def read_text(path):
@@ -24,6 +25,9 @@ def read_text(path):
         if os.path.splitext(path.name)[1].lower() == ".zip":
             what = "a zip archive; unpack it, and give the file of captions"
         raise UserError(f"{path} is {what}")
+    for beginning, kind in OTHERS.items():
+        if data.startswith(beginning):
+            raise UserError(f"{path} is a {kind} file, expected a text; save it as CSV UTF-8")
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if is_utf16 else "utf-8-sig")

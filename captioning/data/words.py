@@ -41,6 +41,13 @@ def tokenize(text):
     return WORD.findall(unicodedata.normalize("NFC", text))
 
 
+def join_words(words):
+    """Words as a text: no space parts letters of scripts that are written without spaces."""
+    pairs = itertools.pairwise(["", *words])
+    letters_meet = lambda *pair: all(map(is_letter, pair))
+    return "".join(w if letters_meet(before, w) else f" {w}" for before, w in pairs).strip()
+
+
 def build_word_map(token_lists, min_word_freq, known=None):
     """Number the words that occur at least ``min_word_freq`` times.
 
@@ -138,7 +145,7 @@ def load_embeddings(path, word_map, embed_dim):
     vectors, found = np.zeros((len(word_map), embed_dim), np.float32), np.zeros(len(word_map), bool)
     number = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 # a few of GloVe's words have spaces in them
                 word, *values = line.rstrip().rsplit(" ", embed_dim)
@@ -146,10 +153,12 @@ def load_embeddings(path, word_map, embed_dim):
                     continue  # word2vec's files begin with two counts
                 if len(values) != embed_dim:
                     raise ValueError(f"{len(values)} values, expected --embed_dim {embed_dim}")
-                if word in word_map:
-                    vectors[word_map[word]] = np.array(values, np.float32)  # (embed_dim,)
-                    found[word_map[word]] = True
-                    if not np.isfinite(vectors[word_map[word]]).all():
+                # words of captions are in lower case; of Hund and hund the second one is taken
+                row = word_map.get(word, word_map.get(word.lower()))
+                if row is not None and not (found[row] and word not in word_map):
+                    vectors[row] = np.array(values, np.float32)  # (embed_dim,)
+                    found[row] = True
+                    if not np.isfinite(vectors[row]).all():
                         raise ValueError("a number is not finite")
         if number and not found.any():
             raise ValueError(f"no word of the data with --embed_dim {embed_dim} numbers")

@@ -168,6 +168,8 @@ def average_weights(captioners, build):
     if lost:
         words = f"{len(lost):,} words" if len(lost) > 3 else f"the words {', '.join(sorted(lost))}"
         note(f"the mean speaks the words of the first model, without {words} of the others")
+    if len({captioner.image_size for captioner in captioners}) > 1:
+        note(f"the mean sees pictures of {first.image_size} pixels, as the first model does")
     for part in ("encoder", "decoder"):
         states = [getattr(captioner, part).state_dict() for captioner in captioners]
         if part == "decoder":

@@ -118,6 +118,9 @@ def fitting(factory, config):
 
     :raises UserError: if the configuration asks for something that the decoder does not know
     """
+    if isinstance(factory, type) and issubclass(factory, torch.nn.RNNCellBase):
+        cell = factory.__name__
+        raise UserError(f"{cell} is a cell, no decoder: its entry is recurrent({cell})")
     own, parameters = config["decoder_options"], inspect.signature(factory).parameters.values()
     given = {name: config[name] for name in sorted(COMMON)} | own
     if any(p.kind == p.VAR_KEYWORD for p in parameters):

@@ -63,15 +63,19 @@ def of_this_data(history):
     return [record for record in history if not record.get("of_other_data")]
 
 
-def best_score(history, metric):
-    """The best score of the epochs so far."""
-    return max((record[metric] for record in of_this_data(history)), default=-1.0)
+def best_epoch(history, metric):
+    """The best epoch's record, of this data if there is one; None of no epochs.
+
+    Of equal scores, such as a BLEU-4 of 0, the lower validation loss decides, then the first.
+    """
+    records = of_this_data(history) or history
+    rank = lambda record: (record[metric], -record.get("val_nll", 0))
+    return max(records, key=rank, default=None)
 
 
 def epochs_without_gain(records, metric):
-    """How many epochs ago the best score was; of no epochs 0."""
-    scores = [record[metric] for record in records]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+    """How many epochs ago the best one was; of no epochs 0."""
+    return len(records) - 1 - records.index(best_epoch(records, metric)) if records else 0
 
 
 def warmup_updates(config):

@@ -11,7 +11,7 @@ import torch
 from captioning.data.words import load_embeddings
 from captioning.model.checkpoints import ARCHITECTURE, run_checkpoint
 from captioning.model.encoders import calibrate
-from captioning.model.schedules import best_score
+from captioning.model.schedules import best_epoch, of_this_data
 from captioning.run.command_line import given_flags
 from captioning.run.distributed import is_main
 from captioning.run.files import atomic_path, check_disk
@@ -19,10 +19,11 @@ from captioning.run.machine import autocast
 from captioning.run.messages import UserError, note
 from captioning.run.paths import checkpoint_path
 
+ORIGIN = ("encoder_weights", "init_from", "word_map", "embeddings")  # a run keeps what it had
+
 MAY_CHANGE_ON_RESUME = (
     "data_folder", "output_folder", "resume", "device", "workers", "epochs", "patience",
-    "encoder_weights", "init_from", "word_map", "embeddings", "checkpoint_every", "tensorboard",
-    "beam_size",
+    "checkpoint_every", "tensorboard", "beam_size", *ORIGIN,
 )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def as_built(args, parser, config, path, resuming=False):
                 advice = f"--preset {args.preset} asks for it: give {built} beside the preset"
             raise UserError(f"{wrong}: {path} was built with {built}; {advice}")
     flags = flags | {key: config[key] for key in ARCHITECTURE}
+    flags |= {key: config.get(key, flags[key]) for key in ORIGIN if resuming}
     as_held = lambda value: str(value) if isinstance(value, Path) else value
     fixed = [key for key in defaults if resuming and key not in MAY_CHANGE_ON_RESUME]
     changed = [
@@ -179,7 +181,7 @@ def resume(trainer, checkpoint, path):
             )
         if not 0 <= trainer.update - len(history) * per_epoch <= per_epoch:
             raise ValueError(f"{trainer.update} updates in {len(history)} epochs")
-        best = best_score(history, metric)
+        best = best_epoch(history, metric) if of_this_data(history) else None
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {str(error)[:160]}): it cannot be "
@@ -189,7 +191,7 @@ def resume(trainer, checkpoint, path):
     if is_main() and best_beside.exists() and not trainer.best_path.exists():  # in another folder
         with atomic_path(trainer.best_path) as temporary:
             shutil.copyfile(best_beside, temporary)
-    so_far = f"; best {metric} so far {best:.2f}" if best >= 0 else ""
+    so_far = f"; best {metric} so far {best[metric]:.2f}" if best else ""
     print(f"resuming after epoch {len(history)}, update {trainer.update}{so_far}")
 
 
@@ -222,7 +224,7 @@ def fill_embedding(decoder, path, word_map, known):
 def calibrate_on(encoder, dataset, device, learns):
     """Set a random encoder's BatchNorm statistics from some of the images.
 
-    :param learns: whether it will be trained, too; if not, a note says what that means
+    :param learns: whether it will be trained, too; a note says what that means
     """
     numbers = [i % len(dataset) for i in range(64)]  # BatchNorm needs more than one value
     batches = (torch.from_numpy(dataset.images(numbers[i : i + 16])) for i in range(0, 64, 16))
@@ -232,6 +234,8 @@ def calibrate_on(encoder, dataset, device, learns):
             "the CNN keeps its random weights, which know nothing of pictures: take "
             "--encoder_weights imagenet or a file, or train it with --fine_tune_encoder"
         )
+    elif encoder.frozen_blocks:
+        note("the CNN's first layers, which --fine_tune_encoder leaves out, stay random")
 
 
 def frozen_features(captioner, splits, folder, amp, workers):

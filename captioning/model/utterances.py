@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from captioning.data.words import END, START, special_tokens
+from captioning.data.words import END, START, join_words, special_tokens
 from captioning.model.grid import split_sentinel
 
 
@@ -38,7 +38,7 @@ class Caption:
             side = math.isqrt(alphas.shape[1])
             alphas = alphas.float().view(-1, side, side).numpy()  # (num_words, rows, columns)
         return cls(
-            text=" ".join(words),
+            text=join_words(words),
             words=words,
             word_probs=[math.exp(p) for p in hypothesis.word_log_probs],
             log_prob=hypothesis.log_prob,

@@ -3,7 +3,7 @@
 import math
 from itertools import groupby
 
-from captioning.model.schedules import of_this_data
+from captioning.model.schedules import best_epoch
 from captioning.report.plots import default_settings
 from captioning.run.files import atomic_path
 
@@ -21,7 +21,7 @@ def draw_curves(path, history, metric):
     parts = groupby(history, key=lambda record: record.get("of_other_data"))
     points = sum(([*part, {}] for _, part in parts), [])  # an empty record is drawn as a gap
     epochs = [record.get("epoch", math.nan) for record in points]
-    best = max(of_this_data(history) or history, key=lambda record: record[metric])["epoch"]
+    best = best_epoch(history, metric)["epoch"]
     panels = {
         "loss (nll per word)": ["nll", "val_nll"],
         "validation: BLEU": ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"],

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import torch
 
+from captioning.data.words import join_words
 from captioning.model.grid import split_sentinel
-from captioning.model.schedules import of_this_data
+from captioning.model.schedules import best_epoch
 from captioning.report.metrics import too_short
 from captioning.run.files import atomic_path
 from captioning.run.messages import counted, note
@@ -66,7 +67,7 @@ def print_epoch(record, config, is_best, val_data, hypotheses):
     if short := too_short(hypotheses):
         note(short)
     for i in np.linspace(0, len(val_data) - 1, 3).astype(int):
-        caption, true = " ".join(hypotheses[i]), val_data.raw_references[i][0]
+        caption, true = join_words(hypotheses[i]), val_data.raw_references[i][0]
         print(f"    {val_data.image_names[i]}: {caption}   (true: {true})")
 
 
@@ -76,12 +77,15 @@ def print_end(config, history, memory, path):
     if len(history) < epochs:
         why = f"no better {metric} for {config['patience']} epochs (--patience)"
         print(f"stopped after {len(history)} of {epochs} epochs: {why}")
-    best = max(of_this_data(history) or history, key=lambda record: record[metric])
+    best = best_epoch(history, metric)
     where = path if path.exists() else "its checkpoint was not beside the one that was resumed"
     print(
         f"best {metric} {best[metric]:.2f} in epoch {best['epoch']} of {len(history)}, "
         f"{best['seconds']:.0f} s after the start; peak memory {memory} GB: {where}"
     )
+    if best[metric] == 0:
+        advice = "" if metric == "CIDEr" else "; --metric CIDEr tells more"
+        note(f"{metric} was 0 in every epoch, so the lowest loss chose{advice}")
 
 
 def write_log(path, config, history):
@@ -112,4 +116,4 @@ def write_tensorboard(folder, captioner, data, record, options):
             light = 0.2 + 0.8 * light / light.amax(dim=(2, 3), keepdim=True)
             strip = torch.cat([image / 255, *(image / 255 * light)], dim=2)
             writer.add_image(data.image_names[number], strip, step)
-            writer.add_text(data.image_names[number], " ".join(captioner.text(best)), step)
+            writer.add_text(data.image_names[number], join_words(captioner.text(best)), step)

@@ -35,7 +35,7 @@ def score_captions(references, hypotheses, meteor=False, each=False):
     if not references or len(references) != len(hypotheses):
         counts = f"{len(references)} pictures with references, {len(hypotheses)} captions"
         raise UserError(f"{counts}: expected as many of both, and at least one")
-    # nltk warns when no 4-gram matches; a vanishing count instead of zero leaves other scores alone
+    # nltk warns when no 4-gram matches; a vanishing count instead leaves other scores alone
     smooth = SmoothingFunction(epsilon=1e-300).method1  # BLEU-4 takes its fourth root
     weights = [(1 / n,) * n for n in range(1, 5)]
     of_corpus = corpus_bleu(references, hypotheses, weights=weights, smoothing_function=smooth)
@@ -49,7 +49,7 @@ def score_captions(references, hypotheses, meteor=False, each=False):
     if each:
         own["BLEU-4"] = bleu(bleu_counts(references, hypotheses), smooth=True)[:, 3].tolist()
     return {
-        **{f"BLEU-{n}": 100 * score for n, score in enumerate(of_corpus, 1)},
+        **{f"BLEU-{n}": 100 * score * (score > 1e-9) for n, score in enumerate(of_corpus, 1)},
         **({"METEOR": found[0]} if meteor else {}),
         "ROUGE-L": 100 * float(rouge),
         "CIDEr": 100 * float(cider),

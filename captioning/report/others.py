@@ -1,9 +1,13 @@
-"""Captions of other systems, read in the format of COCO's results."""
+"""Captions of other systems: COCO's results, and what else a file of captions may be."""
+
+import json
+from pathlib import Path
 
 from captioning.data.finding import normal, parts_of
-from captioning.data.rows import unescaped
+from captioning.data.formats import read_rows
+from captioning.data.rows import IMAGE_KEYS, unescaped
+from captioning.data.text_files import read_text
 from captioning.data.words import tokenize
-from captioning.run.files import read_json
 from captioning.run.messages import UserError, note, printable
 
 FORMAT = 'expected COCO\'s format of results, a list of {"image_id": …, "caption": …}'
@@ -12,18 +16,17 @@ FORMAT = 'expected COCO\'s format of results, a list of {"image_id": …, "capti
 def read_captions(path, data):
     """Captions of another system, one for each picture of a split.
 
-    A picture is known by ``file_name``, with or without folders, or by ``image_id``: the id of the
-    data's source; where it gave none, the name of the file, with or without suffix, else the row
-    number that eval.py writes.
+    A picture is known by its file's name, with or without folders, or by ``image_id``: the id of
+    the data's source; where it gave none, the name of the file, with or without suffix, else the
+    row number that eval.py writes.
 
-    :param path: a JSON list of dicts with "caption" and one or both of these
+    :param path: a JSON list of dicts with "caption" and one or both of these (the name's key is one
+        of ``IMAGE_KEYS``), or what else ``read_rows`` reads, such as caption.py's lists
     :param data: ``CaptionDataset``
     :return: list (pictures) of lists of words, in the order of the data
     :raises UserError: if it is something else, or has no caption or several for a picture
     """
-    entries, found, strange = read_json(path), {}, 0
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: {FORMAT}")
+    entries, found, strange = _entries(path), {}, 0
     find = _finder(data)
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
@@ -50,6 +53,28 @@ def read_captions(path, data):
     if strange:
         note(f"{path}: {strange:,} captions of pictures that are not in {where} are left out")
     return [tokenize(unescaped(found[row][0])) for row in range(len(data))]
+
+
+def _entries(path):
+    """The captions of a file, as a list of dicts with "caption" and what names the picture."""
+    path, rows, notes = Path(path), [], []
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError):  # it is no JSON, or JSON lines
+        content = None
+    of_several = lambda entry: isinstance(entry, dict) and "captions" in entry
+    if isinstance(content, list) and not any(map(of_several, content)):
+        names = IMAGE_KEYS[: IMAGE_KEYS.index("image_id")]
+        known = lambda entry: next(filter(None, map(entry.get, names)), None)
+        named = lambda entry: entry | ({"file_name": known(entry)} if known(entry) else {})
+        return [named(entry) if isinstance(entry, dict) else entry for entry in content]
+    for _, row in read_rows(path, notes):
+        is_id = row.image_id is not None and row.name == str(row.image_id)
+        known = {"image_id": row.image_id, "file_name": None if is_id else row.name}
+        rows += [known | {"caption": caption} for caption in row.captions]
+    for text in notes:
+        note(text)
+    return rows
 
 
 def _ids(data):

@@ -11,6 +11,7 @@ import textwrap
 import numpy as np
 from PIL import Image
 
+from captioning.data.words import join_words
 from captioning.model.grid import effective_places, split_sentinel
 from captioning.report.plots import check_script, default_settings, font_families
 from captioning.run.files import atomic_path
@@ -119,7 +120,7 @@ def attention_sheet(picture, words, alphas, fonts=None):
     note = f"attention spread over {places:.0f} of {weights.shape[1]} places" if words else ""
     if words and sentinel is not None:
         note += f"; words look {1 - sentinel.mean():.0%} on average"
-    return _page(panels, columns, " ".join(words) or "(no words)", note, fonts)
+    return _page(panels, columns, join_words(words) or "(no words)", note, fonts)
 
 
 @default_settings()
@@ -134,7 +135,7 @@ def attention_frames(picture, words, alphas, fonts=None):
     small = _scaled(picture, scale, 160)
     whole = ("", np.asarray(small))
     views = _lit(small, words, alphas)
-    pages = (_page([view], 1, " ".join(words), "", fonts) for view in [whole, *views, whole])
+    pages = (_page([view], 1, join_words(words), "", fonts) for view in [whole, *views, whole])
     return [np.asarray(page.canvas.buffer_rgba())[..., :3] for page in pages]
 
 

@@ -42,7 +42,7 @@ def make_table(heading, columns):
         if name in GROUPS:
             rows = groups.setdefault(GROUPS[name], [])
         values = (column.get(name) for column in columns.values())
-        cells = ["-" if v is None else format(v, "," if type(v) is int else ".2f") for v in values]
+        cells = ["-" if v is None else format(v, "," if type(v) is int else "z.2f") for v in values]
         rows.append([LABELS.get(name, name), *cells])
     heads = [heading, *map(str, columns)]
     return [{"title": title, "columns": heads, "rows": rows} for title, rows in groups.items()]

@@ -122,4 +122,7 @@ def look_up(table, name, what):
     if entry is None:
         hint = did_you_mean(name, table)
         raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}{hint}")
+    if type(entry) is not tuple and type(next(iter(table.values()))) is tuple:
+        expected = "expected a tuple, as the others are"
+        raise UserError(f"the table's entry of {what} {name!r} is {entry!r}; {expected}")
     return entry

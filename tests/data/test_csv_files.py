@@ -26,6 +26,7 @@ def test_a_table_is_read_whatever_its_delimiter(delimiter, always_quoted, end, e
         ("image,caption,caption 2,caption_3", ["b", "c", "d"]),
         ("image,caption,caption,Caption", ["b", "c", "d"]),
         ("Photo,Description,Other,", ["b"]),
+        ("image,caption,comments,caption_quality", ["b"]),
         ("File Name,Comment,comment_number,Comments", ["b", "d"]),
         ("img_path,sentence1,sentence2,sentence_ids", ["b", "c"]),
         ("path,texture,text-length,text", ["d"]),
@@ -82,3 +83,30 @@ def test_quotes_of_a_table_with_tabs_need_not_be_quotes(tmp_path):
 def test_a_table_without_a_header_is_told_which_to_write(line, header, tmp_path, fails):
     with fails(f"c.csv has no header; write {header} above its first line"):
         rows_of(tmp_path / "c.csv", f"{line}\n" * 3)
+
+
+def test_excels_line_above_a_table_is_passed_over(tmp_path, fails):
+    found, _ = rows_of(tmp_path / "c.csv", "sep=;\r\nimage;caption\r\na.png;a dog\r\n")
+    assert found == [("a.png", None, ["a dog"])]
+    with fails("line 3: 1 fields, expected 2"):
+        rows_of(tmp_path / "c.csv", "sep=;\nimage;caption\na.png\n")
+
+
+@pytest.mark.parametrize("column", ["split", "Set", "subset", "partition"])
+def test_the_columns_of_the_split(column, tmp_path):
+    found, _ = rows_of(tmp_path / "c.csv", f"image,caption,{column}\na.png,b,dev\nb.png,c,\n")
+    assert found == [("a.png", "val", ["b"]), ("b.png", None, ["c"])]
+
+
+def test_a_set_that_is_no_split_is_another_column(tmp_path):
+    found, _ = rows_of(tmp_path / "c.csv", "image,caption,set\na.png,b,flickr\n")
+    assert found == [("a.png", None, ["b"])]
+
+
+def test_marks_of_a_captions_start_and_end_are_no_words(tmp_path):
+    text = "image,caption\na.png,<start> a dog <end> <pad>\nb.png,<S>a <5 m> dog</s>\n"
+    found, _ = rows_of(tmp_path / "c.csv", text)
+    assert [captions[0].split() for _, _, captions in found] == [
+        ["a", "dog"],
+        ["a", "<5", "m>", "dog"],
+    ]

@@ -111,6 +111,14 @@ def test_a_tar_archive_is_to_be_unpacked(suffix, tmp_path, fails):
         datasets.custom_records(archive, write_csv(tmp_path / "c.csv", [("0.png", "a")]), 0)
 
 
+def test_a_picture_in_place_of_its_folder_is_said(tmp_path, fails):
+    folder = save_pictures(tmp_path / "pictures", ["0.png"])
+    with fails("0.png is a picture .*give its folder"):
+        datasets.custom_records(
+            folder / "0.png", write_csv(tmp_path / "c.csv", [("0.png", "a")]), 0
+        )
+
+
 def test_files_folders_and_patterns_are_found_each_once_in_order(describe):
     for i, name in enumerate(("a.png", "b.jpg", "C.JPG", "sub/d.png", "sub/deep/e.png")):
         save(Path("pictures") / name, i)

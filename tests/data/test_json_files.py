@@ -71,10 +71,29 @@ def test_damaged_json_of_many_lines_is_named_with_its_line(tmp_path, fails):
 
 
 def test_several_keys_with_captions_are_said(tmp_path):
-    entry = {"image": "a.png", "caption": "a dog", "comments": ["nice"], "caption_idx": 3}
+    entry = {"image": "a.png", "caption": "a dog", "texts": ["nice"], "caption_idx": 3}
     found, notes = rows_of(tmp_path / "c.json", json.dumps([entry, entry]))
     assert found[0] == ("a.png", None, ["a dog", "nice"])
     (note,) = notes
-    assert note.endswith("c.json has captions under the keys caption, comments")
+    assert note.endswith("c.json has captions under the keys caption, texts")
     entry = {"image": "a.png", "caption": "a dog", "caption_author": "me", "text": None}
     assert rows_of(tmp_path / "c.json", json.dumps([entry])) == ([("a.png", None, ["a dog"])], [])
+
+
+def test_a_caption_that_is_missing_is_an_empty_one(tmp_path):
+    text = '{"image": "a.png", "caption": null}\n{"image": "b.png", "caption": NaN}\n'
+    found, _ = rows_of(tmp_path / "c.jsonl", text)
+    assert found == [("a.png", None, [""]), ("b.png", None, [""])]
+
+
+def test_ids_as_text_and_as_numbers_are_the_same(tmp_path):
+    annotations = [{"image_id": 7, "caption": "a dog"}]
+    content = {"images": [{"id": "7", "file_name": "a.png"}], "annotations": annotations}
+    found, _ = rows_of(tmp_path / "c.json", json.dumps(content))
+    assert found == [("a.png", None, ["a dog"])]
+
+
+def test_rows_below_a_key_are_read(tmp_path):
+    rows = [{"image": "a.png", "caption": "a dog", "split": "val"}]
+    for content in ({"data": rows}, {"info": {"year": 2026}, "licenses": [], "data": rows}):
+        assert rows_of(tmp_path / "c.json", json.dumps(content))[0] == [("a.png", "val", ["a dog"])]

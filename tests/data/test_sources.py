@@ -4,7 +4,8 @@ import shutil
 import zipfile
 from collections import Counter
 
-from helpers import contents, make_flickr8k
+import pytest
+from helpers import contents, make_flickr8k, save_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -79,6 +80,21 @@ def test_what_is_missing_or_mute_is_not_dealt_to_a_split(own_data, tmp_path):
             records, notes = datasets.custom_records(folder, tmp_path / "ten.csv", 0)
             kept = Counter(record.split for record in records if record.captions[0])
             assert kept == {"train": 7, "val": 1, "test": 1} and "dealt" in notes[0]
+
+
+@pytest.mark.parametrize("other, is_told", [("Test", True), ("dev", True), ("more", False)])
+def test_folders_of_the_pictures_tell_their_splits(other, is_told, tmp_path):
+    names = [f"{folder}/{i}.png" for folder in ("train", other) for i in range(10)]
+    folder = save_pictures(tmp_path / "pictures", names)
+    rows = [f"{name},a dog" for name in names]
+    (tmp_path / "c.csv").write_text("\n".join(["image,caption", *rows]))
+    records, notes = datasets.custom_records(folder, tmp_path / "c.csv", 0)
+    pure = all((r.split == "train") == r.name.startswith("train") for r in records)
+    told = any(note.startswith("no split is named: it was taken from") for note in notes)
+    lacking = {"Test": "val", "dev": "test"}.get(other)
+    dealt = [r for r in records if r.split == lacking]
+    assert told == is_told and (not is_told or all(r.name.startswith("train") for r in dealt))
+    assert is_told or not pure
 
 
 def test_a_split_that_the_source_lacks_is_dealt_out():

@@ -13,6 +13,8 @@ from captioning.data import text_files
         ("c.xlsx", b"PK\x03\x04rest", "c.xlsx is a spreadsheet; save it as CSV UTF-8"),
         ("c.ods", b"PK\x03\x04rest", "c.ods is a spreadsheet; save it as CSV UTF-8"),
         ("c.xls", b"\xd0\xcf\x11\xe0\xa1\xb1", "c.xls is a spreadsheet; save it as CSV UTF-8"),
+        ("c.parquet", b"PAR1rest", "c.parquet is a Parquet file, expected a text; save it as CSV"),
+        ("c.jpg", b"\xff\xd8\xff\xe0rest", "c.jpg is a JPEG file, expected a text"),
         ("c.zip", b"PK\x03\x04rest", "c.zip is a zip archive; unpack it"),
         ("c.csv", b"a\nb \x80 c", "c.csv, line 2: not UTF-8 text: the byte 80; save the file as"),
         ("c.csv", "a\n\nEin Tür".encode("cp1252"), "line 3: .* the byte FC, in Windows-1252 'ü';"),

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import datasets
+from captioning.data.words import join_words
 from datasets import END, PAD, START, UNK
 
 REAL_FLICKR8K = Path(__file__).parents[3] / "shared" / "flickr8k"
@@ -97,6 +98,26 @@ def test_words_with_spaces_among_embeddings_are_passed_over(tmp_path, fails):
     path.write_text("dog 1 2 3\ncat 1 2\n")
     with fails("line 2: 2 values, expected --embed_dim 3"):
         datasets.load_embeddings(path, {"cat": 0}, 3)
+
+
+def test_embeddings_with_capitals_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "vectors.txt"
+    path.write_text("Hund 1 1\nGras 2 2\ngras 3 3\nGRAS 4 4\n", encoding="utf-8-sig")
+    vectors, found = datasets.load_embeddings(path, {"<pad>": 0, "hund": 1, "gras": 2}, 2)
+    assert found.tolist() == [False, True, True] and vectors[1:, 0].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["一", "只", "狗"], "一只狗"),
+        (["a", "dog"], "a dog"),
+        (["iphone", "手", "机", "2", "杯"], "iphone 手机 2 杯"),
+        ([], ""),
+    ],
+)
+def test_words_are_joined_as_people_write_them(words, text):
+    assert join_words(words) == text and datasets.tokenize(text) == words
 
 
 @pytest.mark.parametrize(

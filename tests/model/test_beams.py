@@ -37,14 +37,18 @@ def check_log_probs(hypothesis, forced):
     assert hypothesis.log_prob == pytest.approx(sum(forced), rel=1e-4)
 
 
+@pytest.mark.parametrize("length_penalty", [0, 2])
 @pytest.mark.parametrize("decoder, attention", PAIRS)
-def test_beam_one_is_greedy(decoder, attention, word_map):
+def test_beam_one_is_greedy(decoder, attention, length_penalty, word_map):
     decoder, encoder_out = make_decoder(attention=attention, decoder=decoder), features(8)
     with torch.no_grad():
         decoder.fc.bias[END] -= 1
         for picture, (found,) in enumerate(
-            search(decoder, encoder_out, word_map, beam_size=1, max_decode_steps=8)
-        ):
+            search(
+                decoder, encoder_out, word_map, beam_size=1, max_decode_steps=8,
+                length_penalty=length_penalty,
+            )
+        ):  # fmt: skip
             context, state = decoder.init_hidden_state(encoder_out[picture][None])
             words, alphas, word = [], [], START
             while len(words) < 8:

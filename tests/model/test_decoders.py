@@ -98,6 +98,11 @@ def test_what_a_decoder_does_not_know_is_refused(asked, expected, fails):
         models.build_decoder(CONFIG | asked, 10)
 
 
+def test_a_cell_in_place_of_a_decoder_is_said(fails):
+    with fails("GRUCell is a cell, no decoder: its entry is recurrent"):
+        fitting(torch.nn.GRUCell, CONFIG)
+
+
 def test_a_decoder_of_ones_own_takes_what_it_names():
     def factory(vocab_size, encoder_dim, depth=3):
         return vocab_size, encoder_dim, depth

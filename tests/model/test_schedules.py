@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
+from captioning.model.schedules import best_epoch
 
 
 @settings(deadline=None)
@@ -57,3 +58,12 @@ def test_left_to_themselves_schedules_reach_the_minimum_at_the_last_update(name,
 def test_an_unknown_schedule_is_refused(fails):
     with fails("unknown schedule 'cosine'.*inverse_sigmoid"):
         models.scheduled_sampling_epsilon("cosine", 1, models.Schedule(10))
+
+
+@pytest.mark.parametrize("scores, best", [([0, 0, 0, 0], 2), ([0, 7, 0, 7], 1), ([7, 8, 0, 9], 3)])
+def test_of_equal_scores_the_lower_loss_is_best_and_then_the_first(scores, best):
+    losses = [3.0, 2.5, 2.0, 2.5]
+    pairs = zip(scores, losses)
+    history = [{"BLEU-4": score, "val_nll": loss} for score, loss in pairs]
+    assert best_epoch(history, "BLEU-4") is history[best]
+    assert best_epoch([], "BLEU-4") is None

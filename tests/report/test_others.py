@@ -1,10 +1,11 @@
 """Tests of ``captioning/report/others.py``."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from captioning.report import others
+from captioning.report import lists, others
 
 NAMES = ["a/COCO_val2014_000000391895.jpg", "b/COCO_val2014_000000522418.jpg", "c/7.jpg"]
 
@@ -54,6 +55,8 @@ def entries(key, values):
         ("file_name", [f"C:\\pictures\\{name[2:]}" for name in NAMES], IDS),
         ("image_id", [f"elsewhere/{name[:-4]}" for name in NAMES], [None] * 3),
         ("file_name", [name.upper() for name in NAMES], IDS),
+        ("image", NAMES, IDS),
+        ("filename", [name[2:] for name in NAMES], [None] * 3),
         ("image_id", [f"{number:012d}" for number in IDS], IDS),
     ],
 )
@@ -101,7 +104,7 @@ def test_captions_of_other_pictures_are_left_out_and_counted(results, capsys):
             r"1 of 3 .* have several captions \(c/7.jpg\); expected one",
         ),
         (lambda rows: [], "none of its 0 captions is of a picture of the test .*image_id 391895"),
-        (lambda rows: {"annotations": rows}, "theirs.json: expected COCO's format of results"),
+        (lambda rows: {"captions": rows[0]["caption"]}, "none of its 1 captions is of a picture"),
         (lambda rows: [*rows, {"image_id": 7}], "entry 4 is {'image_id': 7}; expected COCO's"),
         (lambda rows: [3], "entry 1 is 3; expected COCO's"),
         (lambda rows: [{"image_id": 7, "caption": ["a"]}], "entry 1 is .*; expected COCO's"),
@@ -127,3 +130,19 @@ def test_an_id_of_the_source_goes_before_a_files_name(results):
         rows = [{"image_id": number(i), "caption": f"number {i}"} for i in (1, 2, 3)]
         found = others.read_captions(results(rows), data)
         assert [words[-1] for words in found] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "txt"])
+@pytest.mark.parametrize("ids", [IDS, [None] * 3])
+def test_lists_that_caption_py_writes_are_read(kind, ids, tmp_path):
+    said = [{"caption": f"a dog, number {i}", "log_prob": -1.5, "ended": True} for i in range(3)]
+    listed = [lists.result(Path(name), [caption]) for name, caption in zip(NAMES, said)]
+    lists.write_list(kind, tmp_path / f"c.{kind}", listed[::-1])
+    found = others.read_captions(tmp_path / f"c.{kind}", split_of(ids))
+    assert found == [["a", "dog", "number", str(i)] for i in range(3)]
+
+
+def test_a_table_of_ids_and_captions_is_read(tmp_path):
+    rows = "".join(f"{number},a dog <end>\n" for number in IDS)
+    (tmp_path / "c.csv").write_text(f"image_id,caption\n{rows}")
+    assert others.read_captions(tmp_path / "c.csv", split_of(IDS)) == [["a", "dog"]] * 3

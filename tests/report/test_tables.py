@@ -12,7 +12,7 @@ def test_the_table_has_groups_units_and_a_dash_for_what_cannot_be_had(capsys):
         "words per caption": 9.0,
         "words used": 1234,
         "numbers agreed": None,
-        "count": 99.0,
+        "count": -0.001,
         "pointing": None,
         "by chance": 9.52,
     }
@@ -30,7 +30,7 @@ def test_the_table_has_groups_units_and_a_dash_for_what_cannot_be_had(capsys):
         ["different words", "1,234", "7"],
         ["numbers agreed, %", "-", "-"],
         ["scenes, %"],
-        ["count", "99.00", "-"],
+        ["count", "0.00", "-"],
         ["pointing", "-", "-"],
         ["pointing by chance", "9.52", "-"],
     ]

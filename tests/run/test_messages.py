@@ -55,3 +55,5 @@ def test_in_a_log_progress_is_a_plain_line_now_and_then(capsys, monkeypatch):
 def test_a_slip_in_a_tables_entry_gets_a_hint():
     with pytest.raises(UserError, match="unknown encoder 'resent18'.*; did you mean resnet18"):
         messages.look_up({"resnet18": 1, "vgg16": 2}, "resent18", "encoder")
+    with pytest.raises(UserError, match="entry of attention 'dot' is .*expected a tuple"):
+        messages.look_up({"soft": (int, float), "dot": int}, "dot", "attention")
