@@ -153,7 +153,7 @@ def load_embeddings(path, word_map, embed_dim):
                     continue  # word2vec's files begin with two counts
                 if len(values) != embed_dim:
                     raise ValueError(f"{len(values)} values, expected --embed_dim {embed_dim}")
-                # words of captions are in lower case; of Hund and hund the second one is taken
+                # captions are in lower case: Hund serves if hund itself is not there
                 row = word_map.get(word, word_map.get(word.lower()))
                 if row is not None and not (found[row] and word not in word_map):
                     vectors[row] = np.array(values, np.float32)  # (embed_dim,)
