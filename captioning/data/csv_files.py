@@ -22,8 +22,8 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 def csv_rows(text, path, notes):
     """Rows of a table, see :func:`captioning.data.formats.read_rows`.
 
-    Every column whose name begins with caption, text, comment, sentence or description holds
-    captions. Of two columns the second may hold the delimiter without quotes.
+    Several columns may hold captions, see :func:`captioning.data.rows.caption_keys`. Of two columns
+    the second may hold the delimiter without quotes.
     """
     text = regex.sub(r"^sep=.(?=[\r\n])", "", text)  # which Excel writes above a table
     delimiter, unlike = _delimiter(text, path), 0

@@ -64,10 +64,11 @@ def _entries(path):
         content = None
     of_several = lambda entry: isinstance(entry, dict) and "captions" in entry
     if isinstance(content, list) and not any(map(of_several, content)):
-        names = IMAGE_KEYS[: IMAGE_KEYS.index("image_id")]
-        known = lambda entry: next(filter(None, map(entry.get, names)), None)
-        named = lambda entry: entry | ({"file_name": known(entry)} if known(entry) else {})
-        return [named(entry) if isinstance(entry, dict) else entry for entry in content]
+        for entry in filter(lambda entry: isinstance(entry, dict), content):
+            names = (entry.get(key) for key in IMAGE_KEYS if key != "image_id")
+            if name := next(filter(None, names), None):
+                entry["file_name"] = name
+        return content
     for _, row in read_rows(path, notes):
         is_id = row.image_id is not None and row.name == str(row.image_id)
         known = {"image_id": row.image_id, "file_name": None if is_id else row.name}
